@@ -1,0 +1,23 @@
+"""The two kinds of failure that a user sees as one line instead of a traceback.
+
+Everything else that is raised is a bug and keeps its traceback.
+"""
+
+EXIT_USER_ERROR = 2
+EXIT_RUN_ERROR = 1
+
+
+class UserError(ValueError):
+    """A mistake in a config, a command line or a data set.
+
+    The text is one line that names the file or key and says how to mend it.
+    Commands print it on stderr and exit with code 2, before any work is done.
+    """
+
+
+class RunError(RuntimeError):
+    """A run that can't go on: a loss became NaN, the disk is full.
+
+    The text is one line that names what failed and what has been kept.
+    Commands print it on stderr and exit with code 1.
+    """
