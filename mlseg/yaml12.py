@@ -1,0 +1,161 @@
+"""YAML as configs use it: the core schema of YAML 1.2, strict, with line numbers.
+
+PyYAML follows YAML 1.1, where `1e-5` is text, `no` is false, `010` is eight and
+`2018-01-01` is a date; a key written twice silently keeps its last value. In an
+experiment's config each of these is a trap, so the loader here resolves scalars
+by the 1.2 core schema (section 10.3.2 of the specification, without its octals)
+and refuses a repeated key. The dumper shares the schema: it quotes exactly the
+strings that the loader would otherwise take for something else.
+"""
+
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+from mlseg.errors import UserError
+
+Path = tuple[str | int, ...]
+"""Where a value stands: mapping keys and list indices from the top."""
+
+_TAG = "tag:yaml.org,2002:"
+_SCALARS = {_TAG + name for name in ("null", "bool", "int", "float", "str")}
+_CORE_SCHEMA = (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    # No leading zeros: 010 stays text, since identifiers are written like that.
+    ("int", r"^(?:[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+)$", list("-+0123456789")),
+    (
+        "float",
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        list("-+.0123456789"),
+    ),
+)
+
+
+class Loader(yaml.SafeLoader):
+    """SafeLoader with the scalars of the YAML 1.2 core schema."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+
+class Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes by the same schema, writes tuples as lists and no anchors."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _name, _pattern, _first in _CORE_SCHEMA:
+    for _class in (Loader, Dumper):
+        _class.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _first)
+Dumper.add_representer(tuple, yaml.representer.SafeRepresenter.represent_list)
+
+
+def read(text: str, name: str) -> tuple[Any, dict[Path, int]]:
+    """Read one YAML document.
+
+    Args:
+        text: the document; an empty one is null.
+        name: what an error calls it, a file's name or "command line".
+
+    Returns:
+        The value, made of dict (string keys), list, str, int, float, bool and None,
+        and for the path of everything in it the line, from 1, that sets it.
+
+    Raises:
+        UserError: the text isn't YAML, repeats a key, has a key that is no string,
+            or uses tags or references beyond the core schema.
+    """
+    lines: dict[Path, int] = {}
+    try:
+        loader = Loader(text)
+        try:
+            node = loader.get_single_node()
+            value = None if node is None else _build(loader, node, (), lines, name, frozenset())
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = "" if mark is None else f":{mark.line + 1}"
+        said = " ".join(str(part) for part in (error.context, error.problem) if part)
+        raise UserError(f"{name}{line}: not valid YAML: {_one_line(said)}") from None
+    except yaml.reader.ReaderError as error:
+        line_number = text.count("\n", 0, error.position) + 1
+        raise UserError(
+            f"{name}:{line_number}: not valid YAML: character {error.character!r} is not allowed"
+        ) from None
+    return value, lines
+
+
+def write(value: Any) -> str:
+    """YAML text of plain values that `read` turns into the same values (tuples into lists)."""
+    return yaml.dump(
+        value, Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=96
+    )
+
+
+def _build(
+    loader: Loader,
+    node: yaml.Node,
+    path: Path,
+    lines: dict[Path, int],
+    name: str,
+    above: frozenset[int],
+) -> Any:
+    """Turn a node into plain values, noting the line of everything in it."""
+    line = node.start_mark.line + 1
+    lines.setdefault(path, line)
+    if id(node) in above:
+        raise UserError(f"{name}:{line}: a reference (*) to a value that contains it")
+    above = above | {id(node)}
+    if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = _key(loader, key_node, name)
+            here = key_node.start_mark.line + 1
+            if key in mapping:
+                first = lines[(*path, key)]
+                raise UserError(
+                    f"{name}:{here}: key '{key}' is written twice, first in line {first}; "
+                    "keep one of them"
+                )
+            lines[(*path, key)] = here
+            mapping[key] = _build(loader, value_node, (*path, key), lines, name, above)
+        return mapping
+    if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+        return [
+            _build(loader, item, (*path, index), lines, name, above)
+            for index, item in enumerate(node.value)
+        ]
+    if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
+        return _scalar(loader, node, name)
+    raise UserError(f"{name}:{line}: the YAML tag '{node.tag}' has no meaning in a config")
+
+
+def _scalar(loader: Loader, node: yaml.Node, name: str) -> Hashable:
+    try:
+        return loader.construct_object(node)
+    except (ValueError, KeyError):  # an explicit tag that the text doesn't fit, as in `!!int x`
+        line = node.start_mark.line + 1
+        kind = node.tag.removeprefix(_TAG)
+        raise UserError(f"{name}:{line}: {node.value!r} can't be read as {kind}") from None
+
+
+def _key(loader: Loader, node: yaml.Node, name: str) -> str:
+    line = node.start_mark.line + 1
+    if not isinstance(node, yaml.ScalarNode) or node.tag not in _SCALARS:
+        raise UserError(f"{name}:{line}: a key is a single word, not a list or a mapping")
+    key = _scalar(loader, node, name)
+    if not isinstance(key, str):
+        raise UserError(f"{name}:{line}: key {node.value} is no text; write '{node.value}'")
+    return key
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
