@@ -1,0 +1,5 @@
+"""Engines: the loop around the problems, with validation, checkpoints and records."""
+
+from mlseg.engines.base import Engine, EngineSettings, Stage
+
+__all__ = ["Engine", "EngineSettings", "Stage"]

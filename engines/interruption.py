@@ -1,0 +1,59 @@
+"""SIGINT and SIGTERM as a request that the loop answers between two iterations."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state.
+
+    Attributes:
+        exit_code: 128 plus the signal's number, as shells have it: 130 or 143.
+    """
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"{signal.Signals(number).name}: stopped and saved after step {step}")
+        self.exit_code = 128 + number
+
+
+class Interruption:
+    """Context in which the first SIGINT or SIGTERM is noted; a second one acts at once.
+
+    Signals reach a process's main thread only: in any other thread this does nothing.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._former: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self.number is not None
+
+    def exception(self, step: int) -> Interrupted:
+        """What to raise once the state is saved."""
+        assert self.number is not None
+        return Interrupted(self.number, step)
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                self._former[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._give_back()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self._give_back()
+
+    def _give_back(self) -> None:
+        while self._former:
+            number, handler = self._former.popitem()
+            signal.signal(number, handler)

@@ -1,0 +1,32 @@
+"""Watches losses on the device and names the first that is not finite."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_NEVER = torch.iinfo(torch.int64).max
+
+
+class NanGuard:
+    """For each problem, the first step at which its loss was NaN or infinite.
+
+    The steps are kept on the device, so that watching costs two tiny kernels and no
+    synchronisation; :meth:`first` reads them.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self._names = list(names)
+        self._steps = {n: torch.full((), _NEVER, dtype=torch.int64, device=device) for n in names}
+
+    def watch(self, name: str, loss: Tensor, step: int) -> None:
+        """Note ``loss``, a scalar on the device."""
+        bad = (~torch.isfinite(loss.detach())).to(torch.int64).mul_(step)
+        bad += (bad == 0) * _NEVER
+        torch.minimum(self._steps[name], bad, out=self._steps[name])
+
+    def first(self) -> tuple[str, int] | None:
+        """The problem and step that came first, or None; synchronises."""
+        steps = torch.stack([self._steps[n] for n in self._names]).tolist()
+        step = min(steps)
+        return None if step == _NEVER else (self._names[steps.index(step)], step)

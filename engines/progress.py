@@ -1,0 +1,131 @@
+"""What a person sees of a run: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+
+if TYPE_CHECKING:
+    from mlseg.engines.base import Engine
+
+SECONDS_BETWEEN_LINES = 10.0
+_SHOWN_EVENTS = ("early_stop", "rate_change", "nan")
+
+
+class Progress:
+    """Stage, step, time left and the key figures: each problem's loss, the last validation.
+
+    Args:
+        quiet: show nothing.
+    """
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.step = 0
+        self._console = Console(stderr=True, highlight=False)
+        self._bar: RichProgress | None = None
+        self._engine: Engine | None = None
+        self._losses: dict[str, float] = {}
+        self._validation: dict[str, float] = {}
+        self._started = self._last_line = 0.0
+        self._first_step = 0
+
+    def start(self, engine: Engine) -> None:
+        """Begin to show ``engine``'s run."""
+        self._engine = engine
+        self.step = self._first_step = engine.global_step
+        self._started = self._last_line = time.monotonic()
+        if self.quiet or not self._console.is_terminal:
+            return
+        self._bar = RichProgress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self._console,
+        )
+        self._bar.start()
+        self._bar.add_task(
+            engine.stage.name,
+            total=engine.total_iterations,
+            completed=engine.global_step,
+            figures="",
+        )
+
+    def update(self, step: int, losses: Mapping[str, float]) -> None:
+        """New losses of the problems."""
+        self.step = step
+        self._losses.update(losses)
+        self._show()
+
+    def validated(self, step: int, figures: Mapping[str, float]) -> None:
+        """New validation figures."""
+        self.step = step
+        self._validation = dict(figures)
+        self._show(now=True)
+
+    def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Something worth a line of its own."""
+        if kind in _SHOWN_EVENTS and not self.quiet:
+            text = " ".join(f"{k}={v}" for k, v in values.items())
+            self._console.print(f"step {step}: {kind.replace('_', ' ')} {text}")
+
+    def stop(self) -> None:
+        """End the display."""
+        if self._bar is not None:
+            self._show()
+            self._bar.stop()
+            self._bar = None
+
+    def _show(self, now: bool = False) -> None:
+        if self.quiet or self._engine is None:
+            return
+        engine = self._engine
+        if self._bar is not None:
+            self._bar.update(
+                self._bar.task_ids[0],
+                description=engine.stage.name,
+                completed=self.step,
+                figures=self._figures(),
+            )
+            return
+        moment = time.monotonic()
+        if not now and moment - self._last_line < SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = moment
+        done = max(self.step - self._first_step, 1)
+        left = (moment - self._started) / done * (engine.total_iterations - self.step)
+        print(
+            f"{engine.stage.name} {self.step}/{engine.total_iterations}, "
+            f"{_clock(left)} left, {self._figures()}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _figures(self) -> str:
+        parts = [f"{name} {value:.3g}" for name, value in self._losses.items()]
+        metric = self._engine.settings.metric if self._engine else None
+        shown = [metric] if metric in self._validation else list(self._validation)[:1]
+        parts += [f"val {name} {self._validation[name]:.4f}" for name in shown if name]
+        return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

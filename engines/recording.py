@@ -1,0 +1,214 @@
+"""What a run leaves behind: figures, events, curves and pictures in its directory."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from mlseg.checkpoint import one_line
+from mlseg.engines.progress import Progress
+from mlseg.errors import RunError
+
+if TYPE_CHECKING:
+    from mlseg.engines.base import Engine, EngineSettings
+
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+
+
+class Recorder:
+    """Writes ``metrics.jsonl``, ``events.jsonl``, ``tensorboard/`` and ``samples/``; shows progress.
+
+    Tensors that are handed to :meth:`log` are read in one transfer per device. The position in both
+    files is part of a checkpoint; a resumed run cuts off what an interrupted one wrote after it, so
+    that the files read as if nothing had happened.
+
+    Args:
+        directory: the run directory, or None to write nothing.
+        settings: the engine's.
+        quiet: no progress display.
+    """
+
+    def __init__(self, directory: Path | None, settings: EngineSettings, quiet: bool) -> None:
+        self.directory = directory
+        self.settings = settings
+        self.progress = Progress(quiet)
+        self._files: dict[str, IO[str]] = {}
+        self._curves: SummaryWriter | None = None
+        self._offsets: dict[str, int] = {METRICS: 0, EVENTS: 0}
+        self._resumed_at: int | None = None
+
+    @contextmanager
+    def opened(self, engine: Engine) -> Iterator[None]:
+        """Open the files and the display for the length of a run."""
+        if self.directory is not None:
+            self._open()
+        self.progress.start(engine)
+        try:
+            yield
+        finally:
+            self.progress.stop()
+            self._close()
+
+    def _open(self) -> None:
+        assert self.directory is not None
+        with writing(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for name, offset in self._offsets.items():
+                file = open(self.directory / name, "a", encoding="utf-8")
+                file.truncate(offset)
+                file.seek(0, 2)
+                self._files[name] = file
+        if self.settings.tensorboard:
+            self._curves = SummaryWriter(
+                str(self.directory / "tensorboard"),
+                purge_step=None if self._resumed_at is None else self._resumed_at + 1,
+            )
+
+    def _close(self) -> None:
+        for name, file in self._files.items():
+            file.close()
+            self._offsets[name] = self._path(name).stat().st_size
+        self._files = {}
+        if self._curves is not None:
+            self._curves.close()
+            self._curves = None
+
+    # ------------------------------------------------------------------- entries
+
+    def log(
+        self, step: int, figures: Mapping[str, Mapping[str, Any]], rates: Mapping[str, float]
+    ) -> None:
+        """Write a line per problem; the one place where training waits for the device."""
+        values = read_scalars({(p, k): v for p, group in figures.items() for k, v in group.items()})
+        lines: dict[str, dict[str, float]] = {}
+        for (problem, key), value in values.items():
+            lines.setdefault(problem, {})[key] = value
+        for problem, line in lines.items():
+            if problem in rates:
+                line["learning_rate"] = rates[problem]
+            self._write(METRICS, {"step": step, "problem": problem, **line})
+            self._curve(problem, line, step)
+        self.progress.update(step, {p: line["loss"] for p, line in lines.items() if "loss" in line})
+
+    def validation(self, step: int, figures: Mapping[str, float]) -> None:
+        """A validation's figures, as a line, as an event and as curves."""
+        self._write(METRICS, {"step": step, "problem": "validation", **figures})
+        self.event("validation", step, **figures)
+        self._curve("validation", figures, step)
+        self.progress.validated(step, figures)
+
+    def event(self, kind: str, step: int, **values: Any) -> None:
+        """Something that the engine decided."""
+        self._write(EVENTS, {"event": kind, "step": step, **values})
+        self.progress.event(kind, step, values)
+
+    def picture(self, name: str, step: int, image_HWC: np.ndarray) -> None:
+        """Write ``samples/<name>_<step>.png`` and show it in TensorBoard.
+
+        Args:
+            image_HWC: uint8, (H, W, 3).
+        """
+        if self.directory is None:
+            return
+        folder = self.directory / "samples"
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image_HWC).save(folder / f"{name}_{step:06d}.png")
+        if self._curves is not None:
+            self._curves.add_image(name, image_HWC, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Bring everything written so far to the file system."""
+        for name, file in self._files.items():
+            with writing(self._path(name)):
+                file.flush()
+        if self._curves is not None:
+            self._curves.flush()
+
+    def _write(self, name: str, entry: Mapping[str, Any]) -> None:
+        file = self._files.get(name)
+        if file is None:
+            return
+        with writing(self._path(name)):
+            file.write(json.dumps(entry) + "\n")
+            if name == EVENTS:
+                file.flush()
+
+    def _curve(self, tag: str, figures: Mapping[str, float], step: int) -> None:
+        if self._curves is not None:
+            for key, value in figures.items():
+                self._curves.add_scalar(f"{tag}/{key}", value, step)
+
+    def _path(self, name: str) -> Path:
+        assert self.directory is not None
+        return self.directory / name
+
+    # --------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the files end, and when."""
+        for name, file in self._files.items():
+            file.flush()
+            self._offsets[name] = file.tell()
+        return {"offsets": dict(self._offsets), "step": self.progress.step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on writing where :meth:`state_dict` was taken."""
+        self._offsets = dict(state["offsets"])
+        self._resumed_at = state["step"]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write into the one line a user needs.
+
+    Raises:
+        RunError: in place of OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"can't write {path}: {one_line(error)}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, whole or not at all.
+
+    Raises:
+        RunError: it can't be written.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.partial")
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+
+def read_scalars(values: Mapping[Any, Any]) -> dict[Any, float]:
+    """All scalars as Python floats, with one transfer per device.
+
+    Args:
+        values: numbers, and tensors of one element; what is neither is left out.
+    """
+    tensors = {k: v.detach() for k, v in values.items() if isinstance(v, Tensor) and v.numel() == 1}
+    result = {k: float(v) for k, v in values.items() if isinstance(v, (int, float))}
+    for device in {t.device for t in tensors.values()}:
+        keys = [k for k, t in tensors.items() if t.device == device]
+        stacked = torch.stack([tensors[k].reshape(()).to(torch.float64) for k in keys])
+        result.update(zip(keys, stacked.tolist(), strict=True))
+    return {k: result[k] for k in values if k in result}
+
+
+def timestamp() -> str:
+    """Local time as the name of a run directory."""
+    return time.strftime("%Y%m%d-%H%M%S")

@@ -1,0 +1,87 @@
+"""The table of hypergradient methods, ours, a user's own and Betty's."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from betty.hypergradient import jvp_fn_mapping
+from pydantic import ValidationError
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mlseg.hypergradients.base import Method
+
+_METHODS: dict[str, type["Method"]] = {}
+_M = TypeVar("_M", bound="type[Method]")
+
+
+def register(cls: _M) -> _M:
+    """Class decorator: make a :class:`~mlseg.hypergradients.Method` known by its name.
+
+    The name is the default of the class's ``method`` field. The method is entered in Betty's own
+    table too, so that problems and engines of plain Betty can use it as ``Config(type=name)``.
+
+    Raises:
+        ValueError: another method has that name.
+    """
+    name = cls.model_fields["method"].default
+    if not isinstance(name, str):
+        raise ValueError(f"{cls.__name__}: give the field 'method' its name as default")
+    if name in _METHODS and _METHODS[name].__qualname__ != cls.__qualname__:
+        raise ValueError(f"a hypergradient method named {name!r} is registered already")
+    _METHODS[name] = cls
+    jvp_fn_mapping[name] = _for_betty(name)
+    return cls
+
+
+def names() -> list[str]:
+    """Names of all registered methods, sorted."""
+    return sorted(_METHODS)
+
+
+def resolve(spec: "str | Mapping[str, Any] | Method") -> "Method":
+    """A method from its name, from a mapping with ``method`` and its settings, or as it is.
+
+    Raises:
+        ValueError: no method has that name, or a setting doesn't belong to it.
+    """
+    from mlseg.hypergradients.base import Method
+
+    if isinstance(spec, Method):
+        return spec
+    values = {"method": spec} if isinstance(spec, str) else dict(spec)
+    name = values.get("method", "finite_difference")
+    if name not in _METHODS:
+        near = get_close_matches(str(name), _METHODS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no hypergradient method {name!r}{hint} (there are {', '.join(names())})")
+    cls = _METHODS[name]
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            takes = ", ".join(sorted(set(cls.model_fields) - {"method"}))
+            raise ValueError(f"{name} has no setting {key!r} (it takes {takes})") from None
+        raise ValueError(f"{name}, setting {key!r}: {first['msg']}") from None
+
+
+def _for_betty(name: str):
+    """The method under Betty's calling convention ``(vector, curr, prev, sync)``."""
+
+    def method(vector: list[Tensor], curr, prev, sync: bool) -> list[Tensor] | None:
+        from mlseg.hypergradients.base import Hop
+        from mlseg.problems.base import Problem
+
+        if not isinstance(curr, Problem):
+            raise TypeError(
+                f"{name} replays the step of problem {curr.name!r}: derive it from mlseg.Problem"
+            )
+        (gradient,), _ = curr.hypergradient(list(vector), Hop(curr, [prev]))
+        if not sync:
+            return gradient
+        prev.set_grads(prev.trainable_parameters(), gradient)
+        return None
+
+    return method

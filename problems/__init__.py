@@ -1,0 +1,10 @@
+"""Problems: one level of a multilevel program each, and the systems made of them.
+
+A system is one file here (or anywhere, when named by dotted path): its problems, its settings, and
+one ``build`` that wires them into an engine, registered with
+:func:`mlseg.problems.systems.system`.
+"""
+
+from mlseg.problems.base import Config, Problem
+
+__all__ = ["Config", "Problem"]

@@ -1,0 +1,468 @@
+"""Problem: what every level of a multilevel program shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import betty.configs
+import betty.problems
+import torch
+from betty.hypergradient import jvp_fn_mapping
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from mlseg import randomness
+from mlseg.errors import RunError
+from mlseg.hypergradients import Hop, Interface, Method, Vector, names, resolve
+from mlseg.problems.outer_gradient import OuterGradient
+
+SchedulerClock = Literal["iteration", "epoch", "validation"]
+
+
+@dataclass
+class Config(betty.configs.Config):
+    """Betty's problem settings, and how the level's best response is differentiated.
+
+    Attributes:
+        hypergradient: a method's name, a mapping of ``method`` and its settings, or a ``Method``.
+            It is used when an upper level's gradient passes through this level.
+        scheduler_step: when the learning-rate scheduler steps: after each ``iteration`` in which
+            the optimizer stepped, each ``epoch`` of the first loader, or each ``validation`` (with
+            the monitored metric, if the scheduler takes one).
+
+    Betty's ``type`` is derived from ``hypergradient``, and ``precision`` is ``fp32`` or ``bf16``.
+    """
+
+    hypergradient: str | Mapping[str, Any] | Method = "finite_difference"
+    scheduler_step: SchedulerClock = "iteration"
+
+    def __post_init__(self) -> None:
+        self.hypergradient = resolve(self.hypergradient)
+        self.type = self.hypergradient.method
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision {self.precision!r}: choose fp32 or bf16")
+        if self.scheduler_step not in ("iteration", "epoch", "validation"):
+            raise ValueError(
+                f"scheduler_step {self.scheduler_step!r}: choose iteration, epoch or validation"
+            )
+
+
+class Problem(betty.problems.ImplicitProblem):
+    """One level: a module, its optimizer, its data, and the loss in :meth:`training_step`.
+
+    Derive from it and write ``training_step(batch)``, which returns the loss, or a dict of ``loss``
+    and figures to log. Other problems of the engine are attributes by their names. A problem
+    written for Betty's ``ImplicitProblem`` works as it is when it derives from this class instead.
+
+    What differs from Betty 0.2.1, and why:
+
+    * optimizer and scheduler objects are kept as they were given (Betty rebuilds both and loses
+      parameter groups and state), and a scheduler may step per epoch or validation;
+    * frozen parameters are left alone; losses may be dicts at every level;
+    * when a hypergradient evaluates a step again it sees the same random draw, and buffers
+      (BatchNorm statistics) are afterwards what they were;
+    * the outer gradient is accumulated over the whole graph at once, each level's hop once, however
+      many paths cross it (:mod:`mlseg.problems.outer_gradient`);
+    * nothing synchronises host and device within a step;
+    * ``bf16`` autocast works on the CPU as well.
+
+    Args:
+        name: under which the other problems and the engine see this one.
+        module: whose parameters are the level's variables.
+        optimizer: over (a part of) the module's parameters.
+        train_data_loader: any iterable of batches; may be None when :meth:`get_batch` is overridden.
+        config: defaults to ``Config()``.
+        scheduler: a learning-rate scheduler of ``optimizer``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        train_data_loader: Any = None,
+        config: betty.configs.Config | None = None,
+        scheduler: LRScheduler | None = None,
+        extra_config: Any = None,
+    ) -> None:
+        if isinstance(module, betty.configs.Config):
+            raise TypeError(f"problem {name!r}: pass config by keyword, Problem(..., config=...)")
+        super().__init__(
+            name,
+            config if config is not None else Config(),
+            module,
+            optimizer,
+            scheduler,
+            train_data_loader,
+            extra_config,
+        )
+        self.interface: Interface | None = None
+        self.metrics: dict[str, Any] = {}
+        """Detached figures of the last step; the engine writes them when it logs."""
+        self.replaying = False
+        """True while a hypergradient evaluates the last step again: keep no by-products then."""
+        self.method = _method_of(self._config)
+        self._is_differentiated = False
+        self._random_state: randomness.RandomState | None = None
+        self._weights_before: Vector | None = None
+        self._epoch_random_states: list[randomness.RandomState | None] = []
+        self._batches_drawn: list[int] = []
+
+    # ------------------------------------------------------------------ one step
+
+    def one_step_descent(self, batch: Any = None) -> dict[str, Any]:
+        """Draw a batch, take the (hyper)gradient, step the optimizer."""
+        if batch is None:
+            self.cur_batch = self.get_batch()
+            batch = self.cur_batch
+        if self._is_differentiated:
+            self._random_state = randomness.capture(self.device)
+            self._remember_weights()
+        loss, metrics = self.get_loss(batch)
+        metrics |= self.backward(
+            loss=loss,
+            params=self.trainable_parameters(),
+            paths=self._paths,
+            retain_graph=self._retain_graph,
+            allow_unused=self._allow_unused,
+        )
+        if self.is_implemented("grad_callback"):
+            self.grad_callback()
+        if self.gradient_accumulation_boundary():
+            self.optimizer_step()
+            if self.is_implemented("param_callback"):
+                self.param_callback()
+            self.zero_grad()
+        return metrics
+
+    def get_loss(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
+        """The loss, divided by the number of accumulated batches, and detached figures."""
+        result = self._evaluate(batch)
+        metrics = {
+            key: value.detach() if isinstance(value, Tensor) else value
+            for key, value in result.items()
+        }
+        loss = result["loss"]
+        return (loss / self.gas if self.gas > 1 else loss), metrics
+
+    def training_step_exec(self, batch: Any) -> Tensor:
+        """The loss alone, whatever ``training_step`` returns; Betty's methods call this."""
+        if self.replaying:
+            self.restore_step_randomness()
+        return self._evaluate(batch)["loss"]
+
+    def loss(self, batch: Any) -> Tensor:
+        """``training_step``'s loss in full precision, for a hypergradient's evaluations."""
+        return _as_dict(self.training_step(batch), self.name)["loss"]
+
+    def _evaluate(self, batch: Any) -> dict[str, Any]:
+        return _as_dict(self._in_precision(self.training_step, batch), self.name)
+
+    def _in_precision(self, function: Callable[..., Any], *args: Any) -> Any:
+        if self.precision != "bf16":
+            return function(*args)
+        with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16):
+            return function(*args)
+
+    def backward(
+        self,
+        loss: Tensor,
+        params: Sequence[Tensor],
+        paths: Sequence[Sequence[betty.problems.Problem]],
+        create_graph: bool = False,
+        retain_graph: bool = False,
+        allow_unused: bool = True,
+    ) -> dict[str, Tensor]:
+        """Accumulate the direct gradient and the hypergradient along ``paths`` into ``.grad``.
+
+        Returns:
+            the hypergradient's diagnostics: the norm over each hop and what its method reports.
+        """
+        if not paths or not self._config.first_order:
+            torch.autograd.backward(
+                loss, inputs=list(params), create_graph=create_graph, retain_graph=retain_graph
+            )
+            return {}
+        outer = OuterGradient(self, paths)
+        gradient, diagnostics = outer(loss, params, retain_graph=retain_graph)
+        self.set_grads(params, gradient)
+        return diagnostics
+
+    def hypergradient(self, vector: Vector, hop: Hop) -> tuple[list[Vector], dict[str, Tensor]]:
+        """Carry an outer gradient over ``hop``, which starts from this level, by its method."""
+        if self.method is not None:
+            return self.method(vector, hop)
+        with self.revisiting():
+            method = jvp_fn_mapping[self._config.type]
+            return [list(method(vector, self, source, False)) for source in hop.sources], {}
+
+    # --------------------------------------------------- evaluating a step again
+
+    @property
+    def is_differentiated(self) -> bool:
+        """Whether an upper level's gradient passes through this level."""
+        return self._is_differentiated
+
+    def random_state(self) -> randomness.RandomState:
+        """The generators' present state, for an :class:`Interface`."""
+        return randomness.capture(self.device)
+
+    def restore_step_randomness(self, state: randomness.RandomState | None = None) -> None:
+        """Set the generators to ``state``, by default to that at the start of the last step."""
+        state = state if state is not None else self._random_state
+        if state is not None:
+            randomness.restore(state, self.device)
+
+    @contextmanager
+    def revisiting(self) -> Iterator[None]:
+        """Within this block evaluations leave no trace: not in buffers, not in random streams."""
+        buffers = [b for p in self._everyone() for b in p.module.buffers()]
+        kept = [b.clone() for b in buffers]
+        self.replaying = True
+        try:
+            with randomness.replayed(None, self.device):
+                yield
+        finally:
+            self.replaying = False
+            with torch.no_grad():
+                for buffer, value in zip(buffers, kept, strict=True):
+                    buffer.copy_(value)
+
+    @contextmanager
+    def at_weights_before_step(self, active: bool) -> Iterator[None]:
+        """Within this block the level's parameters are those that its last step started from."""
+        if not active:
+            with nullcontext():
+                yield
+            return
+        assert self._weights_before is not None, "no step has been taken yet"
+        parameters = self.trainable_parameters()
+        kept = [p.data for p in parameters]
+        for p, data in zip(parameters, self._weights_before, strict=True):
+            p.data = data
+        try:
+            yield
+        finally:
+            for p, data in zip(parameters, kept, strict=True):
+                p.data = data
+
+    def _remember_weights(self) -> None:
+        if self.method is None or self.method.linearise != "before_step":
+            return
+        present = [p.detach() for p in self.trainable_parameters()]
+        if self._weights_before is None:
+            self._weights_before = [p.clone() for p in present]
+        else:
+            torch._foreach_copy_(self._weights_before, present)
+
+    def _everyone(self) -> list[betty.problems.Problem]:
+        """This problem and all others of its engine, which Betty sets as attributes by name."""
+        others = [v for v in vars(self).values() if isinstance(v, betty.problems.Problem)]
+        return [self, *others]
+
+    # ------------------------------------------------------------- the step order
+
+    def step_normal(self, global_step: int | None = None) -> None:
+        """Step, then let the uppers step when this level has done its ``unroll_steps``."""
+        if not self.check_ready():
+            return
+        if self._inner_loop_start:
+            if self.is_implemented("on_inner_loop_start"):
+                self.on_inner_loop_start()
+            self._inner_loop_start = False
+            if self._roll_back:
+                self.cache_states()
+        if self._training:
+            self._count += 1
+        self.metrics = self.one_step_descent()
+        if not self._roll_back and self.gradient_accumulation_boundary():
+            self.step_scheduler("iteration")
+        if self.log_step > 0 and self._count % self.log_step == 0 and self.is_rank_zero():
+            self.log(self.metrics, global_step)
+        if (
+            self._training
+            and self._count % (self._unroll_steps * self.gas) == 0
+            and self._count > self.warmup_steps
+        ):
+            for problem in self._parents:
+                problem.ready[problem.children.index(self)] = True
+                problem.step_normal(global_step=global_step)
+            self._inner_loop_start = True
+        self.ready = [False] * len(self._children)
+
+    def step_scheduler(self, clock: SchedulerClock, metric: float | None = None) -> None:
+        """Step the scheduler if this is the clock it goes by.
+
+        Args:
+            clock: what has just happened.
+            metric: the monitored validation metric, for ``ReduceLROnPlateau``.
+        """
+        when = getattr(self._config, "scheduler_step", "iteration")
+        if self.scheduler is None or clock != when:
+            return
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            if metric is None:
+                raise RunError(
+                    f"problem {self.name!r}: reduce_on_plateau needs a validation metric; "
+                    "set its step to 'validation' and validate"
+                )
+            self.scheduler.step(metric)
+        else:
+            self.scheduler.step()
+
+    def epoch_callback_exec(self) -> None:
+        """One pass over the first loader is over."""
+        self.step_scheduler("epoch")
+        super().epoch_callback_exec()
+
+    # ------------------------------------------------------------------- wiring
+
+    def initialize(self) -> None:
+        """Set up loaders, module, optimizer and scheduler; the engine calls it once."""
+        super().initialize()
+        if self.optimizer is None and self.trainable_parameters():
+            raise ValueError(f"problem {self.name!r} has parameters but no optimizer")
+        count = len(self.train_data_loader or ())
+        self._epoch_random_states = [None] * count
+        self._batches_drawn = [0] * count
+        self.connect()
+
+    def patch_optimizer(self) -> None:
+        """Keep the optimizer object; only its state follows the module to the device."""
+        if self._strategy not in (None, "default", "cpu", "gpu"):
+            super().patch_optimizer()
+        elif self.optimizer is not None:
+            _move_state(self.optimizer, self.device)
+
+    def patch_scheduler(self) -> None:
+        """Keep the scheduler object."""
+
+    def set_train_data_loader(self, loader: Any, idx: int = 0) -> None:
+        """Replace a loader; the next batch comes from the new one."""
+        super().set_train_data_loader(loader, idx)
+        self.train_data_iterator[idx] = iter(self.train_data_loader[idx])
+        self._epoch_random_states[idx] = None
+        self._batches_drawn[idx] = 0
+
+    def connect(self) -> None:
+        """Take note of the dependency graph; the engine calls it whenever the graph changes."""
+        self.ready = [False] * len(self._children)
+        self._inner_loop_start = True
+        self._is_differentiated = any(
+            self in path[1:-1] for problem in self._everyone() for path in problem.paths
+        )
+        self._weights_before = None
+
+    def trainable_parameters(self) -> Vector:
+        """The module's parameters that require a gradient."""
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    # ------------------------------------------------------------- data and state
+
+    def get_batch_single_loader(self, idx: int) -> Any:
+        """The next batch of loader ``idx``, counted so that a resumed run finds its place."""
+        if _keeps_its_place(self.train_data_loader[idx]):
+            return super().get_batch_single_loader(idx)
+        state = randomness.capture(self.device)
+        if self._epoch_random_states[idx] is None:
+            # Betty starts the first pass while it sets up; start it here, from a known state.
+            self.train_data_iterator[idx] = iter(self.train_data_loader[idx])
+            self._epoch_random_states[idx] = state
+        epoch = self.epoch_counter[idx]
+        batch = super().get_batch_single_loader(idx)
+        if self.epoch_counter[idx] != epoch:
+            self._epoch_random_states[idx] = state
+            self._batches_drawn[idx] = 0
+        self._batches_drawn[idx] += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        state = super().state_dict() if self.optimizer is not None else self._module_state()
+        state["count"] = self._count
+        state["inner_loop_start"] = self._inner_loop_start
+        state["ready"] = list(self.ready)
+        state["loaders"] = [self._loader_state(i) for i in range(len(self._batches_drawn))]
+        if any(parent.ready[parent.children.index(self)] for parent in self._parents):
+            # An upper level still waits for another lower one and will evaluate this step again.
+            state["last_step"] = {"batch": self.cur_batch, "random_state": self._random_state}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`; the loaders go on where they were."""
+        if self.optimizer is not None:
+            super().load_state_dict(state)
+        else:
+            self.module.load_state_dict(state["module"])
+        self._count = state["count"]
+        self._inner_loop_start = state["inner_loop_start"]
+        self.ready = list(state["ready"])
+        for idx, loader_state in enumerate(state["loaders"]):
+            self._restore_loader(idx, loader_state)
+        if "last_step" in state:
+            self.cur_batch = state["last_step"]["batch"]
+            self._random_state = state["last_step"]["random_state"]
+
+    def _module_state(self) -> dict[str, Any]:
+        return {"module": self.module.state_dict()}
+
+    def _loader_state(self, idx: int) -> dict[str, Any]:
+        loader = self.train_data_loader[idx]
+        state: dict[str, Any] = {"epoch": self.epoch_counter[idx]}
+        if _keeps_its_place(loader):
+            state["loader"] = loader.state_dict()
+        else:
+            state["drawn"] = self._batches_drawn[idx]
+            state["epoch_random_state"] = self._epoch_random_states[idx]
+        return state
+
+    def _restore_loader(self, idx: int, state: dict[str, Any]) -> None:
+        """Put a loader back in its place: by its own state, or by drawing the epoch again.
+
+        A loader without a state of its own (``DataLoader``) is started from the random state in
+        which the epoch began and run forward over the batches already used.
+        """
+        loader = self.train_data_loader[idx]
+        self.epoch_counter[idx] = state["epoch"]
+        if "loader" in state:
+            loader.load_state_dict(state["loader"])
+            self.train_data_iterator[idx] = iter(loader)
+            return
+        self._batches_drawn[idx] = state["drawn"]
+        self._epoch_random_states[idx] = state["epoch_random_state"]
+        if state["epoch_random_state"] is None:
+            return
+        with randomness.replayed(state["epoch_random_state"], self.device):
+            self.train_data_iterator[idx] = iter(loader)
+            for _ in range(state["drawn"]):
+                next(self.train_data_iterator[idx])
+
+
+def _method_of(config: betty.configs.Config) -> Method | None:
+    """The config's method; None when a config of Betty's names a method of Betty's."""
+    if isinstance(config, Config):
+        return resolve(config.hypergradient)
+    return resolve(config.type) if config.type in names() else None
+
+
+def _keeps_its_place(loader: Any) -> bool:
+    return callable(getattr(loader, "state_dict", None))
+
+
+def _as_dict(result: Any, name: str) -> dict[str, Any]:
+    values = dict(result) if isinstance(result, Mapping) else {"loss": result}
+    if not isinstance(values.get("loss"), Tensor):
+        raise TypeError(
+            f"problem {name!r}: training_step must return the loss, a tensor, or a dict with 'loss'"
+        )
+    return values
+
+
+def _move_state(optimizer: torch.optim.Optimizer, device: torch.device | str) -> None:
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and key != "step":
+                state[key] = value.to(device)
