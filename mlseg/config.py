@@ -237,9 +237,13 @@ def _merge_mapping(
             into[key] = value
             for stale in [place for place in origins if place[: len(here)] == here]:
                 del origins[stale]
-            for place, origin in over_origins.items():
-                if place[: len(here)] == here:
-                    origins[place] = origin
+            origins.update(
+                (place, origin)
+                for place, origin in over_origins.items()
+                if place[: len(here)] == here
+            )
+            # An override's KEY makes the mappings above it without saying so.
+            origins.setdefault(here, COMMAND_LINE)
 
 
 def _other(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

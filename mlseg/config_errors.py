@@ -52,8 +52,8 @@ def explain(
         and the number of other faulty keys.
     """
     faults: dict[Path, list[ErrorDetails]] = {}
-    for details in error.errors():
-        faults.setdefault(_config_path(details, values), []).append(details)
+    for path, details in _of_meant_members(error.errors(), values):
+        faults.setdefault(path, []).append(details)
     # A member of a union that fits in shape says more than those that don't.
     paths = [path for path in faults if not any(_inside(other, path) for other in faults)]
     first = paths[0]
@@ -79,9 +79,37 @@ def _short(text: str, length: int = 60) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def _config_path(details: ErrorDetails, values: Any) -> Path:
-    """pydantic's location without the members of unions, which are no keys of the config."""
+def _of_meant_members(
+    errors: Sequence[ErrorDetails], values: Any
+) -> Iterator[tuple[Path, ErrorDetails]]:
+    """The errors and their paths, less those of union members that another name rules out.
+
+    For a union without discriminator pydantic reports every member, also those whose
+    `name: Literal[...]` the config contradicts while another member's fits.
+    """
+    located = [(*_config_path(details, values), details) for details in errors]
+    members = {details["loc"][:position] for _, tags, details in located for position in tags}
+    ruled_out = {
+        details["loc"][:-1]
+        for _, _, details in located
+        if details["type"] == "literal_error" and details["loc"][:-1] in members
+    }
+    kept = {member[:-1] for member in members - ruled_out}
+    for path, tags, details in located:
+        prefixes = [details["loc"][:position] for position in tags]
+        if not any(member in ruled_out and member[:-1] in kept for member in prefixes):
+            yield path, details
+
+
+def _config_path(details: ErrorDetails, values: Any) -> tuple[Path, list[int]]:
+    """pydantic's location without the members of unions, which are no keys of the config.
+
+    Returns:
+        The path, and for each union on the way the length of the location up to and
+        with its member.
+    """
     path: list[str | int] = []
+    tags: list[int] = []
     node = values
     location = details["loc"]
     for position, part in enumerate(location):
@@ -91,11 +119,14 @@ def _config_path(details: ErrorDetails, values: Any) -> Path:
         elif isinstance(node, Sequence) and not isinstance(node, str) and isinstance(part, int):
             node = node[part] if part < len(node) else None
         elif not (last and details["type"] == "missing"):
+            tags.append(position + 1)
             continue
         path.append(part)
     if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
         path.append(str(details["ctx"]["discriminator"]).strip("'"))
-    return tuple(path)
+    if details["type"] == "missing" and isinstance(path[-1], int):
+        path.pop()  # an item of a tuple: the list is too short
+    return tuple(path), tags
 
 
 def _inside(inner: Path, outer: Path) -> bool:
@@ -109,6 +140,8 @@ def _text(
     first = faults[0]
     if kinds == {"extra_forbidden"}:
         return _unknown_key(path, settings, values)
+    if kinds == {"missing"} and isinstance(first["loc"][-1], int):
+        return f"expected at least {first['loc'][-1] + 1} items, got {quoted(first['input'])}"
     if kinds == {"missing"}:
         return f"missing; it must be set{_wanted(path, settings, values)}"
     if "union_tag_not_found" in kinds:
@@ -126,7 +159,7 @@ def _text(
     if others:
         said = others[0]["msg"].removeprefix("Input ")
         return f"{said[0].lower()}{said[1:]}, got {quoted(others[0]['input'])}"
-    if choices and not expected:
+    if choices and not expected and not isinstance(first["input"], (Mapping, list)):
         return _no_choice(first["input"], choices)
     expected += [repr(choice) if isinstance(choice, str) else str(choice) for choice in choices]
     return f"expected {' or '.join(dict.fromkeys(expected))}, got {quoted(first['input'])}"
@@ -154,8 +187,9 @@ def _unknown_key(path: Path, settings: type[pydantic.BaseModel], values: Any) ->
     near = difflib.get_close_matches(key, valid, n=1)
     if near:
         return f"unknown key; did you mean '{'.'.join(map(str, (*path[:-1], near[0])))}'?"
+    here = ".".join(map(str, path))
     elsewhere = [dotted for dotted in _all_keys(settings) if dotted.split(".")[-1] == key]
-    if elsewhere:
+    if elsewhere and here not in elsewhere:
         return f"unknown key here; did you mean '{elsewhere[0]}'?"
     return f"unknown key; valid here: {', '.join(valid) or 'none'}"
 
@@ -173,7 +207,12 @@ def _wanted(path: Path, settings: type[pydantic.BaseModel], values: Any) -> str:
                 ]
                 if choices:
                     return f" to one of {', '.join(map(str, dict.fromkeys(choices)))}"
-                simple = {str: "a string", int: "an integer", float: "a number", list: "a list"}
+                simple: dict[Any, str] = {
+                    str: "a string",
+                    int: "an integer",
+                    float: "a number",
+                    list: "a list",
+                }
                 kind = simple.get(get_origin(info.annotation) or info.annotation)
                 return f" to {kind}" if kind else ""
     return ""
@@ -241,9 +280,7 @@ def _fits(model: type[pydantic.BaseModel], value: Mapping[str, Any]) -> bool:
     )
 
 
-def _all_keys(
-    annotation: Any, prefix: str = "", above: tuple[type, ...] = ()
-) -> Iterator[str]:
+def _all_keys(annotation: Any, prefix: str = "", above: tuple[type, ...] = ()) -> Iterator[str]:
     for model in _members(annotation):
         if _is_model(model) and model not in above:
             for name, info in model.model_fields.items():

@@ -9,13 +9,13 @@ strings that the loader would otherwise take for something else.
 """
 
 import re
-from collections.abc import Hashable
 from typing import Any
 
 import yaml
 
 from mlseg.errors import UserError
 
+Scalar = str | int | float | bool | None
 Path = tuple[str | int, ...]
 """Where a value stands: mapping keys and list indices from the top."""
 
@@ -54,6 +54,15 @@ class Dumper(yaml.SafeDumper):
 for _name, _pattern, _first in _CORE_SCHEMA:
     for _class in (Loader, Dumper):
         _class.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _first)
+
+
+def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # PyYAML folds Unicode's line breaks into spaces unless they are written as escapes.
+    style = '"' if any(character in text for character in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar(_TAG + "str", text, style=style)
+
+
+Dumper.add_representer(str, _represent_str)
 Dumper.add_representer(tuple, yaml.representer.SafeRepresenter.represent_list)
 
 
@@ -138,13 +147,14 @@ def _build(
     raise UserError(f"{name}:{line}: the YAML tag '{node.tag}' has no meaning in a config")
 
 
-def _scalar(loader: Loader, node: yaml.Node, name: str) -> Hashable:
+def _scalar(loader: Loader, node: yaml.ScalarNode, name: str) -> Scalar:
     try:
-        return loader.construct_object(node)
+        value: Scalar = loader.construct_object(node)
     except (ValueError, KeyError):  # an explicit tag that the text doesn't fit, as in `!!int x`
         line = node.start_mark.line + 1
         kind = node.tag.removeprefix(_TAG)
         raise UserError(f"{name}:{line}: {node.value!r} can't be read as {kind}") from None
+    return value
 
 
 def _key(loader: Loader, node: yaml.Node, name: str) -> str:
