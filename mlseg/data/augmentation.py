@@ -174,9 +174,7 @@ class Augmentation:
             theta = to_theta(matrix, height, width)
         return Draw(theta, self._colour(batch, generator))
 
-    def apply(
-        self, image: Tensor | None, mask: Tensor, draw: Draw
-    ) -> tuple[Tensor | None, Tensor]:
+    def apply(self, image: Tensor | None, mask: Tensor, draw: Draw) -> tuple[Tensor | None, Tensor]:
         """Apply a draw: see `__call__`. Differentiable with respect to the image."""
         if draw.theta is not None:
             theta = _to(draw.theta, mask.device)
@@ -287,9 +285,7 @@ def jitter(image: Tensor, colour: Tensor) -> Tensor:
     Args:
         colour: (B, 4) factors and angle, see `Draw`, on the image's device.
     """
-    brightness, contrast, saturation, hue = (
-        colour.to(image.dtype).view(-1, 4, 1, 1, 1).unbind(1)
-    )
+    brightness, contrast, saturation, hue = colour.to(image.dtype).view(-1, 4, 1, 1, 1).unbind(1)
     value = (image + 1) / 2 * brightness
     if image.shape[1] == 3:
         grey = sum(weight * value[:, c : c + 1] for c, weight in enumerate(LUMA))
@@ -318,7 +314,11 @@ def _turn(chroma: Tensor, angle: Tensor) -> Tensor:
 
 
 def _matrix(
-    xx: Tensor, xy: Tensor | int, x: Tensor | int, yx: Tensor | int, yy: Tensor | int,
+    xx: Tensor,
+    xy: Tensor | int,
+    x: Tensor | int,
+    yx: Tensor | int,
+    yy: Tensor | int,
     y: Tensor | int,
 ) -> Tensor:
     """(B, 3, 3) float64 of the affine map (x, y) -> (xx x + xy y + x, yx x + yy y + y)."""

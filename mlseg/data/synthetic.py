@@ -104,15 +104,13 @@ def axes(size: tuple[int, int]) -> tuple[Array, Array]:
     )
 
 
-def _lesion(
-    rng: np.random.Generator, height: int, width: int
-) -> tuple[Array, NDArray[np.uint8]]:
+def _lesion(rng: np.random.Generator, height: int, width: int) -> tuple[Array, NDArray[np.uint8]]:
     """One RGB image (H, W, 3), 0 to 255, and its mask (H, W)."""
     size = (height, width)
     x, y = axes(size)
     image, tone = _skin(rng, size)
 
-    radius = float(np.exp(rng.uniform(np.log(0.075), np.log(0.42))))
+    radius = float(np.exp(rng.uniform(np.log(0.09), np.log(0.46))))
     spread = 0.13 * (1 - radius)
     centre = rng.normal(0, spread, 2)
     distance, drawn = _outline(rng, x - centre[0], y - centre[1], radius, size)
@@ -163,7 +161,9 @@ def _outline(
     wave = np.zeros_like(reach)
     smooth = np.zeros_like(reach)
     for order in range(1, 8):
-        term = rng.normal() * ragged / order**0.8 * np.cos(order * angle + rng.uniform(0, 2 * np.pi))
+        term = (
+            rng.normal() * ragged / order**0.8 * np.cos(order * angle + rng.uniform(0, 2 * np.pi))
+        )
         wave += term
         if order <= 3:
             smooth += term
@@ -172,7 +172,7 @@ def _outline(
     visible = reach - np.clip(1 + wave, 0.35, None) + crumbled
 
     # A mask follows the outline closely or as a rough hand-drawn curve, a little wide on average.
-    slack = rng.normal(0.05, 0.07)
+    slack = rng.normal(0.05, 0.05)
     if rng.random() < 0.5:
         return visible, reach - np.clip(1 + smooth, 0.35, None) - slack
     return visible, visible - slack
@@ -182,17 +182,21 @@ def _pigmented(
     rng: np.random.Generator, image: Array, size: tuple[int, int], distance: Array, tone: Array
 ) -> Array:
     """The lesion over the skin: two or three pigments, uneven density, a soft border."""
-    strength = 0.22 + 0.75 * rng.beta(1.6, 1.2)
-    soft = np.exp(rng.uniform(np.log(0.03), np.log(0.28)))
+    strength = 0.3 + 0.7 * rng.beta(2.2, 1.0)
+    soft = np.exp(rng.uniform(np.log(0.03), np.log(0.2)))
     cover = _sigmoid(-distance / soft)
-    density = np.clip(1 + rng.uniform(0.05, 0.5) * noise(rng, int(rng.integers(4, 12)), size), 0, 1.3)
+    clouds = rng.uniform(0.05, 0.35) * noise(rng, int(rng.integers(4, 10)), size)
+    grains = rng.uniform(0.05, 0.35) * noise(rng, int(rng.integers(16, 48)), size)
+    density = np.clip(1 + clouds + grains, 0, 1.3)
     if rng.random() < 0.2:  # regression: the middle has faded
         density = density * (1 - rng.uniform(0.3, 0.9) * _sigmoid((-distance - 0.5) / 0.12))
     if rng.random() < 0.35:  # pigment network
-        density = density * (1 - 0.35 * (noise(rng, int(rng.integers(20, 36)), size) > 0.4))
+        density = density * (
+            1 - 0.4 * _sigmoid(5 * (noise(rng, int(rng.integers(20, 36)), size) - 0.4))
+        )
 
     first, second, third = _PIGMENT[rng.integers(0, len(_PIGMENT), 3)]
-    first = np.minimum(first, 0.92 * tone)  # a lesion is darker than the skin around it
+    first = np.minimum(first, 0.85 * tone)  # a lesion is darker than the skin around it
     share = _sigmoid(2.5 * noise(rng, int(rng.integers(2, 6)), size) - rng.uniform(0, 3))
     colour = first + share[..., None] * (np.minimum(second, tone) - first)
     if rng.random() < 0.3:
@@ -202,9 +206,7 @@ def _pigmented(
     return image + alpha * (colour - image)
 
 
-def _mole(
-    rng: np.random.Generator, image: Array, size: tuple[int, int], tone: Array
-) -> Array:
+def _mole(rng: np.random.Generator, image: Array, size: tuple[int, int], tone: Array) -> Array:
     """A freckle or mole that isn't the lesion."""
     x, y = axes(size)
     place = rng.uniform(-0.5, 0.5, 2)
@@ -238,7 +240,11 @@ def _artefacts(rng: np.random.Generator, image: Array, size: tuple[int, int]) ->
     if rng.random() < 0.08:
         image = _over(image, 0.6 * _scribble(rng, size), _INK)
     if rng.random() < 0.08:
-        turn, away, radius = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 0.62), rng.uniform(0.1, 0.3)
+        turn, away, radius = (
+            rng.uniform(0, 2 * np.pi),
+            rng.uniform(0.5, 0.62),
+            rng.uniform(0.1, 0.3),
+        )
         reach = np.hypot(x - away * np.cos(turn), y - away * np.sin(turn))
         sticker = _STICKERS[rng.integers(0, len(_STICKERS))]
         image = _over(image, np.clip((radius - reach) * 80, 0, 1), sticker)
