@@ -1,0 +1,105 @@
+# make run                  train the main system in its small form, on this machine
+# make run CONFIG=configs/supervised_isic_small.yaml ARGS="engine.iterations=50"
+# make test                 the tests; make check adds lint and types
+#
+# Every target first sets up .venv, which needs nothing but make and a Python 3.11 to
+# 3.13 with pip and venv. Package indexes come from UV_* or, where those aren't set,
+# from PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and PIP_FIND_LINKS.
+
+PYTHON ?= python3
+CONFIG ?= configs/e2eaug_isic_small.yaml
+ARGS ?=
+TEST_WORKERS ?= 2
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+
+# uv reads none of pip's settings, and it is uv that installs all but itself.
+comma := ,
+space := $(subst ,, )
+ifeq ($(UV_DEFAULT_INDEX)$(UV_INDEX_URL),)
+ifneq ($(PIP_INDEX_URL),)
+export UV_DEFAULT_INDEX := $(PIP_INDEX_URL)
+endif
+endif
+ifeq ($(UV_INDEX)$(UV_EXTRA_INDEX_URL),)
+ifneq ($(PIP_EXTRA_INDEX_URL),)
+export UV_INDEX := $(PIP_EXTRA_INDEX_URL)
+endif
+endif
+ifeq ($(UV_FIND_LINKS),)
+ifneq ($(PIP_FIND_LINKS),)
+export UV_FIND_LINKS := $(subst $(space),$(comma),$(PIP_FIND_LINKS))
+endif
+endif
+ifeq ($(SSL_CERT_FILE),)
+ifneq ($(PIP_CERT),)
+export SSL_CERT_FILE := $(PIP_CERT)
+endif
+endif
+
+.PHONY: install run test lint format types check clean
+.DEFAULT_GOAL := install
+
+install: $(STAMP)
+
+run: $(STAMP)
+	@$(BIN)/python -m mlseg.run $(CONFIG) $(ARGS)
+
+# One thread per worker: the networks of the tests are too small to share out.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# mypy can't follow package_dir, so it checks links that stand as the installed package
+# does; sed turns its paths back into the repository's.
+types: CHECKED := tests $(if $(wildcard benchmarks/*.py),benchmarks)
+types: $(STAMP)
+	@rm -rf build/types && mkdir -p build/types/mlseg
+	@ln -s $(CURDIR)/mlseg/* $(CURDIR)/problems $(CURDIR)/engines build/types/mlseg
+	@ln -s $(addprefix $(CURDIR)/,$(CHECKED)) build/types
+	@cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
+		--cache-dir $(CURDIR)/.mypy_cache mlseg $(CHECKED) >report; status=$$?; \
+	sed -e 's#^mlseg/problems/#problems/#' -e 's#^mlseg/engines/#engines/#' report; exit $$status
+
+check: lint types test
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# uv, not pip: pip heeds betty-ml's "Python below 3.11" and falls back to a broken 0.1.1.
+# The import at the end checks the result and leaves it compiled.
+$(STAMP): setup.cfg pyproject.toml constraints.txt $(BIN)/uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt \
+		--build-constraints constraints.txt --editable '.[dev]'
+	@$(BIN)/python -W ignore -c 'import mlseg'
+	@touch $@
+
+$(BIN)/uv:
+	@if ! test -x $(BIN)/python; then \
+		for python in $(PYTHON) python3.13 python3.12 python3.11; do \
+			if $$python -c '$(SUPPORTED)' 2>/dev/null; then found=$$python; break; fi; \
+		done; \
+		if test -z "$$found"; then \
+			echo "mlseg needs Python 3.11 to 3.13, and '$(PYTHON)' is" \
+				"$$($(PYTHON) --version 2>/dev/null || echo missing);" \
+				"name one with: make PYTHON=/path/to/python3.12" >&2; exit 1; \
+		fi; \
+		$$found -m venv .venv >/dev/null || { rm -rf .venv; \
+			echo "$$found can't make a virtual environment; on Debian and Ubuntu install" \
+				"its package python3-venv" >&2; exit 1; }; \
+	elif ! $(BIN)/python -c '$(SUPPORTED)'; then \
+		echo "mlseg needs Python 3.11 to 3.13, and .venv has $$($(BIN)/python --version);" \
+			"remove it with: make clean" >&2; exit 1; \
+	fi
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
