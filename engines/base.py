@@ -15,16 +15,16 @@ import torch
 from betty.logging import logger as betty_logger
 from betty.logging.logger_base import get_logger
 from betty.problems import Problem as BettyProblem
+from mlseg.engines.interruption import Interruption
+from mlseg.engines.nan_guard import NanGuard
+from mlseg.engines.recording import Recorder
+from mlseg.problems.base import Problem
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from mlseg import checkpoint, randomness
 from mlseg.config import Settings
-from mlseg.engines.interruption import Interruption
-from mlseg.engines.nan_guard import NanGuard
-from mlseg.engines.recording import Recorder
 from mlseg.errors import RunError, UserError
-from mlseg.problems.base import Problem
 
 Dependencies = Mapping[BettyProblem, Sequence[BettyProblem]]
 
@@ -35,7 +35,7 @@ class EngineSettings(Settings):
     Attributes:
         iterations: of the last stage; a stage before it (pre-training) has its own count.
         validate_every: iterations between validations; 0 for none but the last.
-        checkpoint_every: iterations between saves of ``last.pt``; None: at each validation.
+        checkpoint_every: iterations between saves of ``last.pt``; None: ``validate_every``.
         log_every: iterations between written figures; this is when host and device synchronise.
         metric: the validation figure that chooses ``best.pt``; None: the data set's headline metric.
         mode: whether more or less of it is better.
@@ -192,7 +192,8 @@ class Engine(betty.engine.Engine):
         """Over all stages."""
         return sum(stage.iterations for stage in self.stages)
 
-    def _enter_stage(self, index: int) -> None:
+    def enter_stage(self, index: int) -> None:
+        """Make stage `index` the present one: its graph, its leaves."""
         self.stage_index = index
         self.set_dependency({"u2l": self.stage.u2l, "l2u": self.stage.l2u})
         for problem in self.problems:
@@ -218,7 +219,9 @@ class Engine(betty.engine.Engine):
         self._clock = time.monotonic()
         self.train()
         with Interruption() as interruption, self.recorder.opened(self):
+            ran = False
             while self._advance_stage():
+                ran = True
                 self.global_step += 1
                 self.stage_step += 1
                 self.train_step()
@@ -234,9 +237,9 @@ class Engine(betty.engine.Engine):
                     raise interruption.exception(self.global_step)
                 if self.stopped_early:
                     break
-            self._count_seconds()
-            self.recorder.event("finished", self.global_step)
-            self.save()
+            if ran:
+                self.recorder.event("finished", self.global_step)
+                self.save()
 
     def results(self) -> dict[str, Any]:
         """What to report of the run once it is over."""
@@ -268,7 +271,7 @@ class Engine(betty.engine.Engine):
                 self.stage.on_end()
             self.recorder.event("stage_end", self.global_step, stage=self.stage.name)
             self.stage_step = 0
-            self._enter_stage(self.stage_index + 1)
+            self.enter_stage(self.stage_index + 1)
         if self.stage_step == 0:
             self.recorder.event("stage_start", self.global_step, stage=self.stage.name)
         return not self.stopped_early
@@ -321,11 +324,9 @@ class Engine(betty.engine.Engine):
     # --------------------------------------------------------------- validation
 
     def _validate_if_due(self) -> None:
-        last_stage = self.stage_index == len(self.stages) - 1
-        every = self.settings.validate_every or self.stage.iterations
-        if not (last_stage and self._is_due(every)):
+        if not self._is_due(self.settings.validate_every or self.stage.iterations):
             return
-        if self.do_validation():
+        if self.stage_index == len(self.stages) - 1 and self.do_validation():
             self.validate()
         if self.settings.checkpoint_every is None:
             self.save()
@@ -417,7 +418,7 @@ class Engine(betty.engine.Engine):
                 f"the checkpoint is in stage {engine['stage']!r}, this run has {', '.join(names)}; "
                 "resume with the config it was started with"
             )
-        self._enter_stage(names.index(engine["stage"]))
+        self.enter_stage(names.index(engine["stage"]))
         self.stage_step = engine["stage_step"]
         self.global_step = engine["global_step"]
         self.best = engine["best"]

@@ -11,12 +11,12 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from mlseg.engines.progress import Progress
 from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from mlseg.checkpoint import one_line
-from mlseg.engines.progress import Progress
 from mlseg.errors import RunError
 
 if TYPE_CHECKING:
@@ -187,10 +187,19 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         RunError: it can't be written.
     """
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text``, whole or not at all; the folder is made when missing.
+
+    Raises:
+        RunError: it can't be written.
+    """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.partial")
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
 
 

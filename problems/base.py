@@ -11,13 +11,13 @@ import betty.configs
 import betty.problems
 import torch
 from betty.hypergradient import jvp_fn_mapping
+from mlseg.problems.outer_gradient import OuterGradient
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mlseg import randomness
 from mlseg.errors import RunError
 from mlseg.hypergradients import Hop, Interface, Method, Vector, names, resolve
-from mlseg.problems.outer_gradient import OuterGradient
 
 SchedulerClock = Literal["iteration", "epoch", "validation"]
 
@@ -227,9 +227,9 @@ class Problem(betty.problems.ImplicitProblem):
                 yield
         finally:
             self.replaying = False
-            with torch.no_grad():
-                for buffer, value in zip(buffers, kept, strict=True):
-                    buffer.copy_(value)
+            for buffer, value in zip(buffers, kept, strict=True):
+                # Through ``data``: a graph that is still to be walked may have saved the buffer.
+                buffer.data.copy_(value)
 
     @contextmanager
     def at_weights_before_step(self, active: bool) -> Iterator[None]:

@@ -1,0 +1,23 @@
+"""What every command shares: how failures reach the user."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from mlseg.engines.interruption import Interrupted
+from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, RunError, UserError
+
+
+def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """Run a command; a user's mistake and a failed run become one line on stderr and a code."""
+    try:
+        return command(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except RunError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return EXIT_RUN_ERROR
+    except Interrupted as interrupted:
+        print(f"{interrupted}; go on with --resume", file=sys.stderr)
+        return interrupted.exit_code

@@ -1,0 +1,141 @@
+"""Segment images with a finished run.
+
+    python -m mlseg.predict runs/try images/ --out masks/
+    python -m mlseg.predict runs/try lesion.jpg --out masks/
+    python -m mlseg.predict runs/try 'images/*_left.png' --out masks/
+
+For each image two PNGs at its own size: ``<name>.png``, the mask (0 and 255 for two classes, else
+class indices with the classes' colours as palette), and ``<name>_overlay.png``.
+"""
+
+import argparse
+import glob
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from mlseg.commands import guarded
+from mlseg.data import to_float
+from mlseg.data.decode import read_image
+from mlseg.engines.base import choose_device
+from mlseg.engines.pictures import overlay
+from mlseg.engines.recording import writing
+from mlseg.errors import EXIT_USER_ERROR, UserError
+from mlseg.trained import Trained, load_trained
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    return guarded(_run, parser().parse_args(argv))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Its arguments."""
+    made = argparse.ArgumentParser(prog="mlseg predict", description="Segment images with a run.")
+    made.add_argument("run", type=Path, help="run directory")
+    made.add_argument("images", help="a folder, a file, or a glob in quotes")
+    made.add_argument("--out", type=Path, required=True, help="folder for masks and overlays")
+    made.add_argument("--weights", choices=("best", "last"), default="best")
+    made.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    return made
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    paths = find_images(arguments.images)
+    trained = load_trained(arguments.run, choose_device(arguments.device), arguments.weights)
+    with writing(arguments.out):
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True, highlight=False)
+    failed = 0
+    for path in track(paths, "Segmenting", console=console, disable=not console.is_terminal):
+        try:
+            image = read_image(path, trained.in_channels)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        mask = segment(trained, image)
+        with writing(arguments.out):
+            _mask_image(mask, trained).save(arguments.out / f"{path.stem}.png")
+            shown = overlay(_rgb(image), mask, trained.palette)
+            Image.fromarray(shown).save(arguments.out / f"{path.stem}_overlay.png")
+    console.print(f"{len(paths) - failed} masks and overlays in {arguments.out}")
+    return EXIT_USER_ERROR if failed else 0
+
+
+def find_images(where: str) -> list[Path]:
+    """The images that a folder, a file or a glob means, sorted.
+
+    Raises:
+        UserError: there are none, or two would get the same mask's name.
+    """
+    path = Path(where)
+    if path.is_dir():
+        found = [p for p in path.iterdir() if p.suffix.lower() in SUFFIXES]
+    elif path.is_file():
+        found = [path]
+    else:
+        found = [Path(p) for p in glob.glob(where, recursive=True) if Path(p).is_file()]
+    if not found:
+        kinds = ", ".join(sorted(SUFFIXES))
+        raise UserError(f"{where}: no images there (a folder, a file or a glob of {kinds})")
+    names: dict[str, Path] = {}
+    for p in sorted(found):
+        if p.stem in names:
+            raise UserError(f"{p} and {names[p.stem]} would both become {p.stem}.png; rename one")
+        names[p.stem] = p
+    return sorted(found)
+
+
+def segment(trained: Trained, image_CHW: np.ndarray) -> np.ndarray:
+    """Label map of one image, at its own size.
+
+    The image is resized to the size the network was trained at (bilinear, antialiased, as in
+    training), and the class probabilities back to the image's size.
+
+    Args:
+        image_CHW: uint8, (C, H, W).
+
+    Returns:
+        (H, W) uint8 class indices.
+    """
+    device = next(trained.module.parameters()).device
+    size = image_CHW.shape[1:]
+    tensor = torch.from_numpy(_resized(image_CHW, trained.image_size)).unsqueeze(0).to(device)
+    found = trained.probabilities(to_float(tensor), (size[0], size[1]))
+    return found.argmax(1)[0].to("cpu", torch.uint8).numpy()
+
+
+def _resized(image_CHW: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    if image_CHW.shape[1:] == size:
+        return image_CHW
+    height, width = size
+    channels = [
+        np.asarray(Image.fromarray(channel).resize((width, height), Image.Resampling.BILINEAR))
+        for channel in image_CHW
+    ]
+    return np.stack(channels)
+
+
+def _rgb(image_CHW: np.ndarray) -> np.ndarray:
+    return np.broadcast_to(image_CHW, (3, *image_CHW.shape[1:])).transpose(1, 2, 0)
+
+
+def _mask_image(mask: np.ndarray, trained: Trained) -> Image.Image:
+    if len(trained.classes) == 2:
+        return Image.fromarray(mask * 255)
+    image = Image.fromarray(mask).convert("P")
+    image.putpalette([value for colour in trained.palette for value in colour])
+    return image
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""Train a system.
+
+    python -m mlseg.run configs/e2eaug_isic_small.yaml
+    python -m mlseg.run configs/e2eaug_isic.yaml engine.iterations=1000 seed=3 --out runs/try
+    python -m mlseg.run --resume runs/try
+    python -m mlseg.run configs/e2eaug_isic.yaml --dry-run
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mlseg import __version__, config
+from mlseg.commands import guarded
+from mlseg.dry_run import dry_run
+from mlseg.engines.base import Engine
+from mlseg.engines.recording import timestamp, write_json, write_text
+from mlseg.engines.segmentation import SegmentationEngine
+from mlseg.errors import UserError
+from mlseg.problems.systems import RunSettings, all_systems, load_system
+from mlseg.randomness import seed_everything
+
+VERSIONED = ("torch", "torchvision", "betty-ml", "numpy")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    if arguments.config is not None and "=" in arguments.config:
+        # An override in the config's place, as in `--resume DIR engine.iterations=200`.
+        arguments.overrides.insert(0, arguments.config)
+        arguments.config = None
+    return guarded(_run, arguments)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Its arguments."""
+    systems = "\n".join(f"  {s.name:<12} {s.summary}" for s in all_systems())
+    made = argparse.ArgumentParser(
+        prog="mlseg run",
+        description="Train a system from a config.",
+        epilog=f"systems:\n{systems}\n\nexit codes: 0 done, 1 failed in mid-run, 2 a mistake in "
+        "config, command or data, 130 and 143 interrupted and saved",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("config", nargs="?", help="YAML file; may be left out with --resume")
+    made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="engine.iterations=100")
+    made.add_argument("--out", type=Path, help="run directory (runs/<config>/<time>)")
+    made.add_argument("--resume", type=Path, metavar="DIR", help="go on with an interrupted run")
+    made.add_argument("--dry-run", action="store_true", help="build, run each level once, report")
+    return made
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    tree, directory = _what_and_where(arguments)
+    settings, build = parse_run(tree)
+    seed_everything(settings.seed)
+    if arguments.dry_run:
+        dry_run(build(settings, None))
+        return 0
+    engine = build(settings, directory)
+    console = Console(stderr=True, highlight=False)
+    if arguments.resume is not None and (directory / "checkpoints" / "last.pt").exists():
+        engine.resume(directory)
+        console.print(f"Resuming after step {engine.global_step}")
+    elif arguments.resume is not None:
+        console.print("No checkpoint was written yet: starting anew")
+    write_text(directory / "config.yaml", config.dump(settings))
+    if isinstance(engine, SegmentationEngine):
+        engine.write_splits(directory)
+    console.print(f"Writing to {directory}, running on {engine.device}")
+    notice = _notice(engine)
+    _say(console, notice)
+    engine.run()
+    results = {
+        **engine.results(),
+        "system": settings.system,
+        "seed": settings.seed,
+        "precision": settings.precision,
+        "versions": versions(),
+        "device": device_name(engine.device),
+    }
+    write_json(directory / "results.json", results)
+    report(engine, results, Console(highlight=False))
+    _say(console, notice)
+    console.print(f"All of it is in {directory}")
+    return 0
+
+
+def parse_run(tree: config.Tree) -> tuple[RunSettings, Any]:
+    """The checked settings of a config and the system that they are for.
+
+    Raises:
+        UserError: the config names no system, an unknown one, or doesn't fit it.
+    """
+    name = tree.values.get("system")
+    if not isinstance(name, str):
+        raise tree.error("system", "missing; name a system, such as system: e2eaug")
+    system = load_system(name)
+    return config.parse(system.settings, tree), system
+
+
+def _what_and_where(arguments: argparse.Namespace) -> tuple[config.Tree, Path]:
+    if arguments.resume is not None:
+        return _resumed(arguments), arguments.resume
+    if arguments.config is None:
+        raise UserError("name a config, such as configs/e2eaug_isic_small.yaml (see --help)")
+    tree = config.load(arguments.config, arguments.overrides)
+    directory = arguments.out or Path("runs") / Path(arguments.config).stem / timestamp()
+    if (directory / "config.yaml").exists() and not arguments.dry_run:
+        raise UserError(
+            f"--out: {directory} holds a run already; go on with it by --resume {directory}, "
+            "or name another directory"
+        )
+    return tree, directory
+
+
+def _resumed(arguments: argparse.Namespace) -> config.Tree:
+    """The config stored in the run; one given beside it may only ask for more iterations."""
+    if arguments.out is not None:
+        raise UserError("--out: a resumed run stays in its directory; drop it")
+    path = arguments.resume / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"--resume: {arguments.resume} is no run directory (it has no config.yaml)")
+    stored = config.load(path, [] if arguments.config else arguments.overrides)
+    original = config.load(path)
+    if arguments.config is not None:
+        given = config.load(arguments.config, arguments.overrides)
+        settings, _ = parse_run(given)
+        stored = config.Tree(settings.model_dump(mode="json"), given.origins, given.source)
+    before = parse_run(original)[0].model_dump(mode="json")
+    now = parse_run(stored)[0].model_dump(mode="json")
+    changed = [key for key in _differences(before, now) if key != "engine.iterations"]
+    if changed:
+        raise UserError(
+            f"--resume: {changed[0]} differs from the run's own config.yaml; a resumed run may "
+            "only change engine.iterations, start a new run for the rest"
+        )
+    return stored
+
+
+def _differences(before: Any, now: Any, key: str = "") -> list[str]:
+    """Dotted keys at which two configs differ."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [] if before == now else [key]
+    return [
+        found
+        for name in {**before, **now}
+        for found in _differences(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+    ]
+
+
+def _notice(engine: Engine) -> str | None:
+    return engine.data.notice if isinstance(engine, SegmentationEngine) else None
+
+
+def _say(console: Console, notice: str | None) -> None:
+    if notice:
+        console.print(f"[bold yellow]{notice}[/]")
+
+
+def report(engine: Engine, results: dict[str, Any], console: Console) -> None:
+    """Print the final scores, and what the system has to add."""
+    scores = results.get("scores", {})
+    if scores:
+        metric = results["metric"]
+        shown = list(dict.fromkeys([metric, "jaccard", "dice", "accuracy"]))
+        table = Table("weights", "split", "images", *shown, title="Scores, mean over images")
+        for weights, splits in scores.items():
+            step = results["steps"] if weights == "last" else results["best"]["step"]
+            for split, values in splits.items():
+                table.add_row(
+                    f"{weights} (step {step})",
+                    split,
+                    str(int(values["images"])),
+                    *(f"{values[name]:.4f}" for name in shown),
+                )
+        console.print(table)
+    if isinstance(engine, SegmentationEngine):
+        for summary in engine.summaries:
+            console.print(summary())
+
+
+def versions() -> dict[str, str]:
+    """Of everything that figures may depend on."""
+    found = {"mlseg": __version__, "python": platform.python_version()}
+    return found | {name: metadata.version(name) for name in VERSIONED}
+
+
+def device_name(device: torch.device) -> str:
+    """``cuda: NVIDIA H200``, or the processor and the number of threads."""
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return f"cpu: {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
