@@ -7,13 +7,15 @@ uv ignores the upper bound and installs 0.2.1.
 """
 
 import re
+import warnings
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 _MEND = "install it with uv (pip on Python 3.11+ can't): uv pip install 'betty-ml>=0.2.1,<0.3'"
 
 
 def require_betty() -> None:
-    """Check that the installed betty-ml is at least 0.2.1 and below 0.3.
+    """Check that the installed betty-ml is at least 0.2.1 and below 0.3, and import it quietly.
 
     Raises:
         ImportError: it is missing or another version; one line that says what to install.
@@ -25,3 +27,9 @@ def require_betty() -> None:
     numbers = re.match(r"0\.2\.(\d+)(?!\.?(?:a|b|rc|dev))", found)
     if numbers is None or int(numbers[1]) < 1:
         raise ImportError(f"mlseg needs betty-ml 0.2.1 or a later 0.2.x, not {found}; {_MEND}")
+    # Its dependency `higher` compares with a literal by `is`, which Python remarks on
+    # stderr whenever it compiles the file; a command's stderr is for the user's mistakes.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        import_module("betty")
+        import_module("higher")
