@@ -1,4 +1,4 @@
-"""python -m mlseg.data [NAME --root DIR [--limit N] [--part PART ...]]: list and fetch data sets."""
+"""python -m mlseg.data [NAME --root DIR [--limit N] [--part PART ...]]: list, fetch data sets."""
 
 import argparse
 import sys

@@ -163,7 +163,8 @@ class Augmentation:
         Returns:
             image and mask of the same shapes, types and device.
         """
-        return self.apply(image, mask, self.draw(len(mask), *mask.shape[-2:], generator))
+        batch, height, width = mask.shape
+        return self.apply(image, mask, self.draw(batch, height, width, generator))
 
     def draw(self, batch: int, height: int, width: int, generator: torch.Generator) -> Draw:
         """Draw for a batch; takes the same random numbers whatever the image's size."""

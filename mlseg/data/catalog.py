@@ -99,7 +99,7 @@ _CAMVID_PALETTE = (
     (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
     (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
 )  # fmt: skip
-SCENE_CLASSES = ("sky", "building", "road", "tree", "car", "pedestrian")
+SCENE_CLASSES = ("sky", "building", "road", "pavement", "tree", "car", "pedestrian")
 
 
 def _isic(images: str, masks: str) -> Part:

@@ -164,9 +164,9 @@ def _read_pairs(root: Path) -> dict[str, list[Example]]:
         if not row["image"] or not row["mask"]:
             raise UserError(f"{path}:{line}: a pair needs an image and a mask")
         image, mask = path.parent / row["image"], path.parent / row["mask"]
-        for file in (image, mask):
-            if not file.is_file():
-                raise UserError(f"{path}:{line}: no file {file}")
+        for named in (image, mask):
+            if not named.is_file():
+                raise UserError(f"{path}:{line}: no file {named}")
         name = row.get("id") or PurePosixPath(image.as_posix()).stem
         part = row.get("split") or "all"
         if part not in ("all", "train", "val", "test"):

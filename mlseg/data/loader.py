@@ -14,10 +14,10 @@ from mlseg.errors import UserError
 class BatchLoader:
     """Batches of (image, mask); one pass is one epoch.
 
-    ``for image_BCHW, mask_BHW in loader`` gives float32 images in [-1, 1] and int64 class indices on
-    `device`. The uint8 examples lie on the device and a batch is an index into them, so that there
-    are no worker processes; memory-mapped examples are gathered on the host and copied. On CUDA
-    nothing waits for the device.
+    ``for image_BCHW, mask_BHW in loader`` gives float32 images in [-1, 1] and int64 class indices
+    on `device`. The uint8 examples lie on the device and a batch is an index into them, so that no
+    worker processes are needed; memory-mapped examples are gathered on the host and copied. On
+    CUDA nothing waits for the device.
 
     Order and augmentation draw from a CPU generator of the loader's own: they are the same on every
     device, and independent of what else draws random numbers. `state_dict` after the k-th batch of

@@ -112,7 +112,7 @@ def _scene(rng: np.random.Generator, size: tuple[int, int], classes: Sequence[st
 
 
 def _sky(canvas: Canvas, label: int, _: int) -> None:
-    _, y = axes(canvas.size)
+    y = axes(canvas.size)[1]
     tone = canvas.rng.uniform(0, 1)
     colour = (1 - tone) * np.array([120, 165, 225]) + tone * np.array([205, 205, 205])
     canvas.paint(_wide(y < canvas.horizon + 0.02, canvas.size), label, colour, 10)
@@ -213,7 +213,7 @@ def _blobs(canvas: Canvas, label: int, classes: int) -> None:
 _PAINTERS: dict[str, Callable[[Canvas, int, int], None]] = {
     "sky": _sky,
     "building": _buildings,
-    "pavement": _surface(1.3, 150, 130, 140),
+    "pavement": _surface(30.0, 150, 130, 140),
     "road": _surface(0.75, 95, 92, 95),
     "tree": _trees,
     "fence": _fences,

@@ -10,9 +10,9 @@ reshuffle the others. From that order
 - the validation set is the last `val` ids, counted from the back of what is left.
 
 With the same seed, the same ids and the same test size, a smaller training set is therefore part of
-every larger one, a smaller validation set part of every larger one, and so the 40 examples of a 32/8
-split lie within the 100 of an 80/20 split and these within the 200 of a 160/40 split. No id is
-ever in two sets.
+every larger one, a smaller validation set part of every larger one, and so the 40 examples of a
+32/8 split lie within the 100 of an 80/20 split and these within the 200 of a 160/40 split. No id
+is ever in two sets.
 """
 
 import hashlib

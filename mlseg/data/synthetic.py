@@ -45,8 +45,8 @@ _PIGMENT = np.array(
         [110, 88, 74],
     ]
 )
-_INK = np.array([92, 58, 150])
-_STICKERS = np.array([[40, 160, 80], [235, 205, 40], [60, 90, 190], [225, 110, 50]])
+_INK = np.array([92.0, 58.0, 150.0])
+_STICKERS = np.array([[40.0, 160, 80], [235, 205, 40], [60, 90, 190], [225, 110, 50]])
 
 
 def synthetic_lesions(
@@ -236,7 +236,7 @@ def _artefacts(rng: np.random.Generator, image: Array, size: tuple[int, int]) ->
         colour = rng.uniform(0.1, 0.5) * np.array([150, 105, 80])
         image = _over(image, rng.uniform(0.4, 0.95) * _hairs(rng, number, size), colour)
     if rng.random() < 0.25:
-        image = _over(image, 0.7 * _ruler(rng, size), np.array([45, 42, 48]))
+        image = _over(image, 0.7 * _ruler(rng, size), np.array([45.0, 42, 48]))
     if rng.random() < 0.08:
         image = _over(image, 0.6 * _scribble(rng, size), _INK)
     if rng.random() < 0.08:
@@ -251,7 +251,7 @@ def _artefacts(rng: np.random.Generator, image: Array, size: tuple[int, int]) ->
     for _ in range(rng.integers(1, 12) if rng.random() < 0.15 else 0):
         place, radius = rng.uniform(-0.5, 0.5, 2), rng.uniform(0.01, 0.04)
         ring = np.abs(np.hypot(x - place[0], y - place[1]) - radius) / (0.3 * radius)
-        image = _over(image, 0.5 * np.clip(1 - ring, 0, 1), np.array([250, 245, 245]))
+        image = _over(image, 0.5 * np.clip(1 - ring, 0, 1), np.array([250.0, 245, 245]))
     return image
 
 
@@ -313,7 +313,7 @@ def _splat(x: Array, y: Array, ink: Array, size: tuple[int, int]) -> Array:
     return canvas.reshape(height, width)
 
 
-def _over(image: Array, alpha: Array, colour: NDArray[np.generic]) -> Array:
+def _over(image: Array, alpha: Array, colour: Array) -> Array:
     return image + alpha[..., None] * (colour - image)
 
 

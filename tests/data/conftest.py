@@ -1,0 +1,61 @@
+"""Data sets of a few tiny files, and the real ones where $MLSEG_DATA says they are."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mlseg.data.samples import DatasetSpec, Samples
+
+SPEC = DatasetSpec("tiny", 3, ("background", "foreground"))
+
+
+def write_image(path: Path, value: object, mode: str | None = None) -> Path:
+    """An image file from an array, or of one grey and (W, H) = (12, 10)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.full((10, 12), value, np.uint8) if isinstance(value, int) else np.asarray(value)
+    image = Image.fromarray(array)
+    (image if mode is None else image.convert(mode)).save(path)
+    return path
+
+
+def half_mask(shape: tuple[int, int] = (10, 12), value: int = 255) -> np.ndarray:
+    """The left half is foreground."""
+    mask = np.zeros(shape, np.uint8)
+    mask[:, : shape[1] // 2] = value
+    return mask
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twelve pairs in images/ and masks/."""
+    for index in range(12):
+        write_image(tmp_path / "own" / "images" / f"p{index:02d}.png", 20 * index, "RGB")
+        write_image(tmp_path / "own" / "masks" / f"p{index:02d}.png", half_mask())
+    return tmp_path / "own"
+
+
+@pytest.fixture
+def samples() -> Samples:
+    """Ten examples of 8x6 pixels, each of its own grey; the mask's corner tells which it is."""
+    images = torch.arange(10, dtype=torch.uint8).mul(20)[:, None, None, None].repeat(1, 3, 8, 6)
+    masks = torch.zeros(10, 8, 6, dtype=torch.uint8)
+    masks[:, 0, 0] = torch.arange(10) % 2
+    return Samples([f"e{index}" for index in range(10)], images, masks, SPEC)
+
+
+@pytest.fixture
+def real() -> Callable[[str], Path]:
+    """The folder of a real data set; skips the test where there is none."""
+
+    def find(name: str) -> Path:
+        root = Path(os.environ.get("MLSEG_DATA", "")) / name
+        if not os.environ.get("MLSEG_DATA") or not root.is_dir():
+            pytest.skip(f"$MLSEG_DATA has no {name}")
+        return root
+
+    return find
