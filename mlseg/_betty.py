@@ -31,5 +31,6 @@ def require_betty() -> None:
     # stderr whenever it compiles the file; a command's stderr is for the user's mistakes.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
         import_module("betty")
         import_module("higher")
