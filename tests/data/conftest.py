@@ -4,30 +4,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tiny_files import half_mask, write_image
 
 from mlseg.data.samples import DatasetSpec, Samples
 
 SPEC = DatasetSpec("tiny", 3, ("background", "foreground"))
-
-
-def write_image(path: Path, value: object, mode: str | None = None) -> Path:
-    """An image file from an array, or of one grey and (W, H) = (12, 10)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    array = np.full((10, 12), value, np.uint8) if isinstance(value, int) else np.asarray(value)
-    image = Image.fromarray(array)
-    (image if mode is None else image.convert(mode)).save(path)
-    return path
-
-
-def half_mask(shape: tuple[int, int] = (10, 12), value: int = 255) -> np.ndarray:
-    """The left half is foreground."""
-    mask = np.zeros(shape, np.uint8)
-    mask[:, : shape[1] // 2] = value
-    return mask
 
 
 @pytest.fixture

@@ -196,7 +196,8 @@ def test_colour_agrees_with_torchvision():
         (jitter(image, colours(contrast=0.7)), tv.adjust_contrast(unit, 0.7)),
         (jitter(image, colours(saturation=1.3)), tv.adjust_saturation(unit, 1.3)),
     ):
-        assert ((found + 1) / 2 - expected).abs().max() < 2e-3  # torchvision rounds BT.601's weights
+        # torchvision rounds BT.601's weights.
+        assert ((found + 1) / 2 - expected).abs().max() < 2e-3
     assert (jitter(image, colours()) - image).abs().max() < 1e-5
 
 

@@ -134,7 +134,8 @@ def test_no_examples_and_no_batch(samples):
 @pytest.mark.parametrize("mapped", [False, True])
 def test_on_cuda_batches_are_the_same_and_nothing_waits(samples, mapped):
     samples = Samples(samples.ids, samples.images, samples.masks, samples.spec, mapped)
-    augmentation = Augmentation(AugmentationSettings.model_validate({"preset": "genseg", "hue": 0.1}))
+    settings = AugmentationSettings.model_validate({"preset": "genseg", "hue": 0.1})
+    augmentation = Augmentation(settings)
     expected = list(BatchLoader(samples, 4, augmentation=augmentation))
     loader = BatchLoader(samples, 4, "cuda", augmentation=augmentation)
     samples.on(torch.device("cuda"))  # the one copy of the whole set may wait

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -33,7 +34,7 @@ def test_larger_splits_contain_smaller_ones_and_nothing_overlaps(pool, seed, dat
 
 def test_the_papers_sizes_are_nested():
     splits = [draw(IDS, train, val, 594) for train, val in ((32, 8), (80, 20), (160, 40))]
-    for small, large in zip(splits, splits[1:], strict=False):
+    for small, large in pairwise(splits):
         assert set(small.train + small.val) < set(large.train + large.val)
         assert small.test == large.test
 
