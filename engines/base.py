@@ -37,7 +37,7 @@ class EngineSettings(Settings):
         validate_every: iterations between validations; 0 for none but the last.
         checkpoint_every: iterations between saves of ``last.pt``; None: ``validate_every``.
         log_every: iterations between written figures; this is when host and device synchronise.
-        metric: the validation figure that chooses ``best.pt``; None: the data set's headline metric.
+        metric: the validation figure that chooses ``best.pt``; None: the data set's headline one.
         mode: whether more or less of it is better.
         patience: validations without a new best after which training stops; None: never.
         samples: pictures to write at each validation; 0 for none.
@@ -356,7 +356,9 @@ class Engine(betty.engine.Engine):
             )
         self._step_schedulers(value)
         better = self.best is None or (
-            value > self.best["value"] if self.settings.mode == "max" else value < self.best["value"]
+            value > self.best["value"]
+            if self.settings.mode == "max"
+            else value < self.best["value"]
         )
         if better:
             self.best = {"metric": name, "value": value, "step": self.global_step}

@@ -46,7 +46,9 @@ def overlay(
     return out.round().astype(np.uint8)
 
 
-def comparison(images: Tensor, truths: Tensor, predictions: Tensor, spec: DatasetSpec) -> np.ndarray:
+def comparison(
+    images: Tensor, truths: Tensor, predictions: Tensor, spec: DatasetSpec
+) -> np.ndarray:
     """A row per image: image, truth, prediction, and the prediction over the image.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 
 
 class Recorder:
-    """Writes ``metrics.jsonl``, ``events.jsonl``, ``tensorboard/`` and ``samples/``; shows progress.
+    """Writes ``metrics.jsonl``, ``events.jsonl``, ``tensorboard/``, ``samples/``; shows progress.
 
     Tensors that are handed to :meth:`log` are read in one transfer per device. The position in both
     files is part of a checkpoint; a resumed run cuts off what an interrupted one wrote after it, so
@@ -64,10 +65,10 @@ class Recorder:
         with writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             for name, offset in self._offsets.items():
-                file = open(self.directory / name, "a", encoding="utf-8")
-                file.truncate(offset)
-                file.seek(0, 2)
-                self._files[name] = file
+                path = self.directory / name
+                path.touch()
+                os.truncate(path, offset)
+                self._files[name] = path.open("a", encoding="utf-8")
         if self.settings.tensorboard:
             self._curves = SummaryWriter(
                 str(self.directory / "tensorboard"),

@@ -57,8 +57,8 @@ def score(
 class SegmentationEngine(Engine):
     """Validates, illustrates and scores the segmentor that its problems train.
 
-    Checkpoints describe the segmentor, so that ``mlseg.evaluate`` and ``mlseg.predict`` need nothing
-    but ``best.pt``.
+    Checkpoints describe the segmentor: ``mlseg.evaluate`` and ``mlseg.predict`` need nothing but
+    ``best.pt``.
 
     Args:
         problems, config, stages: as for :class:`Engine`.
@@ -122,9 +122,7 @@ class SegmentationEngine(Engine):
 
     def _score(self, samples: Samples) -> dict[str, float]:
         autocast = self.segmentor_problem.precision == "bf16"
-        return score(
-            self.segmentor_module, samples, self.device, autocast=autocast
-        ).compute()
+        return score(self.segmentor_module, samples, self.device, autocast=autocast).compute()
 
     @torch.no_grad()
     def _illustrate(self, figures: Mapping[str, float]) -> None:

@@ -35,7 +35,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch's zip writer reports a failed write as RuntimeError, the file system's own text lost.
+        # torch's zip writer reports a failed write as RuntimeError and loses the system's text.
         temporary.unlink(missing_ok=True)
         kept = "; the one written before it is kept" if path.exists() else ""
         raise RunError(f"can't write checkpoint {path}: {one_line(error)}{kept}") from error

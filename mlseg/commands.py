@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
+from rich.console import Console
+
 from mlseg.engines.interruption import Interrupted
 from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, RunError, UserError
 
@@ -21,3 +23,11 @@ def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Na
     except Interrupted as interrupted:
         print(f"{interrupted}; go on with --resume", file=sys.stderr)
         return interrupted.exit_code
+
+
+def make_console(stderr: bool = False) -> Console:
+    """For tables and messages; where the output is no terminal, wide enough not to cut a table."""
+    made = Console(stderr=stderr, highlight=False, soft_wrap=stderr)
+    if not made.is_terminal:
+        made.width = 140
+    return made

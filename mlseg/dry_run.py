@@ -6,10 +6,10 @@ import time
 
 import torch
 from betty.problems import Problem as BettyProblem
-from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
+from mlseg.commands import make_console
 from mlseg.engines.base import Engine
 
 MIB = 2**20
@@ -17,7 +17,7 @@ MIB = 2**20
 
 def dry_run(engine: Engine) -> None:
     """Print the level graph, parameter counts, memory and the expected time; writes nothing."""
-    console = Console(highlight=False)
+    console = make_console()
     console.print(graph(engine))
     console.print(sizes(engine))
     table = Table("stage", "iterations", "s/iteration", "expected", title="Time")

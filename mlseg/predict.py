@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.progress import track
 
-from mlseg.commands import guarded
+from mlseg.commands import guarded, make_console
 from mlseg.data import to_float
 from mlseg.data.decode import read_image
 from mlseg.engines.base import choose_device
@@ -53,7 +52,7 @@ def _run(arguments: argparse.Namespace) -> int:
     trained = load_trained(arguments.run, choose_device(arguments.device), arguments.weights)
     with writing(arguments.out):
         arguments.out.mkdir(parents=True, exist_ok=True)
-    console = Console(stderr=True, highlight=False)
+    console = make_console(stderr=True)
     failed = 0
     for path in track(paths, "Segmenting", console=console, disable=not console.is_terminal):
         try:

@@ -1,9 +1,9 @@
 """Train a system.
 
-    python -m mlseg.run configs/e2eaug_isic_small.yaml
-    python -m mlseg.run configs/e2eaug_isic.yaml engine.iterations=1000 seed=3 --out runs/try
-    python -m mlseg.run --resume runs/try
-    python -m mlseg.run configs/e2eaug_isic.yaml --dry-run
+python -m mlseg.run configs/e2eaug_isic_small.yaml
+python -m mlseg.run configs/e2eaug_isic.yaml engine.iterations=1000 seed=3 --out runs/try
+python -m mlseg.run --resume runs/try
+python -m mlseg.run configs/e2eaug_isic.yaml --dry-run
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlseg import __version__, config
-from mlseg.commands import guarded
+from mlseg.commands import guarded, make_console
 from mlseg.dry_run import dry_run
 from mlseg.engines.base import Engine
 from mlseg.engines.recording import timestamp, write_json, write_text
@@ -69,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
         dry_run(build(settings, None))
         return 0
     engine = build(settings, directory)
-    console = Console(stderr=True, highlight=False)
+    console = make_console(stderr=True)
     if arguments.resume is not None and (directory / "checkpoints" / "last.pt").exists():
         engine.resume(directory)
         console.print(f"Resuming after step {engine.global_step}")
@@ -91,7 +91,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "device": device_name(engine.device),
     }
     write_json(directory / "results.json", results)
-    report(engine, results, Console(highlight=False))
+    report(engine, results, make_console())
     _say(console, notice)
     console.print(f"All of it is in {directory}")
     return 0

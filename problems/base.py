@@ -73,7 +73,7 @@ class Problem(betty.problems.ImplicitProblem):
         name: under which the other problems and the engine see this one.
         module: whose parameters are the level's variables.
         optimizer: over (a part of) the module's parameters.
-        train_data_loader: any iterable of batches; may be None when :meth:`get_batch` is overridden.
+        train_data_loader: any iterable of batches; None where :meth:`get_batch` is overridden.
         config: defaults to ``Config()``.
         scheduler: a learning-rate scheduler of ``optimizer``.
     """

@@ -1,8 +1,8 @@
 """E2EAug: end-to-end data augmentation for segmentation, three levels deep.
 
-    min_A  L_seg(D_val; W*)                                                        architecture
-    s.t.   W* = argmin_W L_seg(D_tr; W) + lambda L_seg(D_aug(D_tr; G*, A); W)      segmentor
-           G*, E* = argmin_G max_E L_gan(D_gan; G, A, E)                           generator, critic
+    min_A  L_seg(D_val; W*)                                                   architecture
+    s.t.   W* = argmin_W L_seg(D_tr; W) + lambda L_seg(D_aug(D_tr; G*, A); W) segmentor
+           G*, E* = argmin_G max_E L_gan(D_gan; G, A, E)                      generator, critic
 
 A mask-to-image GAN turns augmented masks into synthetic training pairs; the segmentor learns from
 real and synthetic pairs; the architecture of the generator is learned from how well the segmentor
@@ -10,7 +10,7 @@ then does on validation data. One gradient step per level and iteration. The val
 reaches the alphas ``A`` on two paths: through the synthetic image directly, W -> A, and through the
 generator's weights, W -> G -> A.
 
-Passes per iteration, tested in ``tests/test_e2eaug_passes.py`` (a pass over one batch; B: backward):
+Passes over a batch per iteration, counted in ``tests/problems/test_e2eaug_passes.py``:
 
 =============  =====================================================================  ==========
 network        for                                                                    passes
@@ -27,8 +27,8 @@ Where this departs from the paper, and why:
 
 * The generator steps before its discriminator, which then judges the same fake image: one generator
   pass instead of two. Over iterations it is the same alternation.
-* The segmentor sees validation images in evaluation mode, so that its BatchNorm statistics come from
-  training images alone.
+* The segmentor sees validation images in evaluation mode, so that its BatchNorm statistics come
+  from training images alone.
 * The paper gives no learning rate for ``A``; see ``docs/results.md`` for how ours was chosen.
 
 Source: E2EAug, sections 3.1 to 3.3, equations 1 to 4.
@@ -108,7 +108,7 @@ class Discriminator(Problem):
         return self.generator.pair
 
     def training_step(self, batch: Any) -> Tensor:
-        """Vanilla GAN loss; real and fake pass separately, with BatchNorm statistics of their own."""
+        """Vanilla GAN loss; real and fake pass separately, each by its own BatchNorm statistics."""
         label, image, fake = batch
         real = gan_loss(self(label, image), real=True)
         return 0.5 * (real + gan_loss(self(label, fake), real=False))
@@ -233,7 +233,9 @@ def build(settings: E2EAugSettings, out: Path | None) -> SegmentationEngine:
     with seeded(seed, "segmentor"):
         network = build_segmentor(settings.segmentor, spec.channels, spec.num_classes)
     with seeded(seed, "generator"):
-        maker = SearchableGenerator(channels, spec.channels, size, **settings.generator.model_dump())
+        maker = SearchableGenerator(
+            channels, spec.channels, size, **settings.generator.model_dump()
+        )
     with seeded(seed, "discriminator"):
         critic = PatchGAN(channels + spec.channels, **settings.discriminator.model_dump())
     if min(size) < critic.smallest_side:

@@ -68,7 +68,7 @@ class Gan:
             self._set_rates(settings.pretrain_lr)
 
     def finish(self) -> None:
-        """End pre-training: write ``gan.pt``, and start the optimizers afresh at their own rates."""
+        """End pre-training: write ``gan.pt``; the optimizers start afresh at their own rates."""
         if self._out is not None:
             state = {name: part.module.state_dict() for name, part in self._parts.items()}
             checkpoint.save(self._out / "checkpoints" / "gan.pt", {**state, "shape": self._shape})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,7 +37,7 @@ class OuterGradient:
         self.sources: dict[BettyProblem, list[BettyProblem]] = {}
         for path in paths:
             _append_new(self.first, path[1])
-            for level, source in zip(path[1:-1], path[2:], strict=True):
+            for level, source in pairwise(path[1:]):
                 _append_new(self.sources.setdefault(level, []), source)
 
     def __call__(

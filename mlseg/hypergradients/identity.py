@@ -47,7 +47,5 @@ class Identity(Method):
             if not terms:
                 return [None] * len(hop.inputs), {}
             # A gradient may be linear in w alone, and then depends on no input.
-            product = torch.autograd.grad(
-                torch.stack(terms).sum(), hop.inputs, allow_unused=True
-            )
+            product = torch.autograd.grad(torch.stack(terms).sum(), hop.inputs, allow_unused=True)
         return product, {}
