@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import aiohttp
 import fsspec
 from rich.console import Console
 from rich.progress import (
@@ -35,7 +36,15 @@ MARKER = ".mlseg-download-incomplete"
 ATTEMPTS = 4
 # Bytes fetched beyond what is asked for: neighbouring members then come with one request.
 _BLOCK = 2**20
-_NETWORK_ERRORS = (OSError, TimeoutError, ValueError, zipfile.BadZipFile, zlib.error, EOFError)
+# ValueError: what fsspec says of a server without range requests.
+_NETWORK_ERRORS = (
+    OSError,
+    aiohttp.ClientError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+)
 
 
 @dataclass(frozen=True)
