@@ -12,7 +12,7 @@ on the screen, as in torchvision's `affine`.
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import torch
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from mlseg.config import Settings
 
+# An image or None, and the same comes back.
+ImageT = TypeVar("ImageT", Tensor, None)
 Probability = Annotated[float, pydantic.Field(ge=0.0, le=1.0)]
 Fraction = Annotated[float, pydantic.Field(ge=0.0, lt=1.0)]
 
@@ -151,8 +153,8 @@ class Augmentation:
         self.mask_fill = 0 if ignore_index is None else ignore_index
 
     def __call__(
-        self, image: Tensor | None, mask: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor | None, Tensor]:
+        self, image: ImageT, mask: Tensor, generator: torch.Generator
+    ) -> tuple[ImageT, Tensor]:
         """Draw once and apply to both.
 
         Args:
@@ -175,7 +177,7 @@ class Augmentation:
             theta = to_theta(matrix, height, width)
         return Draw(theta, self._colour(batch, generator))
 
-    def apply(self, image: Tensor | None, mask: Tensor, draw: Draw) -> tuple[Tensor | None, Tensor]:
+    def apply(self, image: ImageT, mask: Tensor, draw: Draw) -> tuple[ImageT, Tensor]:
         """Apply a draw: see `__call__`. Differentiable with respect to the image."""
         if draw.theta is not None:
             theta = _to(draw.theta, mask.device)

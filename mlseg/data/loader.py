@@ -24,7 +24,8 @@ class BatchLoader:
     an epoch and `load_state_dict` into a new loader give batch k + 1 and all later ones exactly.
 
     Each ``iter()`` starts a new epoch and ends the one before, except the first after
-    `load_state_dict`, which goes on where the state was taken.
+    `load_state_dict`, which goes on where the state was taken (after an epoch's last batch: it ends
+    at once, as the iterator of the saved run would have done next).
 
     Args:
         samples: at least one example.
@@ -101,9 +102,7 @@ class BatchLoader:
             image, mask = images[on_device], masks[on_device]
         image, mask = to_float(image), mask.to(torch.int64)
         if self.augmentation is not None:
-            augmented, mask = self.augmentation(image, mask, self.generator)
-            assert augmented is not None
-            image = augmented
+            image, mask = self.augmentation(image, mask, self.generator)
         return image, mask
 
     def state_dict(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Samples:
     spec: DatasetSpec
     mapped: bool = False
     _copies: dict[torch.device, tuple[Tensor, Tensor]] = field(
-        default_factory=dict, repr=False, compare=False
+        default_factory=dict, init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:

@@ -1,18 +1,21 @@
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from PIL import Image
 from tiny_files import half_mask, write_image
 
-from mlseg.data.catalog import CATALOG, RawFormat
+from mlseg.data.catalog import CATALOG, Entry, RawFormat
 from mlseg.data.decode import decode as decode_examples
 from mlseg.data.decode import image_size, read_image, read_mask
-from mlseg.data.layout import find_examples
+from mlseg.data.layout import Example, find_examples
 from mlseg.errors import UserError
 
 SIZE = (20, 24)
 
 
-def test_images_are_resized_with_an_antialiased_filter(tmp_path):
+def test_images_are_resized_with_an_antialiased_filter(tmp_path: Path) -> None:
     stripes = np.zeros((64, 64), np.uint8)
     stripes[:, ::2] = 255  # one pixel wide: without antialiasing they would alias to stripes
     path = write_image(tmp_path / "a.png", stripes)
@@ -22,7 +25,7 @@ def test_images_are_resized_with_an_antialiased_filter(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "LA"])
-def test_any_mode_gives_the_channels_asked_for(tmp_path, mode):
+def test_any_mode_gives_the_channels_asked_for(tmp_path: Path, mode: str) -> None:
     suffix = "tif" if mode == "CMYK" else "png"
     path = write_image(tmp_path / f"a.{suffix}", np.full((10, 12, 3), 204, np.uint8), mode)
     for channels in (1, 3):
@@ -31,21 +34,21 @@ def test_any_mode_gives_the_channels_asked_for(tmp_path, mode):
         assert abs(image.astype(int) - 204).max() <= 2
 
 
-def test_colour_to_grey_is_bt601(tmp_path):
+def test_colour_to_grey_is_bt601(tmp_path: Path) -> None:
     path = write_image(tmp_path / "a.png", np.full((4, 4, 3), (200, 100, 50), np.uint8))
     expected = 0.299 * 200 + 0.587 * 100 + 0.114 * 50
     assert abs(int(read_image(path, 1)[0, 0, 0]) - expected) <= 1
 
 
 @pytest.mark.parametrize(("top", "bits"), [(255, 8), (4095, 12), (40000, 16)])
-def test_16_bit_files_are_scaled_by_the_bits_they_use(tmp_path, top, bits):
+def test_16_bit_files_are_scaled_by_the_bits_they_use(tmp_path: Path, top: int, bits: int) -> None:
     values = np.array([[0, top // 2], [top // 4, top]], np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png")
     found = read_image(tmp_path / "a.png", 1)[0]
     assert np.array_equal(found, np.rint(values * (255 / (2**bits - 1))))
 
 
-def test_files_without_a_header(tmp_path):
+def test_files_without_a_header(tmp_path: Path) -> None:
     raw = RawFormat("IMG", 4, 6, 12, white_is_zero=True)
     values = np.linspace(0, 4095, 24).astype(">u2").reshape(4, 6)
     values.tofile(tmp_path / "a.IMG")
@@ -57,7 +60,7 @@ def test_files_without_a_header(tmp_path):
         read_image(tmp_path / "short.IMG", 1, raw=raw)
 
 
-def test_a_turned_photo_is_set_upright(tmp_path):
+def test_a_turned_photo_is_set_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(np.zeros((10, 16), np.uint8)).save(tmp_path / "a.jpg", exif=exif)
@@ -78,13 +81,13 @@ def test_a_turned_photo_is_set_upright(tmp_path):
         (half_mask((80, 96)), None, "jpg"),
     ],
 )
-def test_binary_masks_in_any_form(tmp_path, values, mode, suffix):
+def test_binary_masks_in_any_form(tmp_path: Path, values: Any, mode: str, suffix: str) -> None:
     path = write_image(tmp_path / f"m.{suffix}", values, mode)
     mask = read_mask(path, "binary", 2)
     assert np.array_equal(mask, half_mask(mask.shape, 1))
 
 
-def test_a_palette_that_is_no_scale_of_greys_gives_its_indices(tmp_path):
+def test_a_palette_that_is_no_scale_of_greys_gives_its_indices(tmp_path: Path) -> None:
     image = Image.fromarray(half_mask(value=1), mode="P")
     image.putpalette([0, 0, 0, 128, 0, 0])
     image.save(tmp_path / "m.png")
@@ -92,7 +95,7 @@ def test_a_palette_that_is_no_scale_of_greys_gives_its_indices(tmp_path):
         assert np.array_equal(read_mask(tmp_path / "m.png", kind, 2), half_mask(value=1))
 
 
-def test_the_cut_comes_after_resizing_and_at_half_the_range(tmp_path):
+def test_the_cut_comes_after_resizing_and_at_half_the_range(tmp_path: Path) -> None:
     """Against a resize in numpy: the centre of each output pixel picks the source pixel."""
     rng = np.random.default_rng(0)
     values = np.where(rng.random((50, 70)) < 0.5, 255, 0).astype(np.uint8)
@@ -106,14 +109,14 @@ def test_the_cut_comes_after_resizing_and_at_half_the_range(tmp_path):
     assert read_mask(path, "binary", 2).tolist() == [[0, 0, 1, 1]]
 
 
-def test_resizing_keeps_the_foregrounds_share(tmp_path):
+def test_resizing_keeps_the_foregrounds_share(tmp_path: Path) -> None:
     disc = np.hypot(*(np.mgrid[:400, :400] - 200)) < 120
     path = write_image(tmp_path / "m.png", disc)
     share = read_mask(path, "binary", 2, size=(64, 64)).mean()
     assert abs(share / disc.mean() - 1) < 0.01
 
 
-def test_index_masks(tmp_path):
+def test_index_masks(tmp_path: Path) -> None:
     values = np.array([[0, 3, 11], [2, 1, 0]], np.uint8)
     path = write_image(tmp_path / "m.png", values)
     assert np.array_equal(read_mask(path, "index", 4, 11), values)
@@ -129,7 +132,7 @@ def test_index_masks(tmp_path):
         read_mask(write_image(tmp_path / "c.png", colour), "index", 4)
 
 
-def test_a_binary_mask_of_strange_values(tmp_path):
+def test_a_binary_mask_of_strange_values(tmp_path: Path) -> None:
     path = write_image(tmp_path / "m.png", half_mask(value=38))
     with pytest.raises(UserError, match=r"m\.png: mask value 38 is neither"):
         read_mask(path, "binary", 2)
@@ -138,12 +141,12 @@ def test_a_binary_mask_of_strange_values(tmp_path):
     assert read_mask(empty, "binary", 2).sum() == 0
 
 
-def folder_examples(root):
+def folder_examples(root: Path) -> tuple[list[Example], Entry]:
     entry = CATALOG["folder"]
     return find_examples(entry, root)["all"], entry
 
 
-def test_decoding_a_set_in_memory_and_in_a_cache(folder, tmp_path):
+def test_decoding_a_set_in_memory_and_in_a_cache(folder: Path, tmp_path: Path) -> None:
     examples, entry = folder_examples(folder)
     samples = decode_examples(examples, entry, entry.spec, SIZE)
     assert samples.ids == [f"p{index:02d}" for index in range(12)]
@@ -167,7 +170,7 @@ def test_decoding_a_set_in_memory_and_in_a_cache(folder, tmp_path):
     assert decode_examples(examples, entry, entry.spec, SIZE, cache).images[3].max() == 250
 
 
-def test_a_fault_leaves_no_half_written_cache(folder, tmp_path):
+def test_a_fault_leaves_no_half_written_cache(folder: Path, tmp_path: Path) -> None:
     (folder / "images" / "p05.png").write_bytes(b"nothing")
     examples, entry = folder_examples(folder)
     with pytest.raises(UserError, match=r"p05\.png: not a readable image"):
@@ -177,7 +180,7 @@ def test_a_fault_leaves_no_half_written_cache(folder, tmp_path):
 
 @pytest.mark.parametrize("which", ["images", "masks"])
 @pytest.mark.parametrize("content", [b"", b"nothing", None])
-def test_unreadable_files(folder, which, content):
+def test_unreadable_files(folder: Path, which: str, content: bytes | None) -> None:
     path = folder / which / "p04.png"
     path.write_bytes(path.read_bytes()[:-30] if content is None else content)
     examples, entry = folder_examples(folder)
@@ -186,7 +189,7 @@ def test_unreadable_files(folder, which, content):
     assert "\n" not in str(error.value)
 
 
-def test_sizes_that_differ(folder):
+def test_sizes_that_differ(folder: Path) -> None:
     write_image(folder / "masks" / "p07.png", half_mask((12, 12)))
     examples, entry = folder_examples(folder)
     with pytest.raises(

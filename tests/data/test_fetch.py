@@ -4,8 +4,10 @@ import io
 import re
 import threading
 import zipfile
+from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ NUMBER = 24
 class Server:
     """Files by path; can be told to fail."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.sent: dict[str, int] = {}
         self.failures = 0  # of the requests to come
@@ -36,13 +38,13 @@ class Server:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def do_HEAD(self):
+            def do_HEAD(self) -> None:
                 self.answer(body=False)
 
-            def do_GET(self):
+            def do_GET(self) -> None:
                 self.answer(body=True)
 
-            def answer(self, body):
+            def answer(self, body: bool) -> None:
                 content = outer.files.get(self.path)
                 too_much = (
                     outer.down_after is not None and sum(outer.sent.values()) > outer.down_after
@@ -68,14 +70,14 @@ class Server:
                     self.wfile.write(content[start:end])
                     outer.sent[self.path] = outer.sent.get(self.path, 0) + end - start
 
-            def log_message(self, *_):
+            def log_message(self, *_: object) -> None:
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
-    def close(self):
+    def close(self) -> None:
         self.http.shutdown()
         self.http.server_close()
 
@@ -103,7 +105,7 @@ def archive(members: dict[str, bytes]) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def content():
+def content() -> dict[str, bytes]:
     # Names end in .jpg as in the official archive; readers go by the content.
     images = {f"{IMAGES}/ISIC_{n:07d}.jpg": picture(n, "image") for n in range(NUMBER)}
     masks = {f"{MASKS}/ISIC_{n:07d}_segmentation.png": picture(n, "mask") for n in range(NUMBER)}
@@ -112,7 +114,7 @@ def content():
 
 
 @pytest.fixture
-def server(content, monkeypatch):
+def server(content: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     # Read-ahead is for large archives; here it must not cover the whole file.
     monkeypatch.setattr(fetching, "_BLOCK", 2**14)
     made = Server()
@@ -121,19 +123,19 @@ def server(content, monkeypatch):
     made.close()
 
 
-def archives(server):
+def archives(server: Server) -> tuple[Archive, ...]:
     return tuple(Archive(f"{server.url}/{name}.zip", "train") for name in ("images", "masks"))
 
 
-def get(server, root, limit=None):
+def get(server: Server, root: Path, limit: int | None = None) -> int:
     return fetch("isic2018", root, limit, archives=archives(server), pause=0.01)
 
 
-def names(root):
+def names(root: Path) -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
 
 
-def test_only_what_is_needed_travels(server, tmp_path):
+def test_only_what_is_needed_travels(server: Server, tmp_path: Path) -> None:
     assert get(server, tmp_path, limit=3) == 3
     assert names(tmp_path) == sorted(
         [f"{IMAGES}/ISIC_{n:07d}.jpg" for n in range(3)]
@@ -144,7 +146,9 @@ def test_only_what_is_needed_travels(server, tmp_path):
     assert not incomplete(tmp_path)
 
 
-def test_what_is_there_is_not_fetched_again_and_what_is_broken_is(server, tmp_path):
+def test_what_is_there_is_not_fetched_again_and_what_is_broken_is(
+    server: Server, tmp_path: Path
+) -> None:
     get(server, tmp_path, limit=4)
     broken = tmp_path / IMAGES / "ISIC_0000001.jpg"
     right = broken.read_bytes()
@@ -155,7 +159,7 @@ def test_what_is_there_is_not_fetched_again_and_what_is_broken_is(server, tmp_pa
     assert server.sent["/images.zip"] < 3 * len(right)
 
 
-def test_an_interrupted_download_goes_on(server, tmp_path):
+def test_an_interrupted_download_goes_on(server: Server, tmp_path: Path) -> None:
     server.down_after = 10 * len(picture(0, "image"))
     with pytest.raises(RunError, match=r"can't be read.*the same command goes on"):
         get(server, tmp_path)
@@ -175,12 +179,12 @@ def test_an_interrupted_download_goes_on(server, tmp_path):
     assert data.train.masks.float().mean() == 0.5
 
 
-def test_passing_faults_are_tried_again(server, tmp_path):
+def test_passing_faults_are_tried_again(server: Server, tmp_path: Path) -> None:
     server.failures = 2
     assert get(server, tmp_path, limit=2) == 2
 
 
-def test_a_damaged_archive_is_noticed(server, tmp_path):
+def test_a_damaged_archive_is_noticed(server: Server, tmp_path: Path) -> None:
     damaged = bytearray(server.files["/images.zip"])
     place = damaged.find(picture(1, "image")[1000:1100])
     damaged[place] ^= 255
@@ -190,7 +194,7 @@ def test_a_damaged_archive_is_noticed(server, tmp_path):
     assert f"{IMAGES}/ISIC_0000001.jpg" not in names(tmp_path)
 
 
-def test_no_such_address_and_something_else_there(server, tmp_path):
+def test_no_such_address_and_something_else_there(server: Server, tmp_path: Path) -> None:
     del server.files["/masks.zip"]
     with pytest.raises(RunError, match=r"masks\.zip: can't be read"):
         get(server, tmp_path)
@@ -202,7 +206,7 @@ def test_no_such_address_and_something_else_there(server, tmp_path):
         get(server, tmp_path)
 
 
-def test_a_member_that_leads_out_of_the_folder_is_refused(server, tmp_path):
+def test_a_member_that_leads_out_of_the_folder_is_refused(server: Server, tmp_path: Path) -> None:
     name = f"../{'Kvasir-SEG'}/{{}}/a.jpg"
     server.files["/images.zip"] = archive({name.format("images"): b"x", name.format("masks"): b"y"})
     with pytest.raises(RunError, match="refuses to unpack"):
@@ -210,7 +214,9 @@ def test_a_member_that_leads_out_of_the_folder_is_refused(server, tmp_path):
     assert not (tmp_path / "Kvasir-SEG").exists()
 
 
-def test_when_missing_download(server, tmp_path, monkeypatch):
+def test_when_missing_download(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     entry = replace(CATALOG["isic2018"], archives=archives(server))
     monkeypatch.setitem(CATALOG, "isic2018", entry)
     settings = DataSettings(
@@ -223,7 +229,12 @@ def test_when_missing_download(server, tmp_path, monkeypatch):
     assert sum(server.sent.values()) == sent
 
 
-def test_the_command(server, tmp_path, monkeypatch, capsys):
+def test_the_command(
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     entry = replace(CATALOG["isic2018"], archives=archives(server))
     monkeypatch.setitem(CATALOG, "isic2018", entry)
     assert main(["isic2018", "--root", str(tmp_path), "--limit", "2"]) == 0
@@ -241,7 +252,9 @@ def test_the_command(server, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "name", [name for name, entry in CATALOG.items() if not entry.archives and not entry.synthetic]
 )
-def test_sets_behind_a_form_say_where_they_are(name, capsys, tmp_path):
+def test_sets_behind_a_form_say_where_they_are(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert main([name, "--root", str(tmp_path)]) == 2
     text = capsys.readouterr().err
     assert CATALOG[name].source in text

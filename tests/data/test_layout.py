@@ -1,5 +1,8 @@
 """Every data set's layout, as its official archive unpacks: names only, a few pixels each."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import pytest
 from tiny_files import half_mask, write_image
@@ -10,7 +13,7 @@ from mlseg.data.layout import find_examples
 from mlseg.errors import UserError
 
 _FPD = "Fetoscopy Placenta Dataset"
-OFFICIAL = {
+OFFICIAL: dict[str, tuple[list[str], dict[str, str]]] = {
     "isic2018": (
         [
             "ISIC2018_Task1-2_{Part}_Input/ISIC_{n:07d}.jpg",
@@ -90,7 +93,7 @@ OFFICIAL = {
 }
 
 
-def write(root, name, numbers=(1, 2, 3)):
+def write(root: Path, name: str, numbers: Sequence[int] = (1, 2, 3)) -> dict[str, str]:
     """A tiny copy; the numbers of a later part go on from those of the one before."""
     templates, parts = OFFICIAL[name]
     for step, (part, folder) in enumerate(parts.items()):
@@ -113,13 +116,13 @@ def write(root, name, numbers=(1, 2, 3)):
     return parts
 
 
-def test_the_table_above_has_every_set_of_files():
+def test_the_table_above_has_every_set_of_files() -> None:
     of_files = {name for name, entry in CATALOG.items() if entry.layouts}
     assert of_files == set(OFFICIAL)
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_official_layouts(name, tmp_path):
+def test_official_layouts(name: str, tmp_path: Path) -> None:
     parts = write(tmp_path, name)
     entry = CATALOG[name]
     found = find_examples(entry, tmp_path)
@@ -132,18 +135,18 @@ def test_official_layouts(name, tmp_path):
     assert (samples.masks == foreground).float().mean() == (1.0 if united else 0.5)
 
 
-def test_a_nested_folder_is_no_obstacle_where_archives_bring_one(tmp_path):
+def test_a_nested_folder_is_no_obstacle_where_archives_bring_one(tmp_path: Path) -> None:
     write(tmp_path / "download" / "unpacked", "kvasir")
     assert len(find_examples(CATALOG["kvasir"], tmp_path)["all"]) == 3
 
 
-def test_other_layouts_of_the_lungs(tmp_path):
+def test_other_layouts_of_the_lungs(tmp_path: Path) -> None:
     write_image(tmp_path / "images" / "MCUCXR_0001_0.png", 90)
     write_image(tmp_path / "masks" / "MCUCXR_0001_0.png", half_mask())
     assert len(find_examples(CATALOG["nlm_mc"], tmp_path)["all"]) == 1
 
 
-def test_several_masks_of_one_image_are_united(tmp_path):
+def test_several_masks_of_one_image_are_united(tmp_path: Path) -> None:
     write(tmp_path, "busi", (1,))
     base = tmp_path / "Dataset_BUSI_with_GT" / "benign"
     write_image(base / "benign (1)_mask_1.png", half_mask((64, 64))[:, ::-1].copy())
@@ -153,7 +156,7 @@ def test_several_masks_of_one_image_are_united(tmp_path):
     assert decode([example], entry, entry.spec, (16, 16)).masks.min() == 1
 
 
-def test_images_without_a_mask_are_left_out_only_where_the_set_has_such(tmp_path):
+def test_images_without_a_mask_are_left_out_only_where_the_set_has_such(tmp_path: Path) -> None:
     write(tmp_path, "nlm_sz")
     (tmp_path / "mask" / "CHNCXR_0002_0_mask.png").unlink()
     assert [e.id for e in find_examples(CATALOG["nlm_sz"], tmp_path)["all"]] == [
@@ -166,7 +169,7 @@ def test_images_without_a_mask_are_left_out_only_where_the_set_has_such(tmp_path
         find_examples(CATALOG["nlm_mc"], tmp_path)
 
 
-def test_a_mask_without_an_image(folder):
+def test_a_mask_without_an_image(folder: Path) -> None:
     (folder / "images" / "p03.png").unlink()
     with pytest.raises(
         UserError, match=r"masks.p03\.png: mask without an image; expected images/p03"
@@ -174,37 +177,37 @@ def test_a_mask_without_an_image(folder):
         find_examples(CATALOG["folder"], folder)
 
 
-def test_an_image_without_a_mask(folder):
+def test_an_image_without_a_mask(folder: Path) -> None:
     (folder / "masks" / "p03.png").unlink()
     with pytest.raises(UserError, match=r"images.p03\.png: image without.* expected masks/p03"):
         find_examples(CATALOG["folder"], folder)
 
 
-def test_two_images_of_one_name(folder):
+def test_two_images_of_one_name(folder: Path) -> None:
     write_image(folder / "images" / "p03.jpg", 5)
     with pytest.raises(UserError, match=r"p03\.jpg: a second image of that name, .*p03\.png"):
         find_examples(CATALOG["folder"], folder)
 
 
-def test_a_folder_of_something_else(tmp_path):
+def test_a_folder_of_something_else(tmp_path: Path) -> None:
     write_image(tmp_path / "pictures" / "a.png", 5)
     with pytest.raises(UserError, match="no image of isic2018 found; expected ISIC2018_Task1-2_Tr"):
         find_examples(CATALOG["isic2018"], tmp_path)
 
 
-def test_hidden_files_are_no_data(folder):
+def test_hidden_files_are_no_data(folder: Path) -> None:
     (folder / "images" / "._p03.png").write_bytes(b"what macOS leaves")
     (folder / ".cache" / "images").mkdir(parents=True)
     assert len(find_examples(CATALOG["folder"], folder)["all"]) == 12
 
 
-def pairs(folder, *lines):
+def pairs(folder: Path, *lines: str) -> Path:
     path = folder / "pairs.csv"
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
-def test_pairs(folder):
+def test_pairs(folder: Path) -> None:
     path = pairs(
         folder,
         "mask,image,split",
@@ -248,11 +251,11 @@ def test_pairs(folder):
         ),
     ],
 )
-def test_faults_in_pairs(folder, lines, message):
+def test_faults_in_pairs(folder: Path, lines: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         find_examples(CATALOG["pairs"], pairs(folder, *lines))
 
 
-def test_no_csv_file(tmp_path):
+def test_no_csv_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"pairs\.csv: not a readable CSV file"):
         find_examples(CATALOG["pairs"], tmp_path)

@@ -1,4 +1,6 @@
 import io
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,18 +15,19 @@ def which(image: torch.Tensor) -> list[int]:
     return (to_uint8(image)[:, 0, 0, 0] // 20).tolist()
 
 
-def test_range_and_types(samples):
+def test_range_and_types(samples: Samples) -> None:
     image, mask = next(iter(BatchLoader(samples, 4, shuffle=False)))
     assert image.shape == (4, 3, 8, 6)
     assert image.dtype == torch.float32
     assert mask.shape == (4, 8, 6)
     assert mask.dtype == torch.int64
     everything = torch.arange(256, dtype=torch.uint8)
-    assert to_float(everything).aminmax() == (-1.0, 1.0)
+    low, high = to_float(everything).aminmax()
+    assert (low.item(), high.item()) == (-1.0, 1.0)
     assert torch.equal(to_uint8(to_float(everything)), everything)
 
 
-def test_an_epoch_gives_each_example_once_with_its_own_mask(samples):
+def test_an_epoch_gives_each_example_once_with_its_own_mask(samples: Samples) -> None:
     loader = BatchLoader(samples, 5, seed=1)
     seen = []
     for image, mask in loader:
@@ -42,26 +45,26 @@ def test_an_epoch_gives_each_example_once_with_its_own_mask(samples):
     ("batch", "shuffle", "sizes"),
     [(4, True, [4, 4]), (4, False, [4, 4, 2]), (5, True, [5, 5]), (64, True, [10]), (1, True, 10)],
 )
-def test_batch_sizes(samples, batch, shuffle, sizes):
+def test_batch_sizes(samples: Samples, batch: int, shuffle: bool, sizes: list[int] | int) -> None:
     loader = BatchLoader(samples, batch, shuffle=shuffle)
     found = [len(mask) for _, mask in loader]
     assert found == (sizes if isinstance(sizes, list) else [1] * sizes)
     assert len(loader) == len(found)
 
 
-def test_without_shuffling_the_order_is_that_of_the_samples(samples):
+def test_without_shuffling_the_order_is_that_of_the_samples(samples: Samples) -> None:
     loader = BatchLoader(samples, 3, shuffle=False)
     for _ in range(2):
         assert [number for image, _ in loader for number in which(image)] == list(range(10))
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2, 3, 4])
-def test_resumes_exactly_wherever_it_was_stopped(samples, taken):
-    def loader(seed):
+def test_resumes_exactly_wherever_it_was_stopped(samples: Samples, taken: int) -> None:
+    def loader(seed: int) -> BatchLoader:
         augmentation = Augmentation(AugmentationSettings(rotate=90, brightness=0.3))
         return BatchLoader(samples, 4, seed=seed, augmentation=augmentation)
 
-    def endless(batches):
+    def endless(batches: BatchLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         while True:
             yield from batches
 
@@ -81,7 +84,7 @@ def test_resumes_exactly_wherever_it_was_stopped(samples, taken):
         assert torch.equal(mask, mask_2)
 
 
-def test_state_of_other_data_is_refused(samples):
+def test_state_of_other_data_is_refused(samples: Samples) -> None:
     state = BatchLoader(samples, 4).state_dict()
     with pytest.raises(UserError, match="examples = 10, this run has 3"):
         BatchLoader(samples.subset(range(3)), 3).load_state_dict(state)
@@ -89,7 +92,7 @@ def test_state_of_other_data_is_refused(samples):
         BatchLoader(samples, 5).load_state_dict(state)
 
 
-def test_other_random_numbers_do_not_matter(samples):
+def test_other_random_numbers_do_not_matter(samples: Samples) -> None:
     first = [which(image) for image, _ in BatchLoader(samples, 2, seed=3)]
     torch.manual_seed(1234)
     second = []
@@ -99,7 +102,7 @@ def test_other_random_numbers_do_not_matter(samples):
     assert first == second
 
 
-def test_the_samples_stay_as_they_are(samples):
+def test_the_samples_stay_as_they_are(samples: Samples) -> None:
     before = samples.images.clone()
     for image, mask in BatchLoader(samples, 4):
         image.zero_()
@@ -107,7 +110,7 @@ def test_the_samples_stay_as_they_are(samples):
     assert torch.equal(samples.images, before)
 
 
-def test_memory_mapped_samples_give_the_same_batches(samples, tmp_path):
+def test_memory_mapped_samples_give_the_same_batches(samples: Samples, tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", samples.images.numpy())
     mapped = Samples(
         samples.ids,
@@ -123,7 +126,7 @@ def test_memory_mapped_samples_give_the_same_batches(samples, tmp_path):
         assert torch.equal(mask, mask_2)
 
 
-def test_no_examples_and_no_batch(samples):
+def test_no_examples_and_no_batch(samples: Samples) -> None:
     with pytest.raises(UserError, match="no examples"):
         BatchLoader(samples.subset([]), 2)
     with pytest.raises(UserError, match="at least 1"):
@@ -132,7 +135,7 @@ def test_no_examples_and_no_batch(samples):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("mapped", [False, True])
-def test_on_cuda_batches_are_the_same_and_nothing_waits(samples, mapped):
+def test_on_cuda_batches_are_the_same_and_nothing_waits(samples: Samples, mapped: bool) -> None:
     samples = Samples(samples.ids, samples.images, samples.masks, samples.spec, mapped)
     settings = AugmentationSettings.model_validate({"preset": "genseg", "hue": 0.1})
     augmentation = Augmentation(settings)

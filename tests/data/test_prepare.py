@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import pytest
@@ -14,18 +15,24 @@ from mlseg.errors import UserError
 
 
 @pytest.fixture(autouse=True)
-def nowhere(tmp_path, monkeypatch):
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Relative paths start in an empty folder, whatever the machine has."""
     monkeypatch.delenv("MLSEG_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
 
 
-def own(folder, **changes):
-    settings = {"name": "folder", "root": str(folder), "train": 4, "val": 2, "test": 3}
+def own(folder: Path, **changes: Any) -> DataSettings:
+    settings: dict[str, Any] = {
+        "name": "folder",
+        "root": str(folder),
+        "train": 4,
+        "val": 2,
+        "test": 3,
+    }
     return DataSettings(**(settings | {"image_size": 16} | changes))
 
 
-def test_own_folder(folder):
+def test_own_folder(folder: Path) -> None:
     data = load_data(own(folder))
     assert (len(data.train), len(data.val), len(data.test)) == (4, 2, 3)
     assert data.provenance == "real"
@@ -42,7 +49,7 @@ def test_own_folder(folder):
     assert load_data(own(folder, split_seed=1)).manifest["hash"] != data.manifest["hash"]
 
 
-def test_own_classes_channels_and_size(folder):
+def test_own_classes_channels_and_size(folder: Path) -> None:
     for path in (folder / "masks").iterdir():
         write_image(path, half_mask(value=2))
     settings = own(folder, classes=["a", "b", "c"], channels=1, metric="dice", image_size=[12, 20])
@@ -61,7 +68,7 @@ def test_own_classes_channels_and_size(folder):
     assert load_data(two).train.masks.unique().tolist() == [0, 2]
 
 
-def test_pairs_with_official_splits(folder):
+def test_pairs_with_official_splits(folder: Path) -> None:
     lines = ["image,mask,split"]
     for number, split in enumerate(["train"] * 5 + ["val"] * 2 + ["test"] * 3):
         lines.append(f"images/p{number:02d}.png,masks/p{number:02d}.png,{split}")
@@ -72,12 +79,14 @@ def test_pairs_with_official_splits(folder):
     assert data.manifest["how"] == "official"
 
 
-def test_more_than_there_is(folder):
+def test_more_than_there_is(folder: Path) -> None:
     with pytest.raises(UserError, match="has 12 examples, but train"):
         load_data(own(folder, train=40))
 
 
-def test_beyond_the_memory_limit_files_are_mapped(folder, tmp_path, monkeypatch):
+def test_beyond_the_memory_limit_files_are_mapped(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     in_memory = load_data(own(folder))
     assert not in_memory.train.mapped
@@ -91,7 +100,7 @@ def test_beyond_the_memory_limit_files_are_mapped(folder, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("empty", [False, True])
-def test_missing_data_are_an_error_that_says_where_to_get_them(tmp_path, empty):
+def test_missing_data_are_an_error_that_says_where_to_get_them(tmp_path: Path, empty: bool) -> None:
     root = tmp_path / "isic"
     if empty:
         root.mkdir()
@@ -105,7 +114,7 @@ def test_missing_data_are_an_error_that_says_where_to_get_them(tmp_path, empty):
         load_data(DataSettings(name="jsrt", root=str(root), when_missing="download"))
 
 
-def test_a_wrong_folder_is_an_error_even_where_a_stand_in_would_do(tmp_path):
+def test_a_wrong_folder_is_an_error_even_where_a_stand_in_would_do(tmp_path: Path) -> None:
     write_image(tmp_path / "isic" / "pictures" / "a.png", 5)
     settings = DataSettings(name="isic2018", root=str(tmp_path / "isic"), when_missing="synthetic")
     with pytest.raises(UserError, match="no image of isic2018 found"):
@@ -113,12 +122,13 @@ def test_a_wrong_folder_is_an_error_even_where_a_stand_in_would_do(tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in CATALOG if name not in ("folder", "pairs")])
-def test_stand_ins_have_the_shape_of_what_they_stand_for(name):
-    sizes = {"train": 6, "val": 2, "test": 4, "image_size": [16, 24]}
+def test_stand_ins_have_the_shape_of_what_they_stand_for(name: str) -> None:
+    sizes: dict[str, Any] = {"train": 6, "val": 2, "test": 4, "image_size": [16, 24]}
     data = load_data(DataSettings(name=name, when_missing="synthetic", **sizes))
     spec = CATALOG[name].spec
     assert data.provenance == "synthetic"
     assert data.manifest["provenance"] == "synthetic"
+    assert data.notice is not None
     assert "SYNTHETIC" in data.notice
     assert name in data.notice
     assert data.spec == spec
@@ -130,14 +140,19 @@ def test_stand_ins_have_the_shape_of_what_they_stand_for(name):
     assert len({*data.train.ids, *data.val.ids, *data.test.ids}) == 12
 
 
-def test_a_stand_in_for_own_classes():
-    settings = {"name": "folder", "when_missing": "synthetic", "image_size": 24, "train": 20}
+def test_a_stand_in_for_own_classes() -> None:
+    settings: dict[str, Any] = {
+        "name": "folder",
+        "when_missing": "synthetic",
+        "image_size": 24,
+        "train": 20,
+    }
     data = load_data(DataSettings(**settings, classes=["a", "b", "c"], channels=1))
     assert data.train.images.shape[1] == 1
     assert data.train.masks.unique().tolist() == [0, 1, 2]
 
 
-def test_stand_ins_out_of_distribution_look_different():
+def test_stand_ins_out_of_distribution_look_different() -> None:
     settings = DataSettings(
         name="isic2018",
         when_missing="synthetic",
@@ -153,7 +168,7 @@ def test_stand_ins_out_of_distribution_look_different():
     assert data.manifest["out_of_distribution"]["ph2"]["test"] == ph2.ids
 
 
-def tiny_set(root, name):
+def tiny_set(root: Path, name: str) -> Path:
     for number in range(1, 9):
         if name == "ph2":
             base, mask_name = f"IMD{number:03d}", f"IMD{number:03d}_lesion.png"
@@ -164,10 +179,10 @@ def tiny_set(root, name):
     return root
 
 
-def test_real_out_of_distribution_sets_are_whole_and_missing_ones_are_named(tmp_path):
+def test_real_out_of_distribution_sets_are_whole_and_missing_ones_are_named(tmp_path: Path) -> None:
     tiny_set(tmp_path / "data" / "dermis", "dermis")
     tiny_set(tmp_path / "elsewhere", "ph2")
-    settings = {
+    settings: dict[str, Any] = {
         "name": "ph2",
         "root": "elsewhere",
         "image_size": 8,
@@ -179,10 +194,11 @@ def test_real_out_of_distribution_sets_are_whole_and_missing_ones_are_named(tmp_
     assert data.provenance == "real"
     assert list(data.out_of_distribution) == ["dermis"]
     assert len(data.out_of_distribution["dermis"]) == 8
+    assert data.notice is not None
     assert "Not tested on, because missing: isic2018" in data.notice
 
 
-def test_an_out_of_distribution_set_that_shares_images(tmp_path):
+def test_an_out_of_distribution_set_that_shares_images(tmp_path: Path) -> None:
     for name in ("ISIC2018_Task1-2_Training_Input", "ISIC-2017_Test_v2_Data"):
         for number in range(6):
             path = tmp_path / "data" / ("isic2018" if "2018" in name else "isic2017") / name
@@ -195,14 +211,14 @@ def test_an_out_of_distribution_set_that_shares_images(tmp_path):
         load_data(settings)
 
 
-def test_classes_must_fit(tmp_path):
+def test_classes_must_fit(tmp_path: Path) -> None:
     tiny_set(tmp_path / "data" / "dermis", "dermis")
     settings = DataSettings(name="dermis", out_of_distribution=["camvid"], image_size=8)
     with pytest.raises(UserError, match="camvid has 11 classes and can't test a model of 2"):
         load_data(settings)
 
 
-def test_examples_for_scoring_a_trained_model(tmp_path, folder):
+def test_examples_for_scoring_a_trained_model(tmp_path: Path, folder: Path) -> None:
     tiny_set(tmp_path / "data" / "dermis", "dermis")
     spec = DatasetSpec("jsrt", 1, ("background", "lung"))
     samples = load_examples("dermis", None, (8, 8), spec)
@@ -215,7 +231,7 @@ def test_examples_for_scoring_a_trained_model(tmp_path, folder):
         load_examples("phh2", None, (8, 8), spec)
 
 
-def test_where_a_root_is(monkeypatch):
+def test_where_a_root_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_root("ph2", None) == Path("data/ph2")
     assert resolve_root("ph2", "there") == Path("there")
     monkeypatch.setenv("MLSEG_DATA", "/base")
@@ -240,12 +256,12 @@ def test_where_a_root_is(monkeypatch):
         ({"name": "ph2", "when_missing": "skip"}, "'error', 'synthetic' or 'download'"),
     ],
 )
-def test_faulty_settings(given, message):
+def test_faulty_settings(given: dict[str, Any], message: str) -> None:
     with pytest.raises(pydantic.ValidationError, match=message):
         DataSettings(**given)
 
 
-def test_a_faulty_name_in_a_config_is_one_line(tmp_path):
+def test_a_faulty_name_in_a_config_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("name: isic18\n")
     with pytest.raises(UserError, match="isic2018") as error:
         parse(DataSettings, load("a.yaml"))

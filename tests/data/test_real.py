@@ -1,6 +1,9 @@
 """The real data sets, where $MLSEG_DATA says they are; skipped elsewhere."""
 
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from PIL import Image
 from mlseg.data import DataSettings, load_data
 
 
-def test_isic2018(real):
+def test_isic2018(real: Callable[[str], Path]) -> None:
     root = real("isic2018")
     splits = []
     for train, val in ((32, 8), (80, 20)):
@@ -32,7 +35,7 @@ def test_isic2018(real):
     assert abs(data.test.masks[0].float().mean() - full.mean()) < 0.02
 
 
-def test_nlm_mc(real):
+def test_nlm_mc(real: Callable[[str], Path]) -> None:
     data = load_data(
         DataSettings(
             name="nlm_mc", root=str(real("nlm_mc")), image_size=64, train=20, val=5, test=40
@@ -46,8 +49,8 @@ def test_nlm_mc(real):
 
 
 @pytest.mark.parametrize("thinned", [False, True])
-def test_camvid(real, thinned):
-    counts = {"train": 20, "val": 10, "test": 10} if thinned else {}
+def test_camvid(real: Callable[[str], Path], thinned: bool) -> None:
+    counts: dict[str, Any] = {"train": 20, "val": 10, "test": 10} if thinned else {}
     data = load_data(
         DataSettings(name="camvid", root=str(real("camvid")), image_size=[45, 60], **counts)
     )
