@@ -187,7 +187,7 @@ class Augmentation:
             if image is not None:
                 image = self._sample(image, grid.to(image.dtype), "bilinear", -1)
         if draw.colour is not None and image is not None:
-            image = jitter(image, _to(draw.colour, image.device))
+            image = jitter(image, draw.colour)
         return image, mask
 
     def _sample(self, value: Tensor, grid: Tensor, mode: str, fill: int) -> Tensor:
@@ -283,37 +283,41 @@ def jitter(image: Tensor, colour: Tensor) -> Tensor:
     """Brightness, then contrast, saturation and hue, of images (B, C, H, W) in [-1, 1].
 
     Brightness scales the image in [0, 1], contrast its distance from its mean grey, saturation its
-    distance from its own grey; hue turns the chroma plane of YIQ. Clipped to the range.
+    distance from its own grey; hue turns the chroma plane of YIQ. All four are linear, so they are
+    one 3x3 matrix and one shift per image. Clipped to the range at the end.
 
     Args:
-        colour: (B, 4) factors and angle, see `Draw`, on the image's device.
+        colour: (B, 4) factors and angle on the CPU, see `Draw`.
     """
-    brightness, contrast, saturation, hue = colour.to(image.dtype).view(-1, 4, 1, 1, 1).unbind(1)
-    value = (image + 1) / 2 * brightness
-    if image.shape[1] == 3:
-        grey = sum(weight * value[:, c : c + 1] for c, weight in enumerate(LUMA))
-        assert isinstance(grey, Tensor)
+    batch, channels, height, width = image.shape
+    brightness, contrast = colour[:, 0], colour[:, 1]
+    if channels == 3:
+        luma, matrix = torch.tensor(LUMA), _colour_matrix(colour[:, 2], colour[:, 3])
     else:
-        grey = value
-    mean = grey.mean((1, 2, 3), keepdim=True)
-    value, grey = mean + contrast * (value - mean), mean + contrast * (grey - mean)
-    if image.shape[1] == 3:
-        chroma = saturation * (value - grey)
-        value = grey + _turn(chroma, hue)
+        luma, matrix = torch.full((channels,), 1 / channels), torch.eye(channels)
+    matrix = matrix * (brightness * contrast)[:, None, None]
+    to_shift = luma * (brightness * (1 - contrast))[:, None]
+    # One copy to the device for both.
+    both = _to(torch.cat([matrix, to_shift[:, None]], 1).to(image.dtype), image.device)
+    value = ((image + 1) / 2).reshape(batch, channels, height * width)
+    shift = both[:, channels:] @ value.mean(2, keepdim=True)
+    value = torch.baddbmm(shift, both[:, :channels], value).reshape(image.shape)
     return value.clamp(0, 1) * 2 - 1
 
 
-def _turn(chroma: Tensor, angle: Tensor) -> Tensor:
-    """Turn colour differences (B, 3, H, W), red, green, blue less their grey, by `angle`."""
-    red, blue = chroma[:, :1], chroma[:, 2:]
-    # I and Q from the colour differences R - Y and B - Y (NTSC): both without luma.
-    i, q = 0.736 * red - 0.268 * blue, 0.478 * red + 0.413 * blue
-    cos, sin = angle.cos(), angle.sin()
-    i, q = cos * i - sin * q, sin * i + cos * q
-    determinant = 0.736 * 0.413 + 0.268 * 0.478
-    red, blue = (0.413 * i + 0.268 * q) / determinant, (0.736 * q - 0.478 * i) / determinant
-    green = -(LUMA[0] * red + LUMA[2] * blue) / LUMA[1]  # so that the luma stays
-    return torch.cat([red, green, blue], 1)
+def _colour_matrix(saturation: Tensor, hue: Tensor) -> Tensor:
+    """(B, 3, 3) on RGB: keeps the luma, scales and turns the chroma."""
+    red, green, blue = LUMA
+    grey = torch.tensor([LUMA] * 3)
+    # I and Q from red less luma and blue less luma (NTSC), and the way back; the green follows
+    # from the luma of a colour difference being 0.
+    to_iq = torch.tensor([[0.736, 0.0, -0.268], [0.478, 0.0, 0.413]])
+    red_blue = torch.linalg.inv(to_iq[:, [0, 2]])
+    back = torch.stack(
+        [red_blue[0], -(red * red_blue[0] + blue * red_blue[1]) / green, red_blue[1]]
+    )
+    turn = torch.stack([hue.cos(), -hue.sin(), hue.sin(), hue.cos()], 1).reshape(-1, 2, 2)
+    return grey + saturation[:, None, None] * (back @ turn @ to_iq @ (torch.eye(3) - grey))
 
 
 def _matrix(

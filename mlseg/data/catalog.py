@@ -79,10 +79,10 @@ class Entry:
 
     @property
     def expected(self) -> list[str]:
-        """The patterns of the first layout, in words of a path: for messages."""
+        """The patterns of the first layout, for messages."""
         found: list[str] = []
         for part in self.layouts[0].values() if self.layouts else ():
-            found += [part.images.replace("**/", ""), *(m.replace("**/", "") for m in part.masks)]
+            found += [part.images, *part.masks]
         return found
 
 
@@ -274,7 +274,7 @@ _ENTRIES = (
         spec=_binary("busi", "tumour", 1, "dice"),
         ids=r"(?:benign|malignant) \(\d+\)",
         layouts=(
-            {"all": Part("**/{id}.png", ("**/{id}_mask*.png",))},
+            {"all": Part("**/*/{id}.png", ("**/*/{id}_mask*.png",))},
             {"all": Part("images/{id}.{ext}", ("masks/{id}_mask*.{ext}",))},
         ),
         source="https://scholar.cu.edu.eg/?q=afahmy/pages/dataset",

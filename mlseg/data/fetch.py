@@ -73,6 +73,7 @@ def how_to_get(name: str) -> str:
     ]
     if entry.expected:
         lines += ["Unpack it so that its folder holds", *(f"    {path}" for path in entry.expected)]
+        lines += ["({id}: an example's name; *: any name; **/: any folders, or none)"]
     return "\n".join(lines)
 
 
