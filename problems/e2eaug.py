@@ -232,6 +232,7 @@ def build(settings: E2EAugSettings, out: Path | None) -> SegmentationEngine:
     channels = 1 if spec.num_classes == 2 else spec.num_classes
     with seeded(seed, "segmentor"):
         network = build_segmentor(settings.segmentor, spec.channels, spec.num_classes)
+    network.to(memory_format=torch.channels_last)  # the layout CPUs and tensor cores like
     with seeded(seed, "generator"):
         maker = SearchableGenerator(
             channels, spec.channels, size, **settings.generator.model_dump()

@@ -16,13 +16,16 @@ Betas = Annotated[tuple[float, float], Strict(False)]
 
 
 class _Optimizer(Settings):
+    name: str
     lr: PositiveFloat
     weight_decay: NonNegativeFloat = 0.0
 
     def build(self, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
         """The torch optimizer over ``parameters``, with these settings."""
         values = self.model_dump(exclude={"name"})
-        return _OPTIMIZERS[type(self).__name__](parameters, **values)
+        if self.name in _FUSED:
+            values["fused"] = True  # one kernel for all parameters, on the CPU as well
+        return _OPTIMIZERS[self.name](parameters, **values)
 
 
 class Sgd(_Optimizer):
@@ -68,12 +71,13 @@ class Adagrad(_Optimizer):
 
 
 _OPTIMIZERS: dict[str, Any] = {
-    "Sgd": torch.optim.SGD,
-    "Adam": torch.optim.Adam,
-    "AdamW": torch.optim.AdamW,
-    "RmsProp": torch.optim.RMSprop,
-    "Adagrad": torch.optim.Adagrad,
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
 }
+_FUSED = ("sgd", "adam", "adamw")
 
 OptimizerSettings = Annotated[Sgd | Adam | AdamW | RmsProp | Adagrad, Field(discriminator="name")]
 

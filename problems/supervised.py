@@ -10,6 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mlseg.engines.base import Stage, choose_device
 from mlseg.engines.segmentation import SegmentationEngine
 from mlseg.problems.base import Problem
@@ -61,6 +63,7 @@ def build(settings: SupervisedSettings, out: Path | None) -> SegmentationEngine:
     spec, level = data.spec, settings.problems.segmentor
     with seeded(settings.seed, "segmentor"):
         network = build_segmentor(settings.segmentor, spec.channels, spec.num_classes)
+    network.to(memory_format=torch.channels_last)  # the layout CPUs and tensor cores like
     optimizer, scheduler = level.build(network.parameters(), settings.engine.mode)
     loader = BatchLoader(
         data.train,
