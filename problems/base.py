@@ -40,6 +40,11 @@ class Config(betty.configs.Config):
     scheduler_step: SchedulerClock = "iteration"
 
     def __post_init__(self) -> None:
+        if self.type not in ("darts", *names()):
+            raise ValueError(
+                f"type {self.type!r} is a method of Betty's: give the problem a "
+                "betty.configs.Config to use it, or set hypergradient"
+            )
         self.hypergradient = resolve(self.hypergradient)
         self.type = self.hypergradient.method
         if self.precision not in ("fp32", "bf16"):

@@ -1,6 +1,7 @@
 """How far one optimizer step moves a parameter per unit of gradient."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +21,17 @@ def one_step_scale(
     derivative, of higher order in the gradient, is left out), with ``t`` the number of steps taken:
 
     ========  ==================================================================================
-    SGD       eta, times (1 + momentum) with Nesterov; (1 - dampening) from the second step on
+    SGD       eta, times (1 - dampening) with momentum, times (1 + momentum) with Nesterov
     RMSprop   eta / (sqrt(v) + eps); v less the squared mean when centred
-    Adam(W)   eta (1 - beta1) / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+    Adam(W)   eta (1 - beta1) / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps); v the largest so
+              far with AMSGrad
     Adagrad   eta / (1 + (t - 1) lr_decay) / (sqrt(v) + eps)
     ========  ==================================================================================
 
-    A parameter that the optimizer has no state for (no step yet) or doesn't hold gets the plain
-    learning rate, or zero.
+    An optimizer that ascends (``maximize``) has the opposite sign. A parameter that the optimizer
+    has no state for (no step yet) or doesn't hold gets the plain learning rate, or zero. SGD leaves
+    its very first step undampened; nothing in its state tells that step apart, and the table's
+    factor is taken there as well.
 
     Args:
         vector: one tensor per parameter.
@@ -43,12 +47,12 @@ def one_step_scale(
         if group is None:
             scaled.append(torch.zeros_like(v))  # nothing ever steps it
             continue
-        lr = group["lr"]
+        sign = -1.0 if group.get("maximize") else 1.0
         state = optimizer.state.get(p, {})
         if preconditioned and state:
-            scaled.append(v * _diagonal(optimizer, group, state))
+            scaled.append(v * (sign * _diagonal(optimizer, group, state)))
         else:
-            scaled.append(v * lr)
+            scaled.append(v * (sign * group["lr"]))
     return scaled
 
 
@@ -65,15 +69,23 @@ def _diagonal(optimizer: torch.optim.Optimizer, group: dict, state: dict) -> Ten
         return lr / (second.sqrt() + group["eps"])
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         beta1, beta2 = group["betas"]
-        # ``step`` is a tensor on the host unless the optimizer is capturable: no synchronisation.
-        step = state["step"]
+        step = _steps(state)
         first = (1.0 - beta1) / (1.0 - beta1**step)
-        second = state["exp_avg_sq"] / (1.0 - beta2**step)
+        largest = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+        second = largest / (1.0 - beta2**step)
         return lr * first / (second.sqrt() + group["eps"])
     if isinstance(optimizer, torch.optim.Adagrad):
-        step = state["step"]
+        step = _steps(state)
         return lr / (1.0 + (step - 1.0) * group["lr_decay"]) / (state["sum"].sqrt() + group["eps"])
     raise ValueError(
         f"scale 'optimizer' knows SGD, RMSprop, Adam, AdamW and Adagrad, not "
         f"{type(optimizer).__name__}; set the hypergradient's scale to 'learning_rate'"
     )
+
+
+def _steps(state: dict[str, Any]) -> Tensor:
+    """Steps taken. A tensor on the host unless the optimizer is capturable: no synchronisation.
+
+    In double precision, as in torch's own update: 1 - beta^t cancels in single precision.
+    """
+    return torch.as_tensor(state["step"]).to(torch.float64)

@@ -1,0 +1,258 @@
+"""Every method, over every hop of every shape of graph, against full double backward."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import betty.configs
+import betty.engine
+import betty.problems
+import pytest
+import torch
+import toys
+from mlseg.engines.base import Engine, EngineSettings
+from mlseg.problems.base import Config, Problem
+from torch import Tensor, nn
+from torch.nn import functional
+from toys import GRAPHS, Level, Oracle
+
+from mlseg.hypergradients import names
+
+EXPECTED = {"identity": 1e-9, "finite_difference": 1e-5}
+"""Relative error; the finite difference's is that of its step, epsilon = 1e-4."""
+STEP = {"identity": {}, "finite_difference": {"epsilon": 1e-4}}
+UPPERS = [(graph, upper) for graph, made in GRAPHS.items() for upper in made.hops]
+
+
+def levels_after(engine: Any, iterations: int) -> dict[str, Level]:
+    for _ in range(iterations):
+        engine.iterate()
+    return {level.name: level for level in engine.problems}
+
+
+def test_every_method_has_an_expected_error() -> None:
+    assert set(EXPECTED) == set(names())
+
+
+@pytest.mark.parametrize("point", ["before", "after"])
+@pytest.mark.parametrize("method", EXPECTED)
+@pytest.mark.parametrize(("graph", "upper"), UPPERS)
+def test_one_step_of_descent(graph: str, upper: str, method: str, point: str) -> None:
+    spec = {"method": method, "linearise": f"{point}_step", **STEP[method]}
+    engine = toys.program(GRAPHS[graph], spec)
+    levels = levels_after(engine, 2)
+    true = Oracle(GRAPHS[graph], levels, point)(upper)
+    assert toys.distance(levels[upper].gradient, true) < EXPECTED[method]
+
+
+@pytest.mark.parametrize(("graph", "upper"), UPPERS)
+def test_the_truth_is_not_the_direct_gradient(graph: str, upper: str) -> None:
+    """The hypergradient is a part of the gradient that the tests above could not overlook."""
+    levels = levels_after(toys.program(GRAPHS[graph]), 2)
+    direct = Oracle(toys.Graph(GRAPHS[graph].losses, {}, {}, {upper: {}}), levels)(upper)
+    assert toys.distance(direct, Oracle(GRAPHS[graph], levels)(upper)) > 1e-3
+
+
+# ------------------------------------------------------------------------ optimizers' scale
+
+
+def _rmsprop(optimizer: Any, before: dict[str, Any], i: int, p: Tensor, g: Tensor) -> Tensor:
+    group, now = optimizer.param_groups[0], _state(optimizer, i)
+    second = now["square_avg"]
+    if group["centered"]:
+        second = second - now["grad_avg"] ** 2
+    g = g + group["weight_decay"] * p
+    direction = g / (second.sqrt() + group["eps"])
+    if group["momentum"]:
+        direction = direction + group["momentum"] * _before(before, i, "momentum_buffer", g)
+    return p - group["lr"] * direction
+
+
+def _adam(optimizer: Any, before: dict[str, Any], i: int, p: Tensor, g: Tensor) -> Tensor:
+    group, now = optimizer.param_groups[0], _state(optimizer, i)
+    (beta1, beta2), t = group["betas"], float(now["step"])
+    decoupled = isinstance(optimizer, torch.optim.AdamW)
+    decay = group["weight_decay"]
+    g = g if decoupled else g + decay * p
+    first = beta1 * _before(before, i, "exp_avg", g) + (1 - beta1) * g
+    second = now["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+    direction = first / (1 - beta1**t) / ((second / (1 - beta2**t)).sqrt() + group["eps"])
+    return p * (1 - group["lr"] * decay * decoupled) - group["lr"] * direction
+
+
+def _adagrad(optimizer: Any, before: dict[str, Any], i: int, p: Tensor, g: Tensor) -> Tensor:
+    group, now = optimizer.param_groups[0], _state(optimizer, i)
+    rate = group["lr"] / (1 + (float(now["step"]) - 1) * group["lr_decay"])
+    return p - rate * (g + group["weight_decay"] * p) / (now["sum"].sqrt() + group["eps"])
+
+
+def _sgd(optimizer: Any, before: dict[str, Any], i: int, p: Tensor, g: Tensor) -> Tensor:
+    group = optimizer.param_groups[0]
+    g = g + group["weight_decay"] * p
+    g = -g if group["maximize"] else g
+    if group["momentum"]:
+        former = before["state"].get(i)
+        buffer = g
+        if former is not None:
+            buffer = group["momentum"] * former["momentum_buffer"] + (1 - group["dampening"]) * g
+        g = g + group["momentum"] * buffer if group["nesterov"] else buffer
+    return p - group["lr"] * g
+
+
+def _before(before: dict[str, Any], index: int, key: str, like: Tensor) -> Tensor:
+    """A moment before the step, zero before the first one."""
+    return before["state"].get(index, {}).get(key, torch.zeros_like(like))
+
+
+def _state(optimizer: Any, index: int) -> dict[str, Tensor]:
+    """Of the parameter ``index`` after the step; second moments are held at this value."""
+    return copy.deepcopy(optimizer.state_dict()["state"][index])
+
+
+OPTIMIZERS = {
+    "rmsprop": (_rmsprop, torch.optim.RMSprop, {"momentum": 0.9, "weight_decay": 1e-3}),
+    "rmsprop centred": (_rmsprop, torch.optim.RMSprop, {"centered": True}),
+    "adam": (_adam, torch.optim.Adam, {"betas": (0.5, 0.999), "weight_decay": 1e-3}),
+    "adam amsgrad": (_adam, torch.optim.Adam, {"betas": (0.5, 0.2), "amsgrad": True}),
+    "adamw": (_adam, torch.optim.AdamW, {"weight_decay": 1e-2}),
+    "adagrad": (_adagrad, torch.optim.Adagrad, {"lr_decay": 0.1}),
+    "sgd momentum": (_sgd, torch.optim.SGD, {"momentum": 0.9, "weight_decay": 1e-3}),
+    "sgd nesterov": (_sgd, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "sgd dampening": (_sgd, torch.optim.SGD, {"momentum": 0.9, "dampening": 0.4}),
+    "sgd ascent": (_sgd, torch.optim.SGD, {"maximize": True}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    # SGD doesn't dampen its first step, and its state doesn't tell which was the first.
+    [(n, steps) for n in OPTIMIZERS for steps in (1, 3) if (n, steps) != ("sgd dampening", 1)],
+)
+def test_the_optimizers_own_step(name: str, steps: int) -> None:
+    """``scale: optimizer`` is double backward through its update, second moments held fixed."""
+    update, cls, settings = OPTIMIZERS[name]
+    spec = {"method": "identity", "linearise": "before_step", "scale": "optimizer"}
+    engine = toys.program(
+        GRAPHS["two paths"],
+        spec,
+        lambda params: cls(params, lr=0.02, **settings),
+    )
+    levels = levels_after(engine, steps)
+    true = Oracle(GRAPHS["two paths"], levels, update=update)("top")
+    assert toys.distance(levels["top"].gradient, true) < 1e-9
+
+
+def test_each_parameter_group_has_its_own_rate() -> None:
+    def two_groups(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+        half = len(params) // 2
+        return torch.optim.SGD(
+            [{"params": params[:half]}, {"params": params[half:], "lr": 0.2}], 0.01
+        )
+
+    def update(optimizer: Any, before: dict[str, Any], i: int, p: Tensor, g: Tensor) -> Tensor:
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        return p - optimizer.param_groups[int(i >= sizes[0])]["lr"] * g
+
+    spec = {"method": "identity", "linearise": "before_step"}
+    graph = GRAPHS["two paths"]
+    engine = toys.program(graph, spec, two_groups)
+    levels = levels_after(engine, 2)
+    assert toys.distance(levels["top"].gradient, Oracle(graph, levels, update=update)("top")) < 1e-9
+
+
+def test_an_unknown_optimizer_is_named() -> None:
+    spec = {"method": "identity", "scale": "optimizer"}
+    engine = toys.program(GRAPHS["two levels"], spec, lambda p: torch.optim.Adadelta(p))
+    with pytest.raises(ValueError, match="not Adadelta; set the hypergradient's scale to"):
+        engine.iterate()
+
+
+def test_without_scale_a_hop_lacks_the_learning_rate() -> None:
+    """Path by path: one factor 1/eta for each level that the path crosses."""
+    gradients = {}
+    for scale in ("none", "learning_rate"):
+        spec = {"method": "identity", "scale": scale}
+        engine = toys.program(GRAPHS["long path"], spec)
+        levels = levels_after(engine, 1)
+        gradients[scale] = levels["top"].gradient
+    rate = 0.05
+    scaled = [rate**2 * g for g in gradients["none"]]
+    assert toys.distance(scaled, gradients["learning_rate"]) < 1e-9
+
+
+# ------------------------------------------------------------------------- Betty's convention
+
+
+class Weight(nn.Module):
+    """One weight per feature, in float64."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.w = nn.Parameter(torch.randn(3, generator=generator, dtype=torch.float64))
+
+    def forward(self) -> Tensor:
+        return self.w
+
+
+class PlainLow(betty.problems.ImplicitProblem):
+    """Ridge regression with a penalty per feature; nothing random, no buffers: all darts allows."""
+
+    def training_step(self, batch: Any) -> Tensor:
+        x, y = batch
+        penalty = (functional.softplus(self.top()) * self.module() ** 2).sum()
+        return ((x @ self.module() - y) ** 2).mean() + penalty
+
+
+class PlainTop(betty.problems.ImplicitProblem):
+    def training_step(self, batch: Any) -> Tensor:
+        x, y = batch
+        return functional.mse_loss(x @ self.low(), y)
+
+    def grad_callback(self) -> None:
+        self.gradient = [p.grad.clone() for p in self.trainable_parameters()]
+
+
+def _betty_gradient(method: str, **settings: Any) -> list[Tensor]:
+    """The first outer gradient, from plain Betty's problems and engine."""
+    made: dict[str, Any] = {}
+    for seed, (name, cls) in enumerate({"low": PlainLow, "top": PlainTop}.items()):
+        module = Weight(seed)
+        config = betty.configs.Config(type=method, **settings)
+        made[name] = cls(
+            name,
+            config,
+            module,
+            torch.optim.SGD(module.parameters(), 0.1),
+            train_data_loader=toys.batches(seed),
+        )
+    low, top = made.values()
+    dependencies = {"u2l": {top: [low]}, "l2u": {low: [top]}}
+    config = betty.configs.EngineConfig(train_iters=1, strategy="cpu")
+    betty.engine.Engine([low, top], config, dependencies).run()
+    return made["top"].gradient
+
+
+@pytest.mark.parametrize("method", EXPECTED)
+def test_scale_none_is_bettys_darts(method: str) -> None:
+    class Low(PlainLow, Problem):
+        pass
+
+    class Top(PlainTop, Problem):
+        pass
+
+    spec = {"method": method, "scale": "none"}
+    low, top = (
+        cls(name, module, torch.optim.SGD(module.parameters(), 0.1), toys.batches(seed), config)
+        for seed, (name, cls, module, config) in enumerate(
+            [
+                ("low", Low, Weight(0), Config(hypergradient=spec)),
+                ("top", Top, Weight(1), Config()),
+            ]
+        )
+    )
+    engine = Engine(
+        [low, top], EngineSettings(), u2l={top: [low]}, l2u={low: [top]}, device="cpu", quiet=True
+    )
+    engine.iterate()
+    assert toys.distance(top.gradient, _betty_gradient("darts", darts_alpha=1e-4)) < 1e-6

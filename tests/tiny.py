@@ -1,0 +1,145 @@
+"""Whole systems at a size that trains in a second: 32 pixels, 4 channels, synthetic lesions."""
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from mlseg.engines.segmentation import SegmentationEngine
+from mlseg.problems.systems import load_system
+from torch import Tensor, nn
+
+Changes = Mapping[str, Any]
+
+_SHARED: dict[str, Any] = {
+    "seed": 1,
+    "device": "cpu",
+    "data": {
+        "name": "synthetic_lesions",
+        "image_size": 32,
+        "train": 6,
+        "val": 4,
+        "test": 3,
+    },
+    "segmentor": {"name": "unet", "channels": 4, "levels": 2},
+    "engine": {
+        "iterations": 4,
+        "validate_every": 2,
+        "log_every": 1,
+        "samples": 0,
+        "tensorboard": False,
+    },
+}
+_RMSPROP = {"name": "rmsprop", "lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-3}
+_SYSTEMS: dict[str, dict[str, Any]] = {
+    "supervised": {
+        **_SHARED,
+        "system": "supervised",
+        "problems": {"segmentor": {"optimizer": _RMSPROP, "batch_size": 2}},
+    },
+    "e2eaug": {
+        **_SHARED,
+        "system": "e2eaug",
+        "generator": {"channels": 4, "levels": 3},
+        "discriminator": {"channels": 4, "layers": 2},
+        "gan": {"pretrain": 3, "pretrain_lr": 1e-3},
+        "problems": {
+            "generator": {"optimizer": {"lr": 1e-3}},
+            "discriminator": {"optimizer": {"lr": 1e-3}},
+            "segmentor": {"optimizer": _RMSPROP},
+            "architecture": {"optimizer": {"lr": 1e-2}},
+        },
+    },
+}
+
+
+def values(system: str = "e2eaug", changes: Changes | None = None) -> dict[str, Any]:
+    """A config's content.
+
+    Args:
+        system: "e2eaug" or "supervised".
+        changes: by dotted key, as on the command line: ``{"gan.pretrain": 0}``.
+    """
+    result = copy.deepcopy(_SYSTEMS[system])
+    for key, value in (changes or {}).items():
+        *parents, last = key.split(".")
+        place = result
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return result
+
+
+def config_yaml(system: str = "e2eaug", changes: Changes | None = None) -> str:
+    """The same as YAML, for tests of commands."""
+    return yaml.safe_dump(values(system, changes), sort_keys=False)
+
+
+def write_config(path: Path, system: str = "e2eaug", changes: Changes | None = None) -> Path:
+    """The same in a file."""
+    path.write_text(config_yaml(system, changes), encoding="utf-8")
+    return path
+
+
+def build(
+    system: str = "e2eaug", changes: Changes | None = None, out: Path | None = None
+) -> SegmentationEngine:
+    """An engine with all its problems, silent, ready to run."""
+    made = load_system(system)
+    engine = made(made.settings.model_validate(values(system, changes)), out)
+    assert isinstance(engine, SegmentationEngine)
+    engine.recorder.progress.quiet = True
+    return engine
+
+
+def weights(engine: Any) -> dict[str, Tensor]:
+    """Copies of all parameters and buffers of all problems, by "problem/name"."""
+    return {
+        f"{problem.name}/{name}": value.detach().clone()
+        for problem in engine.problems
+        for name, value in problem.module.state_dict().items()
+    }
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nested structures are equal bit for bit, NaN included."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+class Counter:
+    """Counts the passes over a module: forwards, and backwards to its input or parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.forward = 0
+        self.backward = 0
+        self.batches: list[int] = []
+        module.register_forward_hook(self._forward)
+
+    def _forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.forward += 1
+        self.batches.append(len(inputs[0]))
+        if output.requires_grad:
+            output.register_hook(self._backward)
+
+    def _backward(self, gradient: Tensor) -> None:
+        self.backward += 1
+
+
+def gradients_of(problem: Any, steps: list[list[Tensor]]) -> None:
+    """Have ``problem`` add a copy of its gradient to ``steps`` at each of its steps."""
+    former: Callable[[], None] | None = getattr(problem, "grad_callback", None)
+
+    def note() -> None:
+        if former is not None:
+            former()
+        steps.append([p.grad.detach().clone() for p in problem.trainable_parameters()])
+
+    problem.grad_callback = note
