@@ -38,10 +38,10 @@ from pathlib import Path
 from typing import Any
 
 import rows_table
-from mlseg.problems.systems import load_system
 
 from mlseg import config
 from mlseg.errors import UserError
+from mlseg.problems.systems import load_system
 from mlseg.run import parse_run
 
 

@@ -15,16 +15,16 @@ import torch
 from betty.logging import logger as betty_logger
 from betty.logging.logger_base import get_logger
 from betty.problems import Problem as BettyProblem
-from mlseg.engines.interruption import Interruption
-from mlseg.engines.nan_guard import NanGuard
-from mlseg.engines.recording import Recorder
-from mlseg.problems.base import Problem
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from mlseg import checkpoint, randomness
 from mlseg.config import Settings
+from mlseg.engines.interruption import Interruption
+from mlseg.engines.nan_guard import NanGuard
+from mlseg.engines.recording import Recorder
 from mlseg.errors import RunError, UserError
+from mlseg.problems.base import Problem
 
 Dependencies = Mapping[BettyProblem, Sequence[BettyProblem]]
 

@@ -12,12 +12,12 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from mlseg.engines.progress import Progress
 from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from mlseg.checkpoint import one_line
+from mlseg.engines.progress import Progress
 from mlseg.errors import RunError
 
 if TYPE_CHECKING:

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mlseg.engines.base import Engine, EngineSettings, choose_device
-from mlseg.engines.pictures import comparison
-from mlseg.engines.recording import write_json
-from mlseg.problems.base import Problem
 from rich.console import RenderableType
 from torch import nn
 
 from mlseg import checkpoint
 from mlseg.data import Samples, SegmentationData, to_float
+from mlseg.engines.base import Engine, EngineSettings, choose_device
+from mlseg.engines.pictures import comparison
+from mlseg.engines.recording import write_json
 from mlseg.metrics import SCORES, SegmentationMetrics
 from mlseg.nets import SegmentorSettings
+from mlseg.problems.base import Problem
 
 SCORING_BATCH = 16
 

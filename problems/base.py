@@ -11,13 +11,13 @@ import betty.configs
 import betty.problems
 import torch
 from betty.hypergradient import jvp_fn_mapping
-from mlseg.problems.outer_gradient import OuterGradient
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mlseg import randomness
 from mlseg.errors import RunError
 from mlseg.hypergradients import Hop, Interface, Method, Vector, names, resolve
+from mlseg.problems.outer_gradient import OuterGradient
 
 SchedulerClock = Literal["iteration", "epoch", "validation"]
 

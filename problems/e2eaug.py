@@ -40,17 +40,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mlseg.engines.base import Stage, choose_device
-from mlseg.engines.segmentation import SegmentationEngine
-from mlseg.problems import e2eaug_records as records
-from mlseg.problems.base import Problem
-from mlseg.problems.e2eaug_settings import E2EAugSettings
-from mlseg.problems.settings import ProblemSettings
-from mlseg.problems.systems import system
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mlseg.data import Augmentation, AugmentationSettings, BatchLoader, load_data
+from mlseg.engines.base import Stage, choose_device
+from mlseg.engines.segmentation import SegmentationEngine
 from mlseg.errors import UserError
 from mlseg.hypergradients import Interface
 from mlseg.losses import SegmentationLoss, gan_loss
@@ -58,6 +53,11 @@ from mlseg.nets import build_segmentor
 from mlseg.nets.architecture import Architecture as ArchitectureModule
 from mlseg.nets.patchgan import PatchGAN
 from mlseg.nets.pix2pix import SearchableGenerator
+from mlseg.problems import e2eaug_records as records
+from mlseg.problems.base import Problem
+from mlseg.problems.e2eaug_settings import E2EAugSettings
+from mlseg.problems.settings import ProblemSettings
+from mlseg.problems.systems import system
 from mlseg.randomness import derived, seeded
 
 # --------------------------------------------------------------------------- the levels

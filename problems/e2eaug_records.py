@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from mlseg.engines.pictures import colour, tiles, to_rgb
-from mlseg.engines.recording import write_json
-from mlseg.engines.segmentation import SegmentationEngine
-from mlseg.problems.base import Problem
 from rich.table import Table
 
 from mlseg import checkpoint
 from mlseg.data import to_uint8
+from mlseg.engines.pictures import colour, tiles, to_rgb
+from mlseg.engines.recording import write_json
+from mlseg.engines.segmentation import SegmentationEngine
 from mlseg.errors import UserError
 from mlseg.nets.cells import CANDIDATES
+from mlseg.problems.base import Problem
 
 if TYPE_CHECKING:
     from mlseg.problems.e2eaug_settings import E2EAugSettings

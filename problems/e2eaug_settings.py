@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from mlseg.problems.settings import ProblemSettings
-from mlseg.problems.systems import RunSettings
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mlseg.config import Settings
 from mlseg.data import AugmentationSettings, DataSettings
 from mlseg.losses import LossSettings
 from mlseg.nets import SegmentorSettings
+from mlseg.problems.settings import ProblemSettings
+from mlseg.problems.systems import RunSettings
 
 
 class GeneratorSettings(Settings):

@@ -4,13 +4,13 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
-from mlseg.problems.base import Config, SchedulerClock
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, Strict
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from mlseg.config import Settings
 from mlseg.hypergradients import Method, resolve
+from mlseg.problems.base import Config, SchedulerClock
 
 Betas = Annotated[tuple[float, float], Strict(False)]
 

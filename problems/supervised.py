@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 
+from mlseg.config import Settings
+from mlseg.data import Augmentation, AugmentationSettings, BatchLoader, DataSettings, load_data
 from mlseg.engines.base import Stage, choose_device
 from mlseg.engines.segmentation import SegmentationEngine
+from mlseg.losses import LossSettings, SegmentationLoss
+from mlseg.nets import SegmentorSettings, build_segmentor
 from mlseg.problems.base import Problem
 from mlseg.problems.settings import ProblemSettings
 from mlseg.problems.systems import RunSettings, system
-
-from mlseg.config import Settings
-from mlseg.data import Augmentation, AugmentationSettings, BatchLoader, DataSettings, load_data
-from mlseg.losses import LossSettings, SegmentationLoss
-from mlseg.nets import SegmentorSettings, build_segmentor
 from mlseg.randomness import derived, seeded
 
 

@@ -10,10 +10,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from mlseg.engines.base import Engine, EngineSettings
 from pydantic import NonNegativeInt
 
 from mlseg.config import Settings
+from mlseg.engines.base import Engine, EngineSettings
 from mlseg.errors import UserError
 
 
