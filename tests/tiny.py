@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor, nn
+
 from mlseg.engines.segmentation import SegmentationEngine
 from mlseg.problems.systems import load_system
-from torch import Tensor, nn
 
 Changes = Mapping[str, Any]
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from mlseg.engines.base import Engine, EngineSettings
-from mlseg.problems.base import Config, Problem
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
+
+from mlseg.engines.base import Engine, EngineSettings
+from mlseg.problems.base import Config, Problem
 
 Batch = tuple[Tensor, Tensor]
 Call = Callable[[Tensor], Tensor]

@@ -10,13 +10,13 @@ import betty.problems
 import pytest
 import torch
 import toys
-from mlseg.engines.base import Engine, EngineSettings
-from mlseg.problems.base import Config, Problem
 from torch import Tensor, nn
 from torch.nn import functional
 from toys import GRAPHS, Level, Oracle
 
+from mlseg.engines.base import Engine, EngineSettings
 from mlseg.hypergradients import names
+from mlseg.problems.base import Config, Problem
 
 EXPECTED = {"identity": 1e-9, "finite_difference": 1e-5}
 """Relative error; the finite difference's is that of its step, epsilon = 1e-4."""

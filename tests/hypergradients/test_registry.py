@@ -6,12 +6,12 @@ from typing import Any, Literal
 import pytest
 import toys
 from betty.hypergradient import jvp_fn_mapping
-from mlseg.problems.base import Config
 from torch import Tensor
 from toys import GRAPHS
 
 from mlseg.hypergradients import FiniteDifference, Hop, Method, Vector, names, register, resolve
 from mlseg.hypergradients.registry import _METHODS
+from mlseg.problems.base import Config
 
 
 def test_by_name_and_by_mapping() -> None:

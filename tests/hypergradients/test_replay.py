@@ -9,13 +9,13 @@ import pytest
 import tiny
 import torch
 import toys
-from mlseg.engines.base import Engine, EngineSettings
-from mlseg.problems.base import Config, Problem
 from torch import Tensor, nn
 from toys import GRAPHS
 
 from mlseg import randomness
+from mlseg.engines.base import Engine, EngineSettings
 from mlseg.hypergradients import Interface, names
+from mlseg.problems.base import Config, Problem
 
 
 def snapshot(engine: Any) -> dict[str, Any]:
