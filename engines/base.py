@@ -134,6 +134,7 @@ class Engine(betty.engine.Engine):
         self.companions: dict[str, Any] = {}
         """Objects with ``state_dict`` and ``load_state_dict`` that are saved with the run."""
         self._wanted_device = device
+        self.leaves: list[BettyProblem] = []
         self._clock = time.monotonic()
         if validation is not None:
             self.validation = validation

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from mlseg import config
 from mlseg.commands import guarded, make_console
-from mlseg.data import DatasetSpec, Samples, load_data, load_examples
+from mlseg.data import DatasetSpec, DataSettings, Samples, load_data, load_examples
 from mlseg.engines.base import choose_device
 from mlseg.engines.recording import write_json
 from mlseg.engines.segmentation import score
@@ -93,7 +93,10 @@ def own_splits(run: Path) -> dict[str, Samples]:
         UserError: the data are no longer those that the run was split from.
     """
     settings, _ = parse_run(config.load(run / "config.yaml"))
-    data = load_data(settings.data)
+    wanted = getattr(settings, "data", None)
+    if not isinstance(wanted, DataSettings):
+        raise UserError(f"{run}: its system has no data of its own; name a data set with --data")
+    data = load_data(wanted)
     known = json.loads((run / "splits.json").read_text(encoding="utf-8"))
     if known["hash"] != data.manifest["hash"]:
         raise UserError(

@@ -36,6 +36,7 @@ class Config(betty.configs.Config):
     Betty's ``type`` is derived from ``hypergradient``, and ``precision`` is ``fp32`` or ``bf16``.
     """
 
+    type: str = "finite_difference"
     hypergradient: str | Mapping[str, Any] | Method = "finite_difference"
     scheduler_step: SchedulerClock = "iteration"
 
@@ -104,6 +105,7 @@ class Problem(betty.problems.ImplicitProblem):
             train_data_loader,
             extra_config,
         )
+        self._inner_loop_start: bool = True
         self.interface: Interface | None = None
         self.metrics: dict[str, Any] = {}
         """Detached figures of the last step; the engine writes them when it logs."""

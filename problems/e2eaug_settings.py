@@ -148,9 +148,13 @@ def merged(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     result = dict(defaults)
     for key, value in values.items():
         default = result.get(key)
-        both = isinstance(value, dict) and isinstance(default, dict)
-        if both and all(value.get(k, default.get(k)) == default.get(k) for k in ("name", "method")):
+        if isinstance(value, dict) and isinstance(default, dict) and _same(default, value):
             result[key] = merged(default, value)
         else:
             result[key] = value
     return result
+
+
+def _same(default: dict[str, Any], value: dict[str, Any]) -> bool:
+    """Whether both are settings of one component."""
+    return all(value.get(key, default.get(key)) == default.get(key) for key in ("name", "method"))

@@ -111,6 +111,6 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
 
 
-def _append_new(items: list, item: object) -> None:
+def _append_new(items: list[BettyProblem], item: BettyProblem) -> None:
     if not any(item is known for known in items):
         items.append(item)

@@ -1,6 +1,6 @@
 """Identity inverse Hessian, the mixed second derivative by finite differences."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -69,7 +69,13 @@ class FiniteDifference(Method):
         return product, {"step": step}
 
 
-def _gradient_at(parameters, shift, sign, loss, inputs) -> Sequence[Tensor | None]:
+def _gradient_at(
+    parameters: Vector,
+    shift: Sequence[Tensor],
+    sign: float,
+    loss: Callable[[], Tensor],
+    inputs: Vector,
+) -> Sequence[Tensor | None]:
     """``d loss / d inputs`` with ``sign * shift`` added to the parameters meanwhile."""
     kept = [p.data for p in parameters]
     moved = torch._foreach_add(kept, shift, alpha=sign) if sign else kept

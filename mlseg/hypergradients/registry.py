@@ -1,6 +1,6 @@
 """The table of hypergradient methods, ours, a user's own and Betty's."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from mlseg.hypergradients.base import Method
 
 _METHODS: dict[str, type["Method"]] = {}
-_M = TypeVar("_M", bound="type[Method]")
+_M = TypeVar("_M", bound="Method")
 
 
-def register(cls: _M) -> _M:
+def register(cls: type[_M]) -> type[_M]:
     """Class decorator: make a :class:`~mlseg.hypergradients.Method` known by its name.
 
     The name is the default of the class's ``method`` field. The method is entered in Betty's own
@@ -67,10 +67,10 @@ def resolve(spec: "str | Mapping[str, Any] | Method") -> "Method":
         raise ValueError(f"{name}, setting {key!r}: {first['msg']}") from None
 
 
-def _for_betty(name: str):
+def _for_betty(name: str) -> Callable[..., list[Tensor] | None]:
     """The method under Betty's calling convention ``(vector, curr, prev, sync)``."""
 
-    def method(vector: list[Tensor], curr, prev, sync: bool) -> list[Tensor] | None:
+    def method(vector: list[Tensor], curr: Any, prev: Any, sync: bool) -> list[Tensor] | None:
         from mlseg.hypergradients.base import Hop
         from mlseg.problems.base import Problem
 
