@@ -44,12 +44,12 @@ class SegmentationLoss(nn.Module):
         Jaccard = mean over c of 1 - (I_c + s) / (P_c + T_c - I_c + s)
 
     The means are over the classes with T_c > 0: as in segmentation-models-pytorch, a class that the
-    batch doesn't show adds nothing; unlike there, it doesn't lower the mean either. A batch without a
-    class to score (only ignored pixels) gives 0, with zero gradient. Smooth in the logits, so it can
-    be differentiated twice. Nothing is read back from the device.
+    batch doesn't show adds nothing; unlike there, it doesn't lower the mean either. A batch without
+    a class to score (only ignored pixels) gives 0, with zero gradient. Smooth in the logits, so it
+    can be differentiated twice. Nothing is read back from the device.
 
-    Sources: Dice, Milletari et al., V-Net, 3DV 2016, section 3 (here without squares); Jaccard, Rahman
-    and Wang, ISVC 2016, section 2.3.
+    Sources: Dice, Milletari et al., V-Net, 3DV 2016, section 3 (here without squares); Jaccard,
+        Rahman and Wang, ISVC 2016, section 2.3.
 
     Args:
         settings: weights of the terms.

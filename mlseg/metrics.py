@@ -1,9 +1,9 @@
 """Segmentation scores, per image and pooled, counted on the device.
 
-    metrics = SegmentationMetrics(num_classes=2)
-    for ids, image, mask in batches:
-        metrics.update(segmentor(image).argmax(1), mask, ids)     # no host synchronisation
-    metrics.compute()["jaccard"]                                  # the only one
+metrics = SegmentationMetrics(num_classes=2)
+for ids, image, mask in batches:
+    metrics.update(segmentor(image).argmax(1), mask, ids)     # no host synchronisation
+metrics.compute()["jaccard"]                                  # the only one
 """
 
 from collections.abc import Sequence
@@ -55,8 +55,8 @@ def class_scores(confusion_NKK: Tensor) -> dict[str, Tensor]:
     """Scores of every class against the rest, from (N, K, K) counts (rows are the truth).
 
     Returns (N, K) float64 tensors "jaccard", "dice", "sensitivity", "specificity", "precision" and
-    the bool "present": the class occurs in the truth or the prediction. With a class's true positives
-    TP, false positives FP, false negatives FN and true negatives TN:
+    the bool "present": the class occurs in the truth or the prediction. With a class's true
+    positives TP, false positives FP, false negatives FN and true negatives TN:
 
         jaccard = TP / (TP + FP + FN)      dice        = 2 TP / (2 TP + FP + FN)
         precision = TP / (TP + FP)         sensitivity = TP / (TP + FN)
@@ -85,16 +85,17 @@ def class_scores(confusion_NKK: Tensor) -> dict[str, Tensor]:
 class SegmentationMetrics:
     """Accumulates confusion counts per image and turns them into scores.
 
-    **Per image.** Two classes: the scores of the foreground, class 1. More classes: the mean over the
-    classes present in the image's truth or prediction, the background among them. Accuracy: the share
-    of pixels labelled rightly. An image that has no foreground scores jaccard = dice = 1 if none is
-    predicted, else 0; the other scores follow the same rule (see `class_scores`), so none is ever
-    NaN. Ignored pixels count nowhere; an image of nothing else has no score and is left out.
+    **Per image.** Two classes: the scores of the foreground, class 1. More classes: the mean over
+    the classes present in the image's truth or prediction, the background among them. Accuracy: the
+    share of pixels labelled rightly. An image that has no foreground scores jaccard = dice = 1 if
+    none is predicted, else 0; the other scores follow the same rule (see `class_scores`), so none
+    is ever NaN. Ignored pixels count nowhere; an image of nothing else has no score and is left
+    out.
 
     **Over images.** The mean, and the sample standard deviation (0 for a single image).
 
-    **Pooled.** The confusion matrix summed over all images: the Jaccard of the foreground, or the mean
-    over the classes that occur (mIoU), and the Jaccard of every class.
+    **Pooled.** The confusion matrix summed over all images: the Jaccard of the foreground, or the
+    mean over the classes that occur (mIoU), and the Jaccard of every class.
 
     Args:
         num_classes: K, at least 2.
@@ -112,7 +113,7 @@ class SegmentationMetrics:
             raise ValueError(f"metrics need at least 2 classes, not {num_classes}")
         self.num_classes = num_classes
         self.ignore_index = ignore_index
-        self.classes = list(classes) if classes is not None else [str(k) for k in range(num_classes)]
+        self.classes = list(classes or map(str, range(num_classes)))
         if len(self.classes) != num_classes:
             raise ValueError(f"{len(self.classes)} class names for {num_classes} classes")
         self.reset()
@@ -199,8 +200,8 @@ class SegmentationMetrics:
     def compute(self) -> dict[str, float]:
         """Every figure as a finite float in [0, 1], besides "images", their number.
 
-        Keys: each of `SCORES` (mean over images) and with "_std"; "pooled_jaccard"; "iou_<class>" for
-        each class of the pooled confusion matrix (1 for a class that never occurs).
+        Keys: each of `SCORES` (mean over images) and with "_std"; "pooled_jaccard"; "iou_<class>"
+            for each class of the pooled confusion matrix (1 for a class that never occurs).
         """
         _, values, confusion = self._scores()
         images = len(confusion)

@@ -1,8 +1,8 @@
 """Networks, a file each, and the segmentors by name.
 
 `SegmentorSettings` is what a config says about a segmentor, `build_segmentor` makes it, and
-`segmentor_names` lists what can be named. Generator, discriminator and architecture of E2EAug are in
-`pix2pix`, `patchgan` and `architecture`.
+`segmentor_names` lists what can be named. Generator, discriminator and architecture of E2EAug are
+in `pix2pix`, `patchgan` and `architecture`.
 """
 
 from typing import Any
@@ -54,7 +54,10 @@ class SegmentorSettings(Settings):
     |---|---|
     | `unet` | `channels`: width of the first level (64); `levels`: number of downsamplings (4) |
     | `deeplabv3` | none: torchvision's DeepLabV3 with a ResNet-50 |
-    | an architecture of segmentation-models-pytorch (`unetplusplus`, `fpn`, `segformer`, ...; its own U-Net and DeepLabV3 as `smp_unet`, `smp_deeplabv3`) | `encoder`: its name there (`resnet34`, `mit_b0`, ...); `options`: further keywords of the architecture |
+    | others | `encoder`: `resnet34`, `mit_b0`, ...; `options`: keywords of the architecture |
+
+    The others are the architectures of segmentation-models-pytorch (`unetplusplus`, `fpn`,
+    `segformer`, ...), its own U-Net and DeepLabV3 as `smp_unet` and `smp_deeplabv3`.
 
     After validation the settings of the named network hold their defaults, the others are None.
     No network ever downloads weights.
@@ -116,7 +119,8 @@ def build_segmentor(settings: SegmentorSettings, in_channels: int, num_classes: 
             f"a segmentor needs at least 2 classes (background counts as one), not {num_classes}"
         )
     if settings.name == "unet":
-        assert settings.channels is not None and settings.levels is not None
+        assert settings.channels is not None
+        assert settings.levels is not None
         return UNet(in_channels, num_classes, settings.channels, settings.levels)
     if settings.name == "deeplabv3":
         return DeepLabV3(in_channels, num_classes)

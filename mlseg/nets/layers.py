@@ -10,9 +10,9 @@ class BatchNorm(nn.BatchNorm2d):
 
     `torch.nn.BatchNorm2d` raises where a batch of one meets a 1x1 map, as in the pooling branch of
     DeepLabV3 or at the bottom of a U-Net: a variance over one value says nothing. There this layer
-    normalises with its running statistics, as in evaluation, and leaves them as they are; everywhere
-    else it is `torch.nn.BatchNorm2d`. Its state dict is the same. The choice depends on the shape
-    alone, so nothing is read back from the device.
+    normalises with its running statistics, as in evaluation, and leaves them as they are;
+    everywhere else it is `torch.nn.BatchNorm2d`. Its state dict is the same. The choice depends on
+    the shape alone, so nothing is read back from the device.
     """
 
     def forward(self, input: Tensor) -> Tensor:

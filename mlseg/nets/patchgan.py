@@ -9,8 +9,8 @@ from mlseg.nets.layers import BatchNorm
 class PatchGAN(nn.Module):
     """Judges every patch of a (label map, image) pair as real or fake.
 
-    4x4 convolutions, `layers` of them with stride 2 and widths C, 2C, 4C, 8C, then two with stride 1;
-    LeakyReLU 0.2; BatchNorm after all but the first and the last; N(0, 0.02), BatchNorm scale
+    4x4 convolutions, `layers` of them with stride 2 and widths C, 2C, 4C, 8C, then two with stride
+    1; LeakyReLU 0.2; BatchNorm after all but the first and the last; N(0, 0.02), BatchNorm scale
     N(1, 0.02). With three layers each logit sees 70x70 pixels (16, 34, 70, 142 for 1 to 4 layers).
 
     Args:
@@ -53,7 +53,7 @@ class PatchGAN(nn.Module):
         return 3 * 2**self.layers
 
     def forward(self, pair_BCHW: Tensor) -> Tensor:
-        """Label map and image, concatenated, (B, C, H, W) -> (B, 1, h, w) logits, positive for real.
+        """Label map and image, concatenated (B, C, H, W) -> (B, 1, h, w) logits, above 0 for real.
 
         h = H / 2^layers - 2, likewise w. UserError for an image smaller than `smallest_side`.
         """

@@ -1,14 +1,14 @@
 """The generator of pix2pix (Isola et al., CVPR 2017), and E2EAug's searchable version of it.
 
 A U-Net from label map to image: strided convolutions halve the map down to one or a few positions,
-transposed ones double it again, and each decoder level sees the encoder's map of its size. Widths C,
-2C, 4C, 8C, then 8C on. Activations: LeakyReLU 0.2 in the encoder, ReLU in the decoder, Tanh at the
-end. BatchNorm after every operator but the first and the innermost of the encoder and the last of the
-decoder. Dropout on the three decoder levels after the innermost stands for the noise vector.
+transposed ones double it again, and each decoder level sees the encoder's map of its size. Widths
+C, 2C, 4C, 8C, then 8C on. Activations: LeakyReLU 0.2 in the encoder, ReLU in the decoder, Tanh at
+the end. BatchNorm after every operator but the first and the innermost of the encoder and the last
+of the decoder. Dropout on the three decoder levels after the innermost stands for the noise vector.
 Convolutions N(0, 0.02), BatchNorm scale N(1, 0.02).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -30,7 +30,7 @@ def _sides(image_size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def count_levels(image_size: int | Sequence[int], levels: int | None = None) -> int:
-    """How often the generator halves an image of this size (pixels): `levels`, or as often as it can.
+    """How often the generator halves an image of this size: `levels`, or as often as it can.
 
     Raises UserError where the image is too small for `levels`, or for two levels.
     """
@@ -39,7 +39,10 @@ def count_levels(image_size: int | Sequence[int], levels: int | None = None) -> 
     if levels is None:
         levels = most
     if levels < 2 or smaller < 4:
-        raise UserError(f"a generator needs at least 2 levels and 4 pixels a side, not {smaller}")
+        raise UserError(
+            f"a generator needs at least 2 levels and images of 4 pixels a side, not {levels} "
+            f"levels and {smaller} pixels"
+        )
     if levels > (smaller - 1).bit_length():
         raise UserError(
             f"generator levels {levels} are too many for images of {smaller} pixels: at most {most}"
@@ -161,24 +164,24 @@ class Generator(_Body):
 class SearchableGenerator(_Body):
     """pix2pix's generator with cells for its strided convolutions (E2EAug, section 3.2).
 
-    The selection weights are an input of `forward`, not parameters: they belong to a problem of their
-    own (see `mlseg.nets.architecture.Architecture`), and gradients flow through them.
+    The selection weights are an input of `forward`, not parameters: they belong to a problem of
+    their own (see `mlseg.nets.architecture.Architecture`), and gradients flow through them.
 
     Args:
         in_channels, out_channels: channels of label map and image.
-        image_size: side, or height and width, of the images in pixels; decides the number of levels.
-        channels: width C of the first level.
-        levels: number of halvings; None is as many as the smaller side allows (8 at 256, 6 at 64).
-        dropout: probability on the three decoder levels after the innermost.
-        search: where cells stand: "both" encoder and decoder (the paper), "decoder" (GenSeg's public
+        image_size: side, or height and width, of the images in pixels; decides the number of
+            levels. channels: width C of the first level. levels: number of halvings; None is as
+            many as the smaller side allows (8 at 256, 6 at 64). dropout: probability on the three
+            decoder levels after the innermost. search: where cells stand: "both" encoder and
+            decoder (the paper), "decoder" (GenSeg's public
             code), "none" (vanilla pix2pix).
 
     Parameters at 256x256 with 3 channels: 54.4 M with "none", 272.4 M with "decoder", 394.4 M with
     "both"; as in pix2pix's public code, only the last operator has a bias, one per candidate.
 
-    Other sizes than `image_size` work too: sides are padded to multiples of 2^levels by repeating the
-    edge, and the output is cropped. A batch of one trains: pix2pix has no BatchNorm at the innermost
-    encoder level, the only one whose map may be 1x1.
+    Other sizes than `image_size` work too: sides are padded to multiples of 2^levels by repeating
+    the edge, and the output is cropped. A batch of one trains: pix2pix has no BatchNorm at the
+    innermost encoder level, the only one whose map may be 1x1.
 
     Raises UserError for an image too small for its levels.
     """
@@ -244,59 +247,63 @@ class SearchableGenerator(_Body):
     def forward(self, label_BCHW: Tensor, weights: Tensor | None = None) -> Tensor:
         """Label map (B, Cin, H, W) in [-1, 1] -> image (B, Cout, H, W) in [-1, 1], any H and W.
 
-        `weights` (cells, 3) in [0, 1] are the selection weights; with search "none" they are ignored.
-        ValueError for any other shape.
+        `weights` (cells, 3) in [0, 1] are the selection weights; with search "none" they are
+        ignored. ValueError for any other shape.
         """
         self._check(weights)
         return self._generate(label_BCHW, weights)
 
-    def _export(self, operators: list[nn.Module]) -> Generator:
-        generator = Generator(
-            self.in_channels,
-            self.out_channels,
-            self.levels,
-            self.channels,
-            self.dropout,
-            [operator.kernel_size[0] for operator in operators],
-        )
-        reference = self.encoder_norms[0].weight if len(self.encoder_norms) else operators[0].weight
-        generator.to(reference.device, reference.dtype)
-        for target, operator in zip(
-            [*generator.encoder, *generator.decoder], operators, strict=True
-        ):
-            target.load_state_dict(operator.state_dict())
-        generator.encoder_norms.load_state_dict(self.encoder_norms.state_dict())
-        generator.decoder_norms.load_state_dict(self.decoder_norms.state_dict())
-        return generator.train(self.training)
-
     def merged(self, weights: Tensor | None) -> Generator:
-        """The same function for fixed (cells, 3) weights as a plain generator: 8x8 kernels, no alphas.
+        """The same function for fixed (cells, 3) weights: a plain generator of 8x8 kernels.
 
         Copies every tensor; later training of this module doesn't touch the export.
         """
         self._check(weights)
-        return self._export(self._operators(weights, merge=True))
+        return self._export(lambda cell, row: cell.merged(row), weights)
 
     def discretised(self, weights: Tensor | None) -> Generator:
         """A plain generator with the strongest candidate of each cell, at weight 1.
 
-        Reads the weights back to the host; not for use inside a training step. The weights of the
-        kept candidates are copied as they are, so the result is meant to be trained on.
+        Copies every tensor, as it is: the result is a start for training, not the same function.
+        Reads the weights back to the host; not for use inside a training step.
         """
         self._check(weights)
-        return self._export(self._operators(weights, merge=False))
+        return self._export(lambda cell, row: cell.candidate(int(row.argmax())), weights)
 
-    def _operators(self, weights: Tensor | None, merge: bool) -> list[nn.Module]:
-        operators: list[nn.Module] = []
-        cell = 0
-        for operator in [*self.encoder, *self.decoder]:
-            if isinstance(operator, Cell):
-                assert weights is not None
-                row = weights[cell].detach()
-                operators.append(
-                    operator.merged(row) if merge else operator.candidate(int(row.argmax()))
-                )
-                cell += 1
-            else:
-                operators.append(operator)
-        return operators
+    @torch.no_grad()
+    def _export(
+        self,
+        choose: Callable[[Cell, Tensor], tuple[Tensor, Tensor | None]],
+        weights: Tensor | None,
+    ) -> Generator:
+        state = {
+            name: tensor.clone()
+            for name, tensor in self.state_dict().items()
+            if name.startswith(("encoder_norms.", "decoder_norms."))
+        }
+        kernels = []
+        rows: Iterator[Tensor] = iter(()) if weights is None else iter(weights.detach())
+        for part in ("encoder", "decoder"):
+            for index, operator in enumerate(self.get_submodule(part).children()):
+                if isinstance(operator, Cell):
+                    kernel, bias = choose(operator, next(rows))
+                else:
+                    assert isinstance(operator, nn.Conv2d | nn.ConvTranspose2d)
+                    kernel = operator.weight.clone()
+                    bias = None if operator.bias is None else operator.bias.clone()
+                state[f"{part}.{index}.weight"] = kernel
+                if bias is not None:
+                    state[f"{part}.{index}.bias"] = bias
+                kernels.append(kernel.shape[-1])
+        # On the meta device nothing is allocated and no random number is drawn.
+        with torch.device("meta"):
+            generator = Generator(
+                self.in_channels,
+                self.out_channels,
+                self.levels,
+                self.channels,
+                self.dropout,
+                kernels,
+            )
+        generator.load_state_dict(state, assign=True)
+        return generator.train(self.training)

@@ -98,7 +98,8 @@ class SmpSegmentor(nn.Module):
         except (ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
-                f"segmentor {architecture!r} with encoder {encoder!r} can't be built: {reason}"
+                f"{architecture!r} of segmentation-models-pytorch can't be built with encoder "
+                f"{encoder!r}: {reason}"
             ) from error
         accept_single_values(self.network)
         self.fixed_size = self._find_fixed_size()

@@ -25,13 +25,13 @@ class UNet(nn.Module):
     Args:
         in_channels: channels of the image.
         num_classes: K, channels of the output.
-        channels: width C of the first level; level i has C 2^i channels. With 64 channels, 4 levels,
-            3 channels in and 2 out it has 31.0 M parameters, the size E2EAug uses.
+        channels: width C of the first level; level i has C 2^i channels. With 64 channels, 4
+            levels, 3 channels in and 2 out it has 31.0 M parameters, the size E2EAug uses.
         levels: number of downsamplings.
 
-    Departures from the 2015 paper, as in most later work: padded convolutions, so the output has the
-    size of the input, and BatchNorm after each. Sides that 2^levels doesn't divide are padded by
-    repeating the edge, and the output is cropped.
+    Departures from the 2015 paper, as in most later work: padded convolutions, so the output has
+    the size of the input, and BatchNorm after each. Sides that 2^levels doesn't divide are padded
+    by repeating the edge, and the output is cropped.
     """
 
     def __init__(
