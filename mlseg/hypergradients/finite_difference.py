@@ -56,12 +56,11 @@ class FiniteDifference(Method):
             # An all-zero vector gives a huge step along nothing: the gradients agree, q is zero.
             smallest = torch.finfo(size.dtype).tiny ** 0.5
             step = self.epsilon * _norm(parameters).clamp_min(1e-8) / size.clamp_min(smallest)
-            shift = torch._foreach_mul(vector, step)
-        low = -1.0 if self.scheme == "central" else 0.0
+        central = self.scheme == "central"
         with hop.evaluation() as loss:
-            above = _gradient_at(parameters, shift, 1.0, loss, hop.inputs)
-            below = _gradient_at(parameters, shift, low, loss, hop.inputs)
-        width = step * (1.0 - low)
+            above = _gradient_at(parameters, vector, step, loss, hop.inputs)
+            below = _gradient_at(parameters, vector, -step if central else None, loss, hop.inputs)
+        width = 2.0 * step if central else step
         product = [
             None if a is None or b is None else (a - b) / width
             for a, b in zip(above, below, strict=True)
@@ -71,14 +70,17 @@ class FiniteDifference(Method):
 
 def _gradient_at(
     parameters: Vector,
-    shift: Sequence[Tensor],
-    sign: float,
+    vector: Vector,
+    step: Tensor | None,
     loss: Callable[[], Tensor],
     inputs: Vector,
 ) -> Sequence[Tensor | None]:
-    """``d loss / d inputs`` with ``sign * shift`` added to the parameters meanwhile."""
+    """``d loss / d inputs`` with ``step * vector`` (None: nothing) added to the parameters."""
     kept = [p.data for p in parameters]
-    moved = torch._foreach_add(kept, shift, alpha=sign) if sign else kept
+    moved: Sequence[Tensor] = kept
+    if step is not None:
+        moved = torch._foreach_mul(vector, step)
+        torch._foreach_add_(moved, kept)
     try:
         for p, data in zip(parameters, moved, strict=True):
             p.data = data

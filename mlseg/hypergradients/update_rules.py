@@ -56,7 +56,9 @@ def one_step_scale(
     return scaled
 
 
-def _diagonal(optimizer: torch.optim.Optimizer, group: dict, state: dict) -> Tensor | float:
+def _diagonal(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], state: dict[str, Any]
+) -> Tensor | float:
     lr = group["lr"]
     if isinstance(optimizer, torch.optim.SGD):
         momentum, dampening = group["momentum"], group["dampening"]
