@@ -167,3 +167,13 @@ def test_gan_loss(real: bool) -> None:
     torch.testing.assert_close(gan_loss(logits, real), expected)
     point = torch.randn(1, 1, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: gan_loss(x, real), point)
+
+
+def test_nothing_is_read_from_the_device() -> None:
+    """On the meta device any read of a value raises."""
+    with torch.device("meta"):
+        logits = torch.empty(2, 3, 4, 4, requires_grad=True)
+        target = torch.empty(2, 4, 4, dtype=torch.long)
+        loss = SegmentationLoss(LossSettings(dice=1.0, jaccard=1.0), IGNORE)(logits, target)
+        (loss + gan_loss(logits, real=True)).backward()
+    assert loss.shape == ()

@@ -211,3 +211,14 @@ def test_second_derivative_through_the_generator() -> None:
         lambda p: torch.func.grad(loss, 1)(p, weights), (parameters,), (direction,)
     )[1]
     torch.testing.assert_close(forward, reverse, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_training_step_never_reads_from_the_device(search: Search) -> None:
+    """On the meta device any read of a value raises."""
+    with torch.device("meta"):
+        generator = SearchableGenerator(1, 3, 64, channels=2, search=search)
+        weights = Architecture(generator.num_cells)()
+        image = generator(torch.empty(2, 1, 50, 64), weights)
+        image.square().mean().backward()
+    assert image.shape == (2, 3, 50, 64)
