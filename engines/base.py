@@ -131,6 +131,7 @@ class Engine(betty.engine.Engine):
         self.seconds = 0.0
         self.on_validation = list(on_validation)
         self.meta = dict(meta or {})
+        self._logged: dict[str, int] = {}
         self.companions: dict[str, Any] = {}
         """Objects with ``state_dict`` and ``load_state_dict`` that are saved with the run."""
         self._wanted_device = device
@@ -304,15 +305,14 @@ class Engine(betty.engine.Engine):
         return f"the last good checkpoint is {self._checkpoint('last')}"
 
     def _log(self) -> None:
-        figures = {
-            problem.name: problem.metrics
+        stepped = [
+            problem
             for problem in self.problems
-            if getattr(problem, "metrics", None)
-        }
+            if isinstance(problem, Problem) and problem.count != self._logged.get(problem.name, 0)
+        ]
+        self._logged = {problem.name: problem.count for problem in self.problems}
+        figures = {problem.name: problem.metrics for problem in stepped}
         self.recorder.log(self.global_step, figures, self._rates())
-        for problem in self.problems:
-            if isinstance(problem, Problem):
-                problem.metrics = {}
         self._check_finite()
 
     def _rates(self) -> dict[str, float]:
@@ -406,6 +406,7 @@ class Engine(betty.engine.Engine):
                 "validations_without_best": self.validations_without_best,
                 "stopped_early": self.stopped_early,
                 "seconds": self.seconds,
+                "logged": self._logged,
             },
             "companions": {name: c.state_dict() for name, c in self.companions.items()},
             "random_state": randomness.capture(self.device),
@@ -429,6 +430,7 @@ class Engine(betty.engine.Engine):
         self.validations_without_best = engine["validations_without_best"]
         self.stopped_early = engine["stopped_early"]
         self.seconds = engine["seconds"]
+        self._logged = dict(engine["logged"])
         for problem in self.problems:
             try:
                 problem.load_state_dict(state["problems"][problem.name])
