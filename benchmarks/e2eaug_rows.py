@@ -37,6 +37,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import machine
 import rows_table
 
 from mlseg import config
@@ -242,9 +243,10 @@ def _remember(out: Path, rows: dict[str, Row], common: Sequence[str], command: s
     path = out / "rows.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     known.setdefault("rows", {}).update({name: asdict(row) for name, row in rows.items()})
+    entry = f"{command}  (at {machine.revision()})"
     commands = known.setdefault("commands", [])
-    if command not in commands:
-        commands.append(command)
+    if entry not in commands:
+        commands.append(entry)
     known["common"] = list(common)
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")

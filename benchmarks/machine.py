@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import time
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def describe(device: str | torch.device = "cpu") -> dict[str, str]:
     return {
         **found,
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+        "revision": revision(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -35,6 +37,14 @@ def describe(device: str | torch.device = "cpu") -> dict[str, str]:
 def head(machine: dict[str, str]) -> str:
     """The description as a Markdown list."""
     return "\n".join(f"- {key}: {value}" for key, value in machine.items())
+
+
+def revision() -> str:
+    """The commit of the code, with ``-dirty`` when files differ from it."""
+    command = ["git", "describe", "--always", "--dirty"]
+    folder = Path(__file__).parent
+    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown revision"
 
 
 def _processor() -> str:

@@ -81,7 +81,8 @@ def write(out: Path) -> None:
         "seconds_shared_pretraining": _spread([r.results["seconds"] for r in shared.values()]),
         "splits": {},
     }
-    # The runs' versions, which need not be those of today.
+    # The runs' versions, which need not be those of today; the commands say the revision.
+    del report["machine"]["revision"]
     report["machine"]["versions"] = "; ".join(
         sorted({", ".join(f"{k} {v}" for k, v in run.results["versions"].items()) for run in some})
     )

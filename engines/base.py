@@ -128,6 +128,7 @@ class Engine(betty.engine.Engine):
         self.last_validation: dict[str, float] = {}
         self.validations_without_best = 0
         self.stopped_early = False
+        self.finished = False
         self.seconds = 0.0
         self.on_validation = list(on_validation)
         self.meta = dict(meta or {})
@@ -221,9 +222,8 @@ class Engine(betty.engine.Engine):
         self._clock = time.monotonic()
         self.train()
         with Interruption() as interruption, self.recorder.opened(self):
-            ran = False
             while self._advance_stage():
-                ran = True
+                self.finished = False
                 self.global_step += 1
                 self.stage_step += 1
                 self.train_step()
@@ -239,7 +239,8 @@ class Engine(betty.engine.Engine):
                     raise interruption.exception(self.global_step)
                 if self.stopped_early:
                     break
-            if ran:
+            if not self.finished:
+                self.finished = True
                 self.recorder.event("finished", self.global_step)
                 self.save()
 
@@ -405,6 +406,7 @@ class Engine(betty.engine.Engine):
                 "last_validation": self.last_validation,
                 "validations_without_best": self.validations_without_best,
                 "stopped_early": self.stopped_early,
+                "finished": self.finished,
                 "seconds": self.seconds,
                 "logged": self._logged,
             },
@@ -429,6 +431,7 @@ class Engine(betty.engine.Engine):
         self.last_validation = engine["last_validation"]
         self.validations_without_best = engine["validations_without_best"]
         self.stopped_early = engine["stopped_early"]
+        self.finished = engine["finished"]
         self.seconds = engine["seconds"]
         self._logged = dict(engine["logged"])
         for problem in self.problems:
@@ -473,11 +476,14 @@ def choose_device(name: str | torch.device) -> torch.device:
     """``auto`` is CUDA when there is one.
 
     Raises:
-        UserError: CUDA is asked for and there is none.
+        UserError: CUDA is asked for and there is none, or the name is no device.
     """
     if str(name) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device: {name!r} is none; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda is not available here; use device=cpu or device=auto")
     return device

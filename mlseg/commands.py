@@ -1,11 +1,14 @@
 """What every command shares: how failures reach the user."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 
+import torch
 from rich.console import Console
 
+from mlseg.checkpoint import one_line
 from mlseg.engines.interruption import Interrupted
 from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, RunError, UserError
 
@@ -20,9 +23,15 @@ def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Na
     except RunError as error:
         print(f"failed: {error}", file=sys.stderr)
         return EXIT_RUN_ERROR
+    except torch.OutOfMemoryError as error:
+        print(f"failed: {one_line(error)} Lower a batch_size or image_size.", file=sys.stderr)
+        return EXIT_RUN_ERROR
     except Interrupted as interrupted:
         print(f"{interrupted}; go on with --resume", file=sys.stderr)
         return interrupted.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def make_console(stderr: bool = False) -> Console:

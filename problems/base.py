@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from mlseg import randomness
 from mlseg.errors import RunError
 from mlseg.hypergradients import Hop, Interface, Method, Vector, names, resolve
+from mlseg.problems.loaders import Place
 from mlseg.problems.outer_gradient import OuterGradient
 
 SchedulerClock = Literal["iteration", "epoch", "validation"]
@@ -115,8 +116,7 @@ class Problem(betty.problems.ImplicitProblem):
         self._is_differentiated = False
         self._random_state: randomness.RandomState | None = None
         self._weights_before: Vector | None = None
-        self._epoch_random_states: list[randomness.RandomState | None] = []
-        self._batches_drawn: list[int] = []
+        self._places: list[Place] = []
 
     # ------------------------------------------------------------------ one step
 
@@ -332,9 +332,7 @@ class Problem(betty.problems.ImplicitProblem):
         super().initialize()
         if self.optimizer is None and self.trainable_parameters():
             raise ValueError(f"problem {self.name!r} has parameters but no optimizer")
-        count = len(self.train_data_loader or ())
-        self._epoch_random_states = [None] * count
-        self._batches_drawn = [0] * count
+        self._places = [Place(loader, self.device) for loader in self.train_data_loader or ()]
         self.connect()
 
     def patch_optimizer(self) -> None:
@@ -351,8 +349,7 @@ class Problem(betty.problems.ImplicitProblem):
         """Replace a loader; the next batch comes from the new one."""
         super().set_train_data_loader(loader, idx)
         self.train_data_iterator[idx] = iter(self.train_data_loader[idx])
-        self._epoch_random_states[idx] = None
-        self._batches_drawn[idx] = 0
+        self._places[idx] = Place(self.train_data_loader[idx], self.device)
 
     def connect(self) -> None:
         """Take note of the dependency graph; the engine calls it whenever the graph changes."""
@@ -371,20 +368,20 @@ class Problem(betty.problems.ImplicitProblem):
 
     def get_batch_single_loader(self, idx: int) -> Any:
         """The next batch of loader ``idx``, counted so that a resumed run finds its place."""
-        if _keeps_its_place(self.train_data_loader[idx]):
-            return super().get_batch_single_loader(idx)
-        state = randomness.capture(self.device)
-        if self._epoch_random_states[idx] is None:
+        place = self._places[idx]
+        if not place.started:
             # Betty starts the first pass while it sets up; start it here, from a known state.
-            self.train_data_iterator[idx] = iter(self.train_data_loader[idx])
-            self._epoch_random_states[idx] = state
-        epoch = self.epoch_counter[idx]
-        batch = super().get_batch_single_loader(idx)
-        if self.epoch_counter[idx] != epoch:
-            self._epoch_random_states[idx] = state
-            self._batches_drawn[idx] = 0
-        self._batches_drawn[idx] += 1
-        return batch
+            self.train_data_iterator[idx] = place.start()
+        try:
+            batch = next(self.train_data_iterator[idx])
+        except StopIteration:
+            if idx == 0:
+                self.epoch_callback_exec()
+            self.epoch_counter[idx] += 1
+            self.train_data_iterator[idx] = place.start()
+            batch = next(self.train_data_iterator[idx])
+        place.draw()
+        return _on(self.device, batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
@@ -392,10 +389,24 @@ class Problem(betty.problems.ImplicitProblem):
         state["count"] = self._count
         state["inner_loop_start"] = self._inner_loop_start
         state["ready"] = list(self.ready)
-        state["loaders"] = [self._loader_state(i) for i in range(len(self._batches_drawn))]
-        if any(parent.ready[parent.children.index(self)] for parent in self._parents):
-            # An upper level still waits for another lower one and will evaluate this step again.
-            state["last_step"] = {"batch": self.cur_batch, "random_state": self._random_state}
+        state["loaders"] = [
+            {"epoch": epoch, **place.state_dict()}
+            for epoch, place in zip(self.epoch_counter or (), self._places, strict=True)
+        ]
+        # Figures that a later log is still to write.
+        state["metrics"] = {
+            k: v for k, v in self.metrics.items() if isinstance(v, (Tensor, int, float))
+        }
+        if not self.gradient_accumulation_boundary():
+            state["gradients"] = [p.grad for p in self.trainable_parameters()]
+        if self._is_differentiated and any(any(p.ready) for p in self._everyone()):
+            # An upper level waits for another lower one, and will then evaluate this step again:
+            # as a whole, even where it declared an interface, whose graph can't be saved.
+            state["last_step"] = {
+                "batch": self.cur_batch,
+                "random_state": self._random_state,
+                "weights_before": self._weights_before,
+            }
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -407,45 +418,24 @@ class Problem(betty.problems.ImplicitProblem):
         self._count = state["count"]
         self._inner_loop_start = state["inner_loop_start"]
         self.ready = list(state["ready"])
-        for idx, loader_state in enumerate(state["loaders"]):
-            self._restore_loader(idx, loader_state)
+        for idx, (place, loader_state) in enumerate(
+            zip(self._places, state["loaders"], strict=True)
+        ):
+            self.epoch_counter[idx] = loader_state["epoch"]
+            rest = place.load_state_dict(loader_state)
+            if rest is not None:
+                self.train_data_iterator[idx] = rest
+        self.metrics = dict(state["metrics"])
+        if "gradients" in state:
+            for p, gradient in zip(self.trainable_parameters(), state["gradients"], strict=True):
+                p.grad = gradient
         if "last_step" in state:
             self.cur_batch = state["last_step"]["batch"]
             self._random_state = state["last_step"]["random_state"]
+            self._weights_before = state["last_step"]["weights_before"]
 
     def _module_state(self) -> dict[str, Any]:
         return {"module": self.module.state_dict()}
-
-    def _loader_state(self, idx: int) -> dict[str, Any]:
-        loader = self.train_data_loader[idx]
-        state: dict[str, Any] = {"epoch": self.epoch_counter[idx]}
-        if _keeps_its_place(loader):
-            state["loader"] = loader.state_dict()
-        else:
-            state["drawn"] = self._batches_drawn[idx]
-            state["epoch_random_state"] = self._epoch_random_states[idx]
-        return state
-
-    def _restore_loader(self, idx: int, state: dict[str, Any]) -> None:
-        """Put a loader back in its place: by its own state, or by drawing the epoch again.
-
-        A loader without a state of its own (``DataLoader``) is started from the random state in
-        which the epoch began and run forward over the batches already used.
-        """
-        loader = self.train_data_loader[idx]
-        self.epoch_counter[idx] = state["epoch"]
-        if "loader" in state:
-            loader.load_state_dict(state["loader"])
-            self.train_data_iterator[idx] = iter(loader)
-            return
-        self._batches_drawn[idx] = state["drawn"]
-        self._epoch_random_states[idx] = state["epoch_random_state"]
-        if state["epoch_random_state"] is None:
-            return
-        with randomness.replayed(state["epoch_random_state"], self.device):
-            self.train_data_iterator[idx] = iter(loader)
-            for _ in range(state["drawn"]):
-                next(self.train_data_iterator[idx])
 
 
 def _method_of(config: betty.configs.Config) -> Method | None:
@@ -455,10 +445,6 @@ def _method_of(config: betty.configs.Config) -> Method | None:
     return resolve(config.type) if config.type in names() else None
 
 
-def _keeps_its_place(loader: Any) -> bool:
-    return callable(getattr(loader, "state_dict", None))
-
-
 def _as_dict(result: Any, name: str) -> dict[str, Any]:
     values = dict(result) if isinstance(result, Mapping) else {"loss": result}
     if not isinstance(values.get("loss"), Tensor):
@@ -466,6 +452,15 @@ def _as_dict(result: Any, name: str) -> dict[str, Any]:
             f"problem {name!r}: training_step must return the loss, a tensor, or a dict with 'loss'"
         )
     return values
+
+
+def _on(device: torch.device | str, batch: Any) -> Any:
+    """A batch on ``device``: a tensor, or a mapping or sequence of tensors and other things."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+    return tuple(v.to(device) if isinstance(v, Tensor) else v for v in batch)
 
 
 def _move_state(optimizer: torch.optim.Optimizer, device: torch.device | str) -> None:

@@ -183,24 +183,37 @@ def program(
     hypergradient: str | Mapping[str, Any] = "identity",
     optimizer: Optimizers | None = None,
     dropout: float = 0.3,
+    *,
+    settings: EngineSettings | None = None,
+    loader: Callable[[int], Any] = batches,
+    unroll: Mapping[str, int] | None = None,
+    **options: Any,
 ) -> Engine:
-    """An engine with one :class:`Level` per level of ``graph``, all with the same method."""
+    """An engine with one :class:`Level` per level of ``graph``, all with the same method.
+
+    Args:
+        loader: makes a level's batches from a seed.
+        unroll: ``unroll_steps`` by level, where they aren't 1.
+        options: further ones of the engine.
+    """
     torch.manual_seed(3)
     levels: dict[str, Level] = {}
     for seed, (name, rule) in enumerate(graph.losses.items()):
         module = Net(seed, dropout)
         made = (optimizer or sgd())(list(module.parameters()))
-        levels[name] = Level(name, module, made, batches(seed), Config(hypergradient=hypergradient))
+        config = Config(hypergradient=hypergradient, unroll_steps=(unroll or {}).get(name, 1))
+        levels[name] = Level(name, module, made, loader(seed), config)
         levels[name].rule = rule
     for level in levels.values():
         level.nets = {name: other.module for name, other in levels.items()}
     return Engine(
         list(levels.values()),
-        EngineSettings(iterations=10, tensorboard=False),
+        settings or EngineSettings(iterations=10, tensorboard=False),
         u2l={levels[k]: [levels[v] for v in vs] for k, vs in graph.u2l.items()},
         l2u={levels[k]: [levels[v] for v in vs] for k, vs in graph.l2u.items()},
         device="cpu",
         quiet=True,
+        **options,
     )
 
 
