@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -318,7 +319,10 @@ class Problem(betty.problems.ImplicitProblem):
                 )
             self.scheduler.step(metric)
         else:
-            self.scheduler.step()
+            with warnings.catch_warnings():
+                # At the first batch of an epoch a resumed run has not stepped its optimizer yet.
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                self.scheduler.step()
 
     def epoch_callback_exec(self) -> None:
         """One pass over the first loader is over."""

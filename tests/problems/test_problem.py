@@ -482,3 +482,21 @@ def test_parameters_without_an_optimizer_are_an_error_at_once() -> None:
 def test_bettys_order_of_arguments_is_refused_with_the_mend() -> None:
     with pytest.raises(TypeError, match="pass config by keyword"):
         Problem("line", Config())  # a module is expected here
+
+
+def test_a_batch_may_be_a_tensor_or_a_mapping() -> None:
+    """Betty takes a tensor for a sequence, and hands out its rows."""
+
+    class Mean(Problem):
+        def training_step(self, batch: Any) -> Tensor:
+            self.seen = batch
+            return self.module.weight.sum()
+
+    x = torch.ones(3, 2)
+    for batch in (x, {"x": x, "ids": ["a", "b"]}, [x, "a"]):
+        module = nn.Linear(2, 1)
+        problem = Mean("mean", module, torch.optim.SGD(module.parameters(), 0.1), [batch])
+        engine_of(problem).iterate()
+        expected = tuple(batch) if isinstance(batch, list) else batch
+        assert type(problem.seen) is type(expected)
+        assert tiny.same(problem.seen, expected)
