@@ -1,0 +1,224 @@
+"""The commands, as a user types them: what they leave, what they say, their exit codes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from mlseg import evaluate, predict, run
+
+
+def train(tmp_path: Path, *overrides: str, system: str = "e2eaug", name: str = "run") -> Path:
+    """A tiny run by command; its directory."""
+    config = tiny.write_config(tmp_path / "tiny.yaml", system, {"engine.samples": 1})
+    out = tmp_path / name
+    assert run.main([str(config), *overrides, "--out", str(out)]) == 0
+    return out
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What a failed command said: a single line on stderr."""
+    said = capsys.readouterr().err.strip()
+    assert said.count("\n") == 0, said
+    return said
+
+
+def test_a_run_leaves_its_whole_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = train(tmp_path, "engine.tensorboard=true")
+    for name in ("config.yaml", "metrics.jsonl", "events.jsonl", "splits.json", "results.json"):
+        assert (out / name).stat().st_size > 0, name
+    for name in ("last", "best", "gan", "generator"):
+        assert (out / "checkpoints" / f"{name}.pt").exists(), name
+    assert list((out / "tensorboard").iterdir())
+    assert {p.name.partition("_")[0] for p in (out / "samples").iterdir()} == {
+        "validation",
+        "synthetic",
+    }
+    architecture = json.loads((out / "architecture.json").read_text())
+    assert len(architecture["cells"]) == len(architecture["choice"]) == 6
+    assert [entry["step"] for entry in architecture["history"]] == [0, 5, 7]
+    assert min(max(row) for row in architecture["moved"]) > 0, "every cell's weights have moved"
+    results = json.loads((out / "results.json").read_text())
+    assert results["provenance"] == "synthetic"
+    assert results["seed"] == 1
+    assert results["steps"] == 7
+    assert set(results["scores"]) == {"best", "last"}
+    assert set(results["scores"]["best"]) == {"val", "test"}
+    assert results["split_hash"] == json.loads((out / "splits.json").read_text())["hash"]
+    assert {"torch", "betty-ml", "python"} <= set(results["versions"])
+    said = capsys.readouterr()
+    assert said.err.count("SYNTHETIC") == 2, "once at the start, once at the end"
+    assert "Scores" in said.out
+    assert "encoder.0" in said.out
+
+
+def test_evaluate_gives_what_the_run_gave(tmp_path: Path) -> None:
+    out = train(tmp_path, system="supervised")
+    scores = tmp_path / "scores.json"
+    assert evaluate.main([str(out), "--out", str(scores)]) == 0
+    evaluated = json.loads(scores.read_text())["scores"]["test"]
+    reported = json.loads((out / "results.json").read_text())["scores"]["best"]["test"]
+    per_image = evaluated.pop("per_image")
+    assert evaluated == reported
+    mean = sum(image["jaccard"] for image in per_image.values()) / len(per_image)
+    assert mean == pytest.approx(reported["jaccard"])
+
+
+def test_evaluate_on_another_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = train(tmp_path, system="supervised")
+    folder = tmp_path / "own"
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for index in range(2):
+        image = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(image).save(folder / "images" / f"{index}.png")
+        mask = np.zeros((40, 50), np.uint8)
+        mask[10:30, 10:40] = 255
+        Image.fromarray(mask).save(folder / "masks" / f"{index}.png")
+    capsys.readouterr()
+    assert evaluate.main([str(out), "--data", "folder", "--root", str(folder)]) == 0
+    assert "folder" in capsys.readouterr().out
+    assert evaluate.main([str(out), "--data", "camvid"]) == 2
+    assert "camvid" in one_line(capsys)
+
+
+def test_predict_writes_masks_at_each_images_own_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = train(tmp_path, system="supervised")
+    images = tmp_path / "images"
+    images.mkdir()
+    sizes = {"wide": (90, 31), "tall": (33, 64), "grey": (48, 48)}
+    for name, size in sizes.items():
+        mode = "L" if name == "grey" else "RGB"
+        Image.effect_noise(size, 60).convert(mode).save(images / f"{name}.png")
+    masks = tmp_path / "masks"
+    assert predict.main([str(out), str(images), "--out", str(masks)]) == 0
+    for name, size in sizes.items():
+        mask = Image.open(masks / f"{name}.png")
+        assert mask.size == size
+        assert set(np.unique(np.asarray(mask))) <= {0, 255}
+        assert Image.open(masks / f"{name}_overlay.png").size == size
+    for where, count in ((images / "wide.png", 1), (images / "*a*.png", 1)):
+        some = tmp_path / f"some_{count}_{where.stem.strip('*')}"
+        assert predict.main([str(out), str(where), "--out", str(some)]) == 0
+        assert len(list(some.iterdir())) == 2 * count
+    capsys.readouterr()
+
+    (images / "broken.jpg").write_bytes(b"no image")
+    assert predict.main([str(out), str(images), "--out", str(tmp_path / "again")]) == 2
+    said = capsys.readouterr().err
+    assert "broken.jpg" in said
+    assert len(list((tmp_path / "again").iterdir())) == 6, "the others are segmented all the same"
+    assert predict.main([str(out), str(tmp_path / "none"), "--out", str(masks)]) == 2
+    assert "none" in one_line(capsys)
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml")
+    before = set(tmp_path.rglob("*"))
+    assert run.main([str(config), "--dry-run", "--out", str(tmp_path / "never")]) == 0
+    assert set(tmp_path.rglob("*")) == before
+    said = capsys.readouterr().out
+    assert "architecture → segmentor → generator → architecture" in said
+    assert "pretraining" in said
+    assert "MiB" in said
+
+
+def test_resume_takes_the_runs_own_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = train(tmp_path, system="supervised")
+    capsys.readouterr()
+    assert run.main(["--resume", str(out), "engine.iterations=6"]) == 0
+    assert json.loads((out / "results.json").read_text())["steps"] == 6
+    capsys.readouterr()
+    assert run.main(["--resume", str(out), "seed=5"]) == 2
+    assert "seed differs" in one_line(capsys)
+    config = str(tmp_path / "tiny.yaml")
+    assert run.main([config, "--out", str(out)]) == 2
+    assert "--resume" in one_line(capsys)
+    assert run.main(["--resume", str(tmp_path / "nowhere")]) == 2
+    assert "config.yaml" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("engine.iteration=5", "did you mean 'engine.iterations'"),
+        ("engine.iterations=many", "engine.iterations"),
+        ("system=e2eog", "did you mean 'e2eaug'"),
+        ("problems.segmentor.hypergradient.method=cq", "no hypergradient method"),
+        ("problems.segmentor.hypergradient.damping=1", "has no setting 'damping'"),
+        ("problems.segmentor.optimizer.betas=[0.9,0.99]", "betas"),
+        ("gan.pretrained=nowhere.pt", "nowhere.pt"),
+        ("data.name=kvasir", "kvasir"),
+        ("device=abacus", "abacus"),
+        ("discriminator.layers=5", "discriminator.layers"),
+    ],
+)
+def test_mistakes_are_one_line(
+    override: str,
+    names: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLSEG_DATA", str(tmp_path / "empty"))
+    config = tiny.write_config(tmp_path / "tiny.yaml")
+    out = tmp_path / "run"
+    assert run.main([str(config), override, "--out", str(out)]) == 2
+    assert names in one_line(capsys)
+    assert not out.exists(), "nothing was done"
+
+
+def test_help_lists_the_systems(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run.main(["--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert "e2eaug" in said
+    assert "supervised" in said
+
+
+def test_a_system_of_ones_own_by_dotted_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "games.py").write_text(
+        """
+import torch
+from pathlib import Path
+from mlseg import Engine, Problem
+from mlseg.problems.systems import RunSettings
+
+class Settings(RunSettings):
+    rate: float = 0.1
+
+class Fit(Problem):
+    def training_step(self, batch):
+        return (self(batch[0]) - 1).square().mean()
+
+def build(settings: Settings, out: Path | None) -> Engine:
+    net = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(net.parameters(), settings.rate)
+    problem = Fit("fit", net, optimizer, [(torch.ones(1, 1),)])
+    return Engine([problem], settings.engine, device=settings.device, out=out)
+"""
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text(
+        "system: games:build\nrate: 0.2\nengine: {iterations: 3, tensorboard: false}\n"
+    )
+    assert run.main(["own.yaml", "--out", "run"]) == 0
+    assert json.loads(Path("run/results.json").read_text())["steps"] == 3
+    capsys.readouterr()
+    assert run.main(["own.yaml", "rat=1"]) == 2
+    assert "did you mean 'rate'" in one_line(capsys)
+    assert run.main(["own.yaml", "system=games:bild"]) == 2
+    assert "games:bild" in one_line(capsys)
