@@ -100,5 +100,6 @@ def derived(seed: int, name: str) -> int:
 def seeded(seed: int, name: str) -> Iterator[None]:
     """Run the body (making a network, say) from :func:`derived`'s seed, and leave no trace."""
     with replayed(None):
-        torch.manual_seed(derived(seed, name))
+        # Not torch.manual_seed: that seeds CUDA's generators too, which aren't put back here.
+        torch.default_generator.manual_seed(derived(seed, name))
         yield
