@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from mlseg.data import Samples, SegmentationData, to_float
 from mlseg.engines.base import Engine, EngineSettings, choose_device
 from mlseg.engines.pictures import comparison
 from mlseg.engines.recording import write_json
+from mlseg.errors import UserError
 from mlseg.metrics import SCORES, SegmentationMetrics
 from mlseg.nets import SegmentorSettings
 from mlseg.problems.base import Problem
 
 SCORING_BATCH = 16
+SPLITS = "splits.json"
 
 
 @torch.no_grad()
@@ -172,4 +175,26 @@ class SegmentationEngine(Engine):
 
     def write_splits(self, directory: Path) -> None:
         """Write ``splits.json``: ids per split, seed, hash."""
-        write_json(directory / "splits.json", self.data.manifest)
+        write_json(directory / SPLITS, self.data.manifest)
+
+
+def check_same_data(run: Path, data: SegmentationData) -> None:
+    """Check that ``data`` are split as those of a run were.
+
+    Otherwise examples that the run was trained on could be tested on; or, where the real data are
+    gone, a stand-in would silently take their place.
+
+    Raises:
+        UserError: they aren't, or the run has no (readable) ``splits.json``.
+    """
+    path = run / SPLITS
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["hash"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: can't be read ({checkpoint.one_line(error)})") from None
+    now = data.manifest["hash"]
+    if before != now:
+        raise UserError(
+            f"{path}: the data are not those of the run ({data.spec.name}, {data.provenance}; "
+            f"split hash {now[:12]}, was {before[:12]}); check data.root and $MLSEG_DATA"
+        )

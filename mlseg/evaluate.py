@@ -8,7 +8,6 @@ Scores are means over images at the size the run was trained at, by the run's se
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from mlseg.commands import guarded, make_console
 from mlseg.data import DatasetSpec, DataSettings, Samples, load_data, load_examples
 from mlseg.engines.base import choose_device
 from mlseg.engines.recording import write_json
-from mlseg.engines.segmentation import score
+from mlseg.engines.segmentation import check_same_data, score
 from mlseg.errors import UserError
 from mlseg.metrics import SCORES
 from mlseg.run import parse_run
@@ -97,12 +96,7 @@ def own_splits(run: Path) -> dict[str, Samples]:
     if not isinstance(wanted, DataSettings):
         raise UserError(f"{run}: its system has no data of its own; name a data set with --data")
     data = load_data(wanted)
-    known = json.loads((run / "splits.json").read_text(encoding="utf-8"))
-    if known["hash"] != data.manifest["hash"]:
-        raise UserError(
-            f"{run}/splits.json: the data have changed since the run (split hash "
-            f"{data.manifest['hash'][:12]}, was {known['hash'][:12]}); name sets with --data"
-        )
+    check_same_data(run, data)
     sets = {"test": data.test, **data.out_of_distribution}
     return {name: samples for name, samples in sets.items() if len(samples)}
 

@@ -25,7 +25,7 @@ from mlseg.commands import guarded, make_console
 from mlseg.dry_run import dry_run
 from mlseg.engines.base import Engine
 from mlseg.engines.recording import timestamp, write_json, write_text
-from mlseg.engines.segmentation import SegmentationEngine
+from mlseg.engines.segmentation import SegmentationEngine, check_same_data
 from mlseg.errors import UserError
 from mlseg.problems.systems import RunSettings, all_systems, load_system
 from mlseg.randomness import seed_everything
@@ -35,7 +35,7 @@ VERSIONED = ("torch", "torchvision", "betty-ml", "numpy")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_intermixed_args(argv)  # overrides may follow options
     if arguments.config is not None and "=" in arguments.config:
         # An override in the config's place, as in `--resume DIR engine.iterations=200`.
         arguments.overrides.insert(0, arguments.config)
@@ -71,6 +71,8 @@ def _run(arguments: argparse.Namespace) -> int:
     engine = build(settings, directory)
     console = make_console(stderr=True)
     if arguments.resume is not None and (directory / "checkpoints" / "last.pt").exists():
+        if isinstance(engine, SegmentationEngine):
+            check_same_data(directory, engine.data)
         engine.resume(directory)
         console.print(f"Resuming after step {engine.global_step}")
     elif arguments.resume is not None:
