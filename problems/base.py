@@ -429,14 +429,20 @@ class Problem(betty.problems.ImplicitProblem):
             rest = place.load_state_dict(loader_state)
             if rest is not None:
                 self.train_data_iterator[idx] = rest
-        self.metrics = dict(state["metrics"])
+        self.metrics = {
+            k: v.to(self.device) if isinstance(v, Tensor) else v
+            for k, v in state["metrics"].items()
+        }
         if "gradients" in state:
             for p, gradient in zip(self.trainable_parameters(), state["gradients"], strict=True):
-                p.grad = gradient
+                p.grad = None if gradient is None else gradient.to(p.device)
         if "last_step" in state:
-            self.cur_batch = state["last_step"]["batch"]
-            self._random_state = state["last_step"]["random_state"]
-            self._weights_before = state["last_step"]["weights_before"]
+            last = state["last_step"]
+            if last["batch"] is not None:
+                self.cur_batch = _on(self.device, last["batch"])
+            self._random_state = last["random_state"]
+            if last["weights_before"] is not None:
+                self._weights_before = [w.to(self.device) for w in last["weights_before"]]
 
     def _module_state(self) -> dict[str, Any]:
         return {"module": self.module.state_dict()}
