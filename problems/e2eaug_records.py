@@ -45,6 +45,7 @@ class Gan:
         parts = {"generator": generator, "discriminator": discriminator}
         self._parts = {**parts, "architecture": architecture} if architecture else parts
         self._out = out
+        self._channels = (generator.module.in_channels, generator.module.out_channels)
 
     @property
     def _shape(self) -> dict[str, Any]:
@@ -53,6 +54,8 @@ class Gan:
             "generator": settings.generator.model_dump(mode="json"),
             "discriminator": settings.discriminator.model_dump(mode="json"),
             "image_size": settings.data.image_size,
+            "channels": list(self._channels),
+            "alphas": "random" if settings.architecture.mode == "random" else "uniform",
         }
 
     def prepare(self) -> None:
@@ -84,11 +87,14 @@ class Gan:
 
     def _load(self, path: Path) -> None:
         state = checkpoint.load(path)
+        if "shape" not in state:
+            raise UserError(f"gan.pretrained: {path} is no GAN; name a run's checkpoints/gan.pt")
         for key, value in self._shape.items():
-            if state.get("shape", {}).get(key) != value:
+            found = state["shape"].get(key, value)
+            if found != value:
                 raise UserError(
-                    f"gan.pretrained: {path} has {key} {state.get('shape', {}).get(key)}, this "
-                    f"config {value}; use the same, or pre-train anew (gan.pretrained=null)"
+                    f"gan.pretrained: {path} has {key} {found}, this config {value}; use the same, "
+                    "or pre-train anew (gan.pretrained=null)"
                 )
         for name, part in self._parts.items():
             if name in state and not (
