@@ -67,7 +67,8 @@ class Recorder:
             for name, offset in self._offsets.items():
                 path = self.directory / name
                 path.touch()
-                os.truncate(path, offset)
+                # Never beyond its end: a power cut may have lost lines, and that would add zeros.
+                os.truncate(path, min(offset, path.stat().st_size))
                 self._files[name] = path.open("a", encoding="utf-8")
         if self.settings.tensorboard:
             self._curves = SummaryWriter(
@@ -126,7 +127,8 @@ class Recorder:
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image_HWC).save(folder / f"{name}_{step:06d}.png")
         if self._curves is not None:
-            self._curves.add_image(name, image_HWC, step, dataformats="HWC")
+            with writing(self.directory / "tensorboard"):
+                self._curves.add_image(name, image_HWC, step, dataformats="HWC")
 
     def flush(self) -> None:
         """Bring everything written so far to the file system."""
@@ -134,7 +136,8 @@ class Recorder:
             with writing(self._path(name)):
                 file.flush()
         if self._curves is not None:
-            self._curves.flush()
+            with writing(self._path("tensorboard")):
+                self._curves.flush()
 
     def _write(self, name: str, entry: Mapping[str, Any]) -> None:
         file = self._files.get(name)
@@ -147,8 +150,9 @@ class Recorder:
 
     def _curve(self, tag: str, figures: Mapping[str, float], step: int) -> None:
         if self._curves is not None:
-            for key, value in figures.items():
-                self._curves.add_scalar(f"{tag}/{key}", value, step)
+            with writing(self._path("tensorboard")):
+                for key, value in figures.items():
+                    self._curves.add_scalar(f"{tag}/{key}", value, step)
 
     def _path(self, name: str) -> Path:
         assert self.directory is not None
