@@ -25,11 +25,7 @@ def dry_run(engine: Engine) -> None:
     for index, stage in enumerate(engine.stages):
         engine.enter_stage(index)
         engine.train()
-        for problem in engine.leaves:
-            needed = _steps_to_top(problem)
-            for _ in range(needed - 1):
-                engine.iterate()
-        seconds = _time_iteration(engine)
+        seconds = _time_iteration(engine, max(map(_steps_to_top, engine.leaves), default=1))
         expected = seconds * stage.iterations
         total += expected
         table.add_row(stage.name, str(stage.iterations), f"{seconds:.3f}", _span(expected))
@@ -83,17 +79,19 @@ def _steps_to_top(leaf: BettyProblem) -> int:
     return steps
 
 
-def _time_iteration(engine: Engine) -> float:
-    """Seconds of one iteration in which every level steps, after one to warm up."""
+def _time_iteration(engine: Engine, period: int) -> float:
+    """Seconds per iteration over one ``period``, in which every level steps, after a first one."""
     cuda = engine.device.type == "cuda"
-    engine.iterate()
+    for _ in range(period):
+        engine.iterate()
     if cuda:
         torch.cuda.synchronize()
     started = time.perf_counter()
-    engine.iterate()
+    for _ in range(period):
+        engine.iterate()
     if cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return (time.perf_counter() - started) / period
 
 
 def _peak_memory(device: torch.device) -> str:
