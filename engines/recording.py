@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -77,13 +77,17 @@ class Recorder:
             )
 
     def _close(self) -> None:
-        for name, file in self._files.items():
-            file.close()
+        if self.directory is None:
+            return
+        files, curves = self._files, self._curves
+        self._files, self._curves = {}, None
+        with writing(self.directory), ExitStack() as closing:
+            if curves is not None:
+                closing.callback(curves.close)
+            for file in files.values():
+                closing.callback(file.close)
+        for name in files:
             self._offsets[name] = self._path(name).stat().st_size
-        self._files = {}
-        if self._curves is not None:
-            self._curves.close()
-            self._curves = None
 
     # ------------------------------------------------------------------- entries
 
