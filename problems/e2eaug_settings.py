@@ -122,7 +122,7 @@ _PAPER: dict[str, Any] = {
         "segmentor": {
             "optimizer": {"name": "rmsprop", "lr": 1e-5, "momentum": 0.9, "weight_decay": 1e-3},
             "scheduler": {"name": "reduce_on_plateau"},
-            "hypergradient": _OPTIMIZER_SCALE,
+            "hypergradient": {**_OPTIMIZER_SCALE, "epsilon": 3e-2},
         },
         # Adam's eps has to lie below the hypergradient, which carries the lower levels' rates.
         "architecture": {"optimizer": {"name": "adam", "lr": 1e-2, "eps": 1e-16}},

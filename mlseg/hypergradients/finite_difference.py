@@ -42,7 +42,7 @@ class FiniteDifference(Method):
     """
 
     method: Literal["finite_difference"] = "finite_difference"
-    epsilon: PositiveFloat = 1e-3
+    epsilon: PositiveFloat = 1e-2
     scheme: Literal["central", "forward"] = "central"
 
     passes: ClassVar[str] = "2 forward, 2 backward"
