@@ -88,7 +88,7 @@ class Generator(Problem):
 
     def forward(self, label: Tensor) -> Tensor:
         """(B, C, H, W) encoded label map to an image in [-1, 1], with the present architecture."""
-        return self.module(label, self.selection()).float()
+        return full(self.module(label, self.selection()))
 
     def selection(self) -> Tensor | None:
         """(cells, 3) selection weights; None for a generator without cells."""
@@ -168,7 +168,7 @@ class Segmentor(Problem):
             if self._exported is None:
                 self._exported = self.generator.export()
             with torch.no_grad():
-                return self._exported(label).float()
+                return full(self._exported(label))
         with torch.set_grad_enabled(self.is_differentiated and torch.is_grad_enabled()):
             return self.generator(label)
 
@@ -216,9 +216,16 @@ def encode(mask: Tensor, num_classes: int) -> Tensor:
         (B, 1, H, W) for two classes, else one channel per class; 1 inside, -1 outside.
     """
     if num_classes == 2:
-        return (mask == 1).unsqueeze(1).float() * 2.0 - 1.0
-    classes = torch.arange(num_classes, device=mask.device).view(1, -1, 1, 1)
-    return (mask.unsqueeze(1) == classes).float() * 2.0 - 1.0
+        inside = (mask == 1).unsqueeze(1)
+    else:
+        classes = torch.arange(num_classes, device=mask.device).view(1, -1, 1, 1)
+        inside = mask.unsqueeze(1) == classes
+    return inside.to(torch.get_default_dtype()) * 2.0 - 1.0
+
+
+def full(image: Tensor) -> Tensor:
+    """What autocast computed in bfloat16 as float32; anything else as it is."""
+    return image.float() if image.dtype == torch.bfloat16 else image
 
 
 # ----------------------------------------------------------------------------- wiring
@@ -251,13 +258,15 @@ def build(settings: E2EAugSettings, out: Path | None) -> SegmentationEngine:
     def problem(cls: type[Problem], name: str, module: Any, samples: Any, augmentation: Any) -> Any:
         chosen: ProblemSettings = getattr(levels, name)
         optimizer, scheduler = chosen.build(module.parameters(), mode)
-        loader = samples and BatchLoader(
-            samples,
-            chosen.batch_size,
-            device,
-            seed=derived(seed, name),
-            augmentation=Augmentation(augmentation, spec.ignore_index),
-        )
+        loader = None
+        if samples is not None:
+            loader = BatchLoader(
+                samples,
+                chosen.batch_size,
+                device,
+                seed=derived(seed, name),
+                augmentation=Augmentation(augmentation, spec.ignore_index),
+            )
         config = chosen.config(settings.precision)
         return cls(name, module, optimizer, loader, config, scheduler)
 
@@ -308,7 +317,7 @@ def _stages(
     """Pre-training of the GAN, then the levels that the settings leave in play."""
     stages = []
     players = [generator, discriminator]
-    if settings.gan.pretrain and settings.gan.pretrained is None:
+    if settings.gan.pretrain and settings.gan.pretrained is None and settings.synthetic_weight:
         stages.append(Stage("pretraining", settings.gan.pretrain, players, on_end=gan.finish))
     length = settings.engine.iterations
     if settings.gan.frozen or not settings.synthetic_weight:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mlseg.engines.segmentation import SegmentationEngine
 from mlseg.problems.systems import load_system
+from mlseg.randomness import seed_everything
 
 Changes = Mapping[str, Any]
 
@@ -87,9 +88,11 @@ def write_config(path: Path, system: str = "e2eaug", changes: Changes | None = N
 def build(
     system: str = "e2eaug", changes: Changes | None = None, out: Path | None = None
 ) -> SegmentationEngine:
-    """An engine with all its problems, silent, ready to run."""
+    """An engine with all its problems, silent, ready to run; seeded as the command does it."""
     made = load_system(system)
-    engine = made(made.settings.model_validate(values(system, changes)), out)
+    settings = made.settings.model_validate(values(system, changes))
+    seed_everything(settings.seed)
+    engine = made(settings, out)
     assert isinstance(engine, SegmentationEngine)
     engine.recorder.progress.quiet = True
     return engine

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import updates
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -219,16 +220,6 @@ def program(
 
 # ---------------------------------------------------------------------------- the truth
 
-Update = Callable[[torch.optim.Optimizer, dict[str, Any], int, Tensor, Tensor], Tensor]
-"""(optimizer after the step, its state_dict before, index, parameter, gradient) -> parameter."""
-
-
-def sgd_update(
-    optimizer: torch.optim.Optimizer, before: dict[str, Any], index: int, p: Tensor, g: Tensor
-) -> Tensor:
-    """One plain step of descent."""
-    return p - optimizer.param_groups[0]["lr"] * g
-
 
 @dataclass
 class Oracle:
@@ -243,7 +234,7 @@ class Oracle:
     graph: Graph
     levels: Mapping[str, Level]
     point: str = "before"
-    update: Update = sgd_update
+    update: updates.Update = updates.sgd
     upper: str = ""
     updated: dict[str, Parameters] = field(default_factory=dict)
 

@@ -1,6 +1,5 @@
 """Every method, over every hop of every shape of graph, against full double backward."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import betty.problems
 import pytest
 import torch
 import toys
+import updates
 from torch import Tensor, nn
 from torch.nn import functional
 from toys import GRAPHS, Level, Oracle
@@ -56,70 +56,17 @@ def test_the_truth_is_not_the_direct_gradient(graph: str, upper: str) -> None:
 # ------------------------------------------------------------------------ optimizers' scale
 
 
-def _rmsprop(optimizer: Any, before: dict[str, Any], i: int, p: Tensor, g: Tensor) -> Tensor:
-    group, now = optimizer.param_groups[0], _state(optimizer, i)
-    second = now["square_avg"]
-    if group["centered"]:
-        second = second - now["grad_avg"] ** 2
-    g = g + group["weight_decay"] * p
-    direction = g / (second.sqrt() + group["eps"])
-    if group["momentum"]:
-        direction = direction + group["momentum"] * _before(before, i, "momentum_buffer", g)
-    return p - group["lr"] * direction
-
-
-def _adam(optimizer: Any, before: dict[str, Any], i: int, p: Tensor, g: Tensor) -> Tensor:
-    group, now = optimizer.param_groups[0], _state(optimizer, i)
-    (beta1, beta2), t = group["betas"], float(now["step"])
-    decoupled = isinstance(optimizer, torch.optim.AdamW)
-    decay = group["weight_decay"]
-    g = g if decoupled else g + decay * p
-    first = beta1 * _before(before, i, "exp_avg", g) + (1 - beta1) * g
-    second = now["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-    direction = first / (1 - beta1**t) / ((second / (1 - beta2**t)).sqrt() + group["eps"])
-    return p * (1 - group["lr"] * decay * decoupled) - group["lr"] * direction
-
-
-def _adagrad(optimizer: Any, before: dict[str, Any], i: int, p: Tensor, g: Tensor) -> Tensor:
-    group, now = optimizer.param_groups[0], _state(optimizer, i)
-    rate = group["lr"] / (1 + (float(now["step"]) - 1) * group["lr_decay"])
-    return p - rate * (g + group["weight_decay"] * p) / (now["sum"].sqrt() + group["eps"])
-
-
-def _sgd(optimizer: Any, before: dict[str, Any], i: int, p: Tensor, g: Tensor) -> Tensor:
-    group = optimizer.param_groups[0]
-    g = g + group["weight_decay"] * p
-    g = -g if group["maximize"] else g
-    if group["momentum"]:
-        former = before["state"].get(i)
-        buffer = g
-        if former is not None:
-            buffer = group["momentum"] * former["momentum_buffer"] + (1 - group["dampening"]) * g
-        g = g + group["momentum"] * buffer if group["nesterov"] else buffer
-    return p - group["lr"] * g
-
-
-def _before(before: dict[str, Any], index: int, key: str, like: Tensor) -> Tensor:
-    """A moment before the step, zero before the first one."""
-    return before["state"].get(index, {}).get(key, torch.zeros_like(like))
-
-
-def _state(optimizer: Any, index: int) -> dict[str, Tensor]:
-    """Of the parameter ``index`` after the step; second moments are held at this value."""
-    return copy.deepcopy(optimizer.state_dict()["state"][index])
-
-
 OPTIMIZERS = {
-    "rmsprop": (_rmsprop, torch.optim.RMSprop, {"momentum": 0.9, "weight_decay": 1e-3}),
-    "rmsprop centred": (_rmsprop, torch.optim.RMSprop, {"centered": True}),
-    "adam": (_adam, torch.optim.Adam, {"betas": (0.5, 0.999), "weight_decay": 1e-3}),
-    "adam amsgrad": (_adam, torch.optim.Adam, {"betas": (0.5, 0.2), "amsgrad": True}),
-    "adamw": (_adam, torch.optim.AdamW, {"weight_decay": 1e-2}),
-    "adagrad": (_adagrad, torch.optim.Adagrad, {"lr_decay": 0.1}),
-    "sgd momentum": (_sgd, torch.optim.SGD, {"momentum": 0.9, "weight_decay": 1e-3}),
-    "sgd nesterov": (_sgd, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
-    "sgd dampening": (_sgd, torch.optim.SGD, {"momentum": 0.9, "dampening": 0.4}),
-    "sgd ascent": (_sgd, torch.optim.SGD, {"maximize": True}),
+    "rmsprop": (updates.rmsprop, torch.optim.RMSprop, {"momentum": 0.9, "weight_decay": 1e-3}),
+    "rmsprop centred": (updates.rmsprop, torch.optim.RMSprop, {"centered": True}),
+    "adam": (updates.adam, torch.optim.Adam, {"betas": (0.5, 0.999), "weight_decay": 1e-3}),
+    "adam amsgrad": (updates.adam, torch.optim.Adam, {"betas": (0.5, 0.2), "amsgrad": True}),
+    "adamw": (updates.adam, torch.optim.AdamW, {"weight_decay": 1e-2}),
+    "adagrad": (updates.adagrad, torch.optim.Adagrad, {"lr_decay": 0.1}),
+    "sgd momentum": (updates.sgd, torch.optim.SGD, {"momentum": 0.9, "weight_decay": 1e-3}),
+    "sgd nesterov": (updates.sgd, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "sgd dampening": (updates.sgd, torch.optim.SGD, {"momentum": 0.9, "dampening": 0.4}),
+    "sgd ascent": (updates.sgd, torch.optim.SGD, {"maximize": True}),
 }
 
 
