@@ -11,7 +11,7 @@ _NEVER = torch.iinfo(torch.int64).max
 class NanGuard:
     """For each problem, the first step at which its loss was NaN or infinite.
 
-    The steps are kept on the device, so that watching costs two tiny kernels and no
+    The steps are kept on the device, so that watching costs a few tiny kernels and no
     synchronisation; :meth:`first` reads them.
     """
 
@@ -21,9 +21,8 @@ class NanGuard:
 
     def watch(self, name: str, loss: Tensor, step: int) -> None:
         """Note ``loss``, a scalar on the device."""
-        bad = (~torch.isfinite(loss.detach())).to(torch.int64).mul_(step)
-        bad += (bad == 0) * _NEVER
-        torch.minimum(self._steps[name], bad, out=self._steps[name])
+        seen = torch.where(torch.isfinite(loss.detach()), _NEVER, step)
+        torch.minimum(self._steps[name], seen, out=self._steps[name])
 
     def first(self) -> tuple[str, int] | None:
         """The problem and step that came first, or None; synchronises."""

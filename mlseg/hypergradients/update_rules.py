@@ -50,35 +50,42 @@ def one_step_scale(
         sign = -1.0 if group.get("maximize") else 1.0
         state = optimizer.state.get(p, {})
         if preconditioned and state:
-            scaled.append(v * (sign * _diagonal(optimizer, group, state)))
+            factor, denominator = _diagonal(optimizer, group, state)
         else:
-            scaled.append(v * (sign * group["lr"]))
+            factor, denominator = group["lr"], None
+        if denominator is None:
+            scaled.append(v * (sign * factor))
+        else:
+            # In the denominator's own storage: these are passes over all of a network's parameters.
+            scaled.append(torch.div(v, denominator, out=denominator).mul_(sign * factor))
     return scaled
 
 
 def _diagonal(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], state: dict[str, Any]
-) -> Tensor | float:
+) -> tuple[Tensor | float, Tensor | None]:
+    """The table's entry as a scalar over a fresh tensor; None stands for 1."""
     lr = group["lr"]
     if isinstance(optimizer, torch.optim.SGD):
         momentum, dampening = group["momentum"], group["dampening"]
         fresh = 1.0 - dampening if momentum else 1.0
-        return lr * (1.0 + momentum * fresh if group["nesterov"] else fresh)
+        return lr * (1.0 + momentum * fresh if group["nesterov"] else fresh), None
     if isinstance(optimizer, torch.optim.RMSprop):
         second = state["square_avg"]
         if group["centered"]:
             second = second - state["grad_avg"] ** 2
-        return lr / (second.sqrt() + group["eps"])
+        return lr, second.sqrt().add_(group["eps"])
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         beta1, beta2 = group["betas"]
         step = _steps(state)
-        first = (1.0 - beta1) / (1.0 - beta1**step)
-        largest = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-        second = largest / (1.0 - beta2**step)
-        return lr * first / (second.sqrt() + group["eps"])
+        second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+        # Numerator and denominator of the table, both times the square root of the correction.
+        root = (1.0 - beta2**step) ** 0.5
+        factor = lr * (1.0 - beta1) / (1.0 - beta1**step) * root
+        return factor, second.sqrt().add_(group["eps"] * root)
     if isinstance(optimizer, torch.optim.Adagrad):
-        step = _steps(state)
-        return lr / (1.0 + (step - 1.0) * group["lr_decay"]) / (state["sum"].sqrt() + group["eps"])
+        rate = lr / (1.0 + (_steps(state) - 1.0) * group["lr_decay"])
+        return rate, state["sum"].sqrt().add_(group["eps"])
     raise ValueError(
         f"scale 'optimizer' knows SGD, RMSprop, Adam, AdamW and Adagrad, not "
         f"{type(optimizer).__name__}; set the hypergradient's scale to 'learning_rate'"
@@ -86,7 +93,7 @@ def _diagonal(
 
 
 def _steps(state: dict[str, Any]) -> Tensor:
-    """Steps taken. A tensor on the host unless the optimizer is capturable: no synchronisation.
+    """Steps taken: on the host, or on the device for a fused optimizer there; never read.
 
     In double precision, as in torch's own update: 1 - beta^t cancels in single precision.
     """
