@@ -231,7 +231,7 @@ class Engine(betty.engine.Engine):
                 if self._is_due(self.settings.log_every):
                     self._log()
                 self._validate_if_due()
-                if self._is_due(self.settings.checkpoint_every or 0):
+                if self._is_due(self.settings.checkpoint_every or 0) and not self._is_over():
                     self.save()
                 if interruption.requested:
                     self.save()
@@ -283,6 +283,11 @@ class Engine(betty.engine.Engine):
         last = self.stage_step == self.stage.iterations
         return every > 0 and (self.stage_step % every == 0 or last)
 
+    def _is_over(self) -> bool:
+        """Whether the run ends here, with a checkpoint of its own."""
+        last_stage = self.stage_index == len(self.stages) - 1
+        return self.stopped_early or (last_stage and self.stage_step == self.stage.iterations)
+
     def _watch(self) -> None:
         for problem in self.problems:
             loss = getattr(problem, "metrics", {}).get("loss")
@@ -330,7 +335,7 @@ class Engine(betty.engine.Engine):
             return
         if self.stage_index == len(self.stages) - 1 and self.do_validation():
             self.validate()
-        if self.settings.checkpoint_every is None:
+        if self.settings.checkpoint_every is None and not self._is_over():
             self.save()
 
     def validate(self) -> dict[str, float]:
@@ -415,6 +420,14 @@ class Engine(betty.engine.Engine):
             "records": self.recorder.state_dict(),
         }
 
+    def best_state_dict(self) -> dict[str, Any]:
+        """What ``best.pt`` holds: every problem's module as it is now, nothing to train on with."""
+        return {
+            **self.meta,
+            "problems": {p.name: {"module": p.module.state_dict()} for p in self.problems},
+            "engine": {"global_step": self.global_step, "best": self.best},
+        }
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         engine = state["engine"]
@@ -461,7 +474,8 @@ class Engine(betty.engine.Engine):
                 )
         self.recorder.flush()
         self._count_seconds()
-        checkpoint.save(self._checkpoint(name), self.state_dict())
+        state = self.best_state_dict() if name == "best" else self.state_dict()
+        checkpoint.save(self._checkpoint(name), state)
 
     def resume(self, directory: Path) -> None:
         """Load ``last.pt`` of a run directory.
@@ -486,6 +500,8 @@ def choose_device(name: str | torch.device) -> torch.device:
         raise UserError(f"device: {name!r} is none; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda is not available here; use device=cpu or device=auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device: there is no {name}, only {torch.cuda.device_count()} GPU(s)")
     return device
 
 
@@ -494,6 +510,8 @@ def _as_settings(
 ) -> EngineSettings:
     if config is None or isinstance(config, EngineSettings):
         return config or EngineSettings()
+    if config.strategy not in ("default", "cpu", "gpu"):
+        raise ValueError(f"strategy {config.strategy!r}: this engine runs in one process")
     early = config.early_stopping
     return EngineSettings(
         iterations=config.train_iters,

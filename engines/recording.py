@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -148,7 +149,7 @@ class Recorder:
         if file is None:
             return
         with writing(self._path(name)):
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps({k: _json(v) for k, v in entry.items()}) + "\n")
             if name == EVENTS:
                 file.flush()
 
@@ -210,6 +211,11 @@ def write_text(path: Path, text: str) -> None:
         temporary = path.with_name(f".{path.name}.partial")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
+
+
+def _json(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_scalars(values: Mapping[Any, Any]) -> dict[Any, float]:

@@ -85,6 +85,8 @@ class SegmentationEngine(Engine):
         on_finish: Sequence[Callable[[], None]] = (),
         **options: Any,
     ) -> None:
+        if len(data.val) == 0:
+            raise UserError("data.val: 0 examples; validation chooses the weights, give at least 1")
         self.data = data
         self.segmentor_problem = segmentor
         self.summaries = list(summaries)
@@ -102,6 +104,7 @@ class SegmentationEngine(Engine):
             "palette": [list(colour) for colour in spec.palette],
             "metric": spec.metric,
             "problem": segmentor.name,
+            "precision": segmentor.precision,
         }
         super().__init__(
             problems,
@@ -140,6 +143,12 @@ class SegmentationEngine(Engine):
         picture = comparison(images, self.data.val.masks[:count], predictions, self.data.spec)
         self.recorder.picture("validation", self.global_step, picture)
 
+    def best_state_dict(self) -> dict[str, Any]:
+        """What predicting needs: the segmentor and its description."""
+        state = super().best_state_dict()
+        name = self.segmentor_problem.name
+        return {**state, "problems": {name: state["problems"][name]}}
+
     # ------------------------------------------------------------------ the end
 
     def splits(self) -> dict[str, Samples]:
@@ -156,7 +165,7 @@ class SegmentationEngine(Engine):
         directory = self.recorder.directory
         if directory is not None and (directory / "checkpoints" / "best.pt").exists():
             last = {k: v.clone() for k, v in self.segmentor_module.state_dict().items()}
-            state = checkpoint.load(directory / "checkpoints" / "best.pt", self.device)
+            state = checkpoint.load(directory / "checkpoints" / "best.pt")
             self.segmentor_module.load_state_dict(
                 state["problems"][self.segmentor_problem.name]["module"]
             )

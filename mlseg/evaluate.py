@@ -62,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
     table = Table("data", "images", *shown, title=title)
     figures: dict[str, Any] = {}
     for name, samples in sets.items():
-        metrics = score(trained.module, samples, device)
+        metrics = score(trained.module, samples, device, autocast=trained.autocast)
         values = metrics.compute()
         figures[name] = {**values, "per_image": metrics.per_image()}
         table.add_row(name, str(len(samples)), *(f"{values[key]:.4f}" for key in shown))

@@ -91,6 +91,9 @@ def find_images(where: str) -> list[Path]:
         if p.stem in names:
             raise UserError(f"{p} and {names[p.stem]} would both become {p.stem}.png; rename one")
         names[p.stem] = p
+    for stem, p in names.items():
+        if f"{stem}_overlay" in names:
+            raise UserError(f"{p}: its overlay would be {stem}_overlay.png, another's mask; rename")
     return sorted(found)
 
 

@@ -75,6 +75,8 @@ def _run(arguments: argparse.Namespace) -> int:
             check_same_data(directory, engine.data)
         engine.resume(directory)
         console.print(f"Resuming after step {engine.global_step}")
+        if engine.stopped_early:
+            console.print("It had stopped early: nothing is left to train, scoring it again")
     elif arguments.resume is not None:
         console.print("No checkpoint was written yet: starting anew")
     write_text(directory / "config.yaml", config.dump(settings))

@@ -27,6 +27,7 @@ class Trained:
         metric: headline metric of its training data.
         data: name of its training data.
         step: at which the weights were taken.
+        autocast: whether the run computed in bfloat16.
     """
 
     module: nn.Module
@@ -38,6 +39,7 @@ class Trained:
     metric: str
     data: str
     step: int
+    autocast: bool
 
     @torch.no_grad()
     def probabilities(self, image: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -87,4 +89,5 @@ def load_trained(run: Path, device: torch.device, weights: str = "best") -> Trai
         description["metric"],
         state["data"],
         state["engine"]["global_step"],
+        description["precision"] == "bf16",
     )

@@ -35,21 +35,24 @@ class Config(betty.configs.Config):
             the optimizer stepped, each ``epoch`` of the first loader, or each ``validation`` (with
             the monitored metric, if the scheduler takes one).
 
-    Betty's ``type`` is derived from ``hypergradient``, and ``precision`` is ``fp32`` or ``bf16``.
+    Betty's ``type`` names the method where ``hypergradient`` doesn't; without either it is
+    ``finite_difference``. ``precision`` is ``fp32`` or ``bf16``.
     """
 
-    type: str = "finite_difference"
-    hypergradient: str | Mapping[str, Any] | Method = "finite_difference"
+    type: str = ""
+    hypergradient: str | Mapping[str, Any] | Method | None = None
     scheduler_step: SchedulerClock = "iteration"
 
     def __post_init__(self) -> None:
-        if self.type not in ("darts", *names()):
+        if self.type not in ("", *names()):
             raise ValueError(
-                f"type {self.type!r} is a method of Betty's: give the problem a "
-                "betty.configs.Config to use it, or set hypergradient"
+                f"type {self.type!r} is no method of mlseg ({', '.join(names())}); set "
+                "hypergradient, or give the problem a betty.configs.Config for one of Betty's"
             )
-        self.hypergradient = resolve(self.hypergradient)
-        self.type = self.hypergradient.method
+        method = resolve(self.hypergradient or self.type or "finite_difference")
+        if self.type not in ("", method.method):
+            raise ValueError(f"type {self.type!r} and hypergradient {method.method!r} disagree")
+        self.hypergradient, self.type = method, method.method
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision {self.precision!r}: choose fp32 or bf16")
         if self.scheduler_step not in ("iteration", "epoch", "validation"):
@@ -108,6 +111,8 @@ class Problem(betty.problems.ImplicitProblem):
             extra_config,
         )
         self._inner_loop_start: bool = True
+        if self.precision == "fp16":
+            raise ValueError(f"problem {name!r}: precision fp16; choose fp32 or bf16")
         self.interface: Interface | None = None
         self.metrics: dict[str, Any] = {}
         """Detached figures of the last step; the engine writes them when it logs."""
@@ -286,8 +291,6 @@ class Problem(betty.problems.ImplicitProblem):
         if self._training:
             self._count += 1
         self.metrics = self.one_step_descent()
-        if not self._roll_back and self.gradient_accumulation_boundary():
-            self.step_scheduler("iteration")
         if self.log_step > 0 and self._count % self.log_step == 0 and self.is_rank_zero():
             self.log(self.metrics, global_step)
         if (
@@ -299,6 +302,9 @@ class Problem(betty.problems.ImplicitProblem):
                 problem.ready[problem.children.index(self)] = True
                 problem.step_normal(global_step=global_step)
             self._inner_loop_start = True
+        if not self._roll_back and self.gradient_accumulation_boundary():
+            # After the uppers: a hypergradient carries the rate that this step was taken with.
+            self.step_scheduler("iteration")
         self.ready = [False] * len(self._children)
 
     def step_scheduler(self, clock: SchedulerClock, metric: float | None = None) -> None:

@@ -65,6 +65,8 @@ class Gan:
             UserError: the file is missing, damaged, or of a GAN of another shape.
         """
         settings = self._settings.gan
+        if self._out is not None and (self._out / "checkpoints" / "last.pt").exists():
+            return  # a resumed run, whose checkpoint holds all of it
         if settings.pretrained is not None:
             self._load(Path(settings.pretrained))
         elif settings.pretrain:

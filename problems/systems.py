@@ -122,7 +122,7 @@ def _from_path(path: str) -> System:
         sys.path.insert(0, "")  # a user's package beside the config, as with python -m
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"system: can't load {path!r} ({error}); it is package.module:function"
         ) from error
