@@ -25,6 +25,12 @@ SCORING_BATCH = 16
 SPLITS = "splits.json"
 
 
+def require_validation(data: SegmentationData) -> None:
+    """Raise UserError for data without a validation split."""
+    if len(data.val) == 0:
+        raise UserError("data.val: 0 examples; validation chooses the weights, give at least 1")
+
+
 @torch.no_grad()
 def score(
     segmentor: nn.Module,
@@ -85,8 +91,7 @@ class SegmentationEngine(Engine):
         on_finish: Sequence[Callable[[], None]] = (),
         **options: Any,
     ) -> None:
-        if len(data.val) == 0:
-            raise UserError("data.val: 0 examples; validation chooses the weights, give at least 1")
+        require_validation(data)
         self.data = data
         self.segmentor_problem = segmentor
         self.summaries = list(summaries)

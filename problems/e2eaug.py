@@ -45,7 +45,7 @@ from torch.nn import functional
 
 from mlseg.data import Augmentation, AugmentationSettings, BatchLoader, load_data
 from mlseg.engines.base import Stage, choose_device
-from mlseg.engines.segmentation import SegmentationEngine
+from mlseg.engines.segmentation import SegmentationEngine, require_validation
 from mlseg.errors import UserError
 from mlseg.hypergradients import Interface
 from mlseg.losses import SegmentationLoss, gan_loss
@@ -235,6 +235,7 @@ def full(image: Tensor) -> Tensor:
 def build(settings: E2EAugSettings, out: Path | None) -> SegmentationEngine:
     """Data, networks, the four problems, and the engine with its stages."""
     data = load_data(settings.data)
+    require_validation(data)
     spec, size, seed = data.spec, data.train.image_size, settings.seed
     channels = 1 if spec.num_classes == 2 else spec.num_classes
     with seeded(seed, "segmentor"):

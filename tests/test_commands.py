@@ -8,7 +8,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from mlseg import evaluate, predict, run
+from mlseg import checkpoint, evaluate, predict, run
 
 
 def train(tmp_path: Path, *overrides: str, system: str = "e2eaug", name: str = "run") -> Path:
@@ -222,3 +222,37 @@ def build(settings: Settings, out: Path | None) -> Engine:
     assert "did you mean 'rate'" in one_line(capsys)
     assert run.main(["own.yaml", "system=games:bild"]) == 2
     assert "games:bild" in one_line(capsys)
+
+
+def test_predictions_that_would_overwrite_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("x.png", "x_overlay.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert predict.main([str(tmp_path), str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "x_overlay.png" in one_line(capsys)
+
+
+@pytest.mark.parametrize("system", ["e2eaug", "supervised"])
+def test_without_validation_data_nothing_starts(
+    system: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml", system)
+    assert run.main([str(config), "data.val=0", "--out", str(tmp_path / "run")]) == 2
+    assert "val" in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_lambda_zero_trains_no_gan(tmp_path: Path) -> None:
+    out = train(tmp_path, "synthetic_weight=0")
+    assert json.loads((out / "results.json").read_text())["steps"] == 4
+    assert not (out / "checkpoints" / "gan.pt").exists()
+
+
+def test_best_holds_the_segmentor_alone(tmp_path: Path) -> None:
+    out = train(tmp_path)
+    state = checkpoint.load(out / "checkpoints" / "best.pt")
+    assert list(state["problems"]) == ["segmentor"]
+    assert list(state["problems"]["segmentor"]) == ["module"]
+    everything = checkpoint.load(out / "checkpoints" / "last.pt")
+    assert len(everything["problems"]) == 4
