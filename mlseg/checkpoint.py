@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, read without running anybody's code."""
 
 import os
-import pickle
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     Raises:
         RunError: the file can't be written, as on a full disk.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.partial")  # one name: a crash's rest is overwritten
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -36,9 +36,11 @@ def save(path: Path, state: dict[str, Any]) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch's zip writer reports a failed write as RuntimeError and loses the system's text.
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         kept = "; the one written before it is kept" if path.exists() else ""
-        raise RunError(f"can't write checkpoint {path}: {one_line(error)}{kept}") from error
+        reason = one_line(_cause(error))
+        raise RunError(f"can't write checkpoint {path}: {reason}{kept}") from error
     _sync_folder(path.parent)
 
 
@@ -52,7 +54,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise UserError(f"{path}: no such checkpoint; name a run that has finished at least one")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged file makes the unpickler fail in any way
         raise UserError(
             f"{path}: truncated or not a checkpoint ({one_line(error)}); "
             "use another one of the run, or start the run again"
@@ -67,6 +69,14 @@ def one_line(error: BaseException, length: int = 160) -> str:
     """The first line of an exception's text, cut to ``length`` characters."""
     text = str(error).strip().splitlines()
     return (text[0] if text else type(error).__name__)[:length]
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The operating system's error behind ``error``: torch's zip writer stumbles over it later."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return found or error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,0 +1,159 @@
+"""Checkpoints: whole or not at all, data and never code, and one line where that fails."""
+
+import contextlib
+import errno
+import io
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mlseg import checkpoint
+from mlseg.errors import RunError, UserError
+
+
+def one_line(caught: pytest.ExceptionInfo[Exception]) -> str:
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+    state = {
+        "weights": {"w": torch.arange(3.0)},
+        "step": 7,
+        "list": [1, None, "a"],
+        "pair": (1, 2.5),
+    }
+    path = tmp_path / "new" / "folder" / "last.pt"
+    checkpoint.save(path, state)
+    loaded = checkpoint.load(path)
+    assert torch.equal(loaded.pop("weights")["w"], torch.arange(3.0))
+    assert loaded == {
+        "format": checkpoint.FORMAT,
+        "step": 7,
+        "list": [1, None, "a"],
+        "pair": (1, 2.5),
+    }
+    assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
+
+
+class Full(io.BytesIO):
+    """A file on a disk with room for a thousand bytes."""
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > 1000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+@pytest.fixture
+def limited(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Files of this process may not grow beyond 64 KiB, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+BIG = {"weights": torch.randn(100_000)}
+
+
+@pytest.mark.usefixtures("limited")
+@pytest.mark.parametrize("former", [True, False])
+def test_a_disk_that_fills_up_leaves_the_former_checkpoint(tmp_path: Path, former: bool) -> None:
+    path = tmp_path / "last.pt"
+    if former:
+        checkpoint.save(path, {"step": 1})
+    with pytest.raises(RunError) as caught:
+        checkpoint.save(path, BIG)
+    text = one_line(caught)
+    assert text.startswith(f"can't write checkpoint {path}: ")
+    assert text.endswith("; the one written before it is kept") == former
+    assert [p.name for p in tmp_path.iterdir()] == (["last.pt"] if former else [])
+    if former:
+        assert checkpoint.load(path)["step"] == 1
+
+
+def test_the_reason_is_the_operating_systems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.open", lambda *args, **kwargs: Full())
+    with pytest.raises(RunError, match="No space left on device"):
+        checkpoint.save(tmp_path / "last.pt", BIG)
+
+
+def test_a_crash_while_writing_leaves_nothing_behind_for_long(tmp_path: Path) -> None:
+    """The next save replaces what a killed process left half written."""
+    path = tmp_path / "last.pt"
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            checkpoint.os.fsync = lambda descriptor: os._exit(0)  # dies before the rename
+            checkpoint.save(path, {"step": 1})
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert not path.exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    checkpoint.save(path, {"step": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"can't write checkpoint .*last\.pt: "):
+        checkpoint.save(tmp_path / "file" / "last.pt", {})
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.9, 0.999])
+def test_a_truncated_file_is_one_line(tmp_path: Path, part: float) -> None:
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"weights": torch.randn(500), "more": [torch.randn(50)] * 3})
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * part)])
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(path)
+    assert one_line(caught).startswith(f"{path}: truncated or not a checkpoint (")
+
+
+def test_another_file_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    path.write_text("system: e2eaug\n")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        checkpoint.load(path)
+
+
+def test_code_is_never_run(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    path = tmp_path / "last.pt"
+    torch.save({"format": checkpoint.FORMAT, "x": Evil()}, path)
+    with pytest.raises(UserError, match="not a checkpoint"):
+        checkpoint.load(path)
+    path.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UserError, match="not a checkpoint"):
+        checkpoint.load(path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [({"format": 99}, "checkpoint format 99"), ({"a": 1}, "format None"), ([1], "format None")],
+)
+def test_other_formats_are_named(tmp_path: Path, state: Any, words: str) -> None:
+    path = tmp_path / "last.pt"
+    torch.save(state, path)
+    with pytest.raises(UserError, match=f"{words}, this mlseg reads format {checkpoint.FORMAT}"):
+        checkpoint.load(path)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"last\.pt: no such checkpoint"):
+        checkpoint.load(tmp_path / "last.pt")
