@@ -10,8 +10,8 @@ the step's randomness replayed:
 
     secant_j = -<v, P (g(A + d e_j) - g(A - d e_j))> / 2 d
 
-with ``g`` the gradient of the level's loss, ``P`` its optimizer's scale and ``v`` the vector that
-arrives at the level. For each hop of a checkpointed E2EAug run (its ``last.pt``) the methods'
+with ``g`` the gradient of the level's loss at the weights that its last step started from, ``P``
+its optimizer's scale and ``v`` the vector that arrives at the level. For each hop of a checkpointed E2EAug run (its ``last.pt``) the methods'
 vectors are compared with it: cosine, ratio of norms, milliseconds of processor time.
 """
 
@@ -37,10 +37,13 @@ EPSILONS = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0001)
 
 def methods() -> dict[str, Method]:
     """What is compared, by the name shown."""
-    found = {"identity": resolve({"method": "identity", "scale": "optimizer"})}
-    for epsilon in EPSILONS:
-        values = {"method": "finite_difference", "epsilon": epsilon, "scale": "optimizer"}
-        found[f"finite_difference {epsilon:g}"] = resolve(values)
+    found = {}
+    for where in ("before_step", "after_step"):
+        common = {"scale": "optimizer", "linearise": where}
+        found[f"identity, {where}"] = resolve({"method": "identity", **common})
+        for epsilon in EPSILONS:
+            values = {"method": "finite_difference", "epsilon": epsilon, **common}
+            found[f"finite_difference {epsilon:g}, {where}"] = resolve(values)
     return found
 
 
@@ -56,7 +59,7 @@ def secant(level: Problem, alphas: Tensor, vector: list[Tensor], shift: float) -
 
     result = torch.zeros_like(alphas)
     flat = result.view(-1)
-    with level.revisiting():
+    with level.revisiting(), level.at_weights_before_step(True):
         for index in range(alphas.numel()):
             place = alphas.data.view(-1)
             kept = place[index].clone()
@@ -89,6 +92,9 @@ def main() -> None:
     by_name: dict[str, Any] = {problem.name: problem for problem in engine.problems}
     generator, segmentor = by_name["generator"], by_name["segmentor"]
     architecture = by_name["architecture"]
+    for level in (generator, segmentor):
+        assert level.method is not None
+        level.method = level.method.model_copy(update={"linearise": "before_step"})
     carried: dict[str, list[Tensor]] = {}
 
     def watch(level: Problem) -> None:
@@ -117,6 +123,7 @@ def main() -> None:
                         segmentor.restore_step_randomness()
                         segmentor.replaying = False
                         segmentor.loss(segmentor.cur_batch)
+                        segmentor.replaying = True
                 started = time.process_time()
                 (found,), _ = method(vector, Hop(level, [architecture]))
                 spent = 1e3 * (time.process_time() - started)
