@@ -11,8 +11,9 @@ the step's randomness replayed:
     secant_j = -<v, P (g(A + d e_j) - g(A - d e_j))> / 2 d
 
 with ``g`` the gradient of the level's loss at the weights that its last step started from, ``P``
-its optimizer's scale and ``v`` the vector that arrives at the level. For each hop of a checkpointed E2EAug run (its ``last.pt``) the methods'
-vectors are compared with it: cosine, ratio of norms, milliseconds of processor time.
+its optimizer's scale and ``v`` the vector that arrives at the level. For each hop of a checkpointed
+E2EAug run (its ``last.pt``) the methods' vectors are compared with it: cosine, ratio of norms,
+milliseconds of processor time.
 """
 
 import argparse
