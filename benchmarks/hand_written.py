@@ -22,8 +22,18 @@ from mlseg.losses import gan_loss
 from mlseg.problems.base import Config, Problem
 from mlseg.problems.e2eaug import encode
 
-EPSILON = 1e-3
-"""Of the finite difference, as the method's default."""
+
+def relative_step(problem: Any) -> float:
+    """The level's ``epsilon``.
+
+    Raises:
+        SystemExit: its method is one that isn't written out here.
+    """
+    method = problem.method
+    written = ("finite_difference", "optimizer", "after_step", "central")
+    if (method.method, method.scale, method.linearise, method.scheme) != written:
+        raise SystemExit(f"problem {problem.name}: {method} is not written out by hand")
+    return method.epsilon
 
 
 class HandWrittenE2EAug:
@@ -51,6 +61,7 @@ class HandWrittenE2EAug:
         self.num_classes = level.num_classes
         upper: Any = problems["generator"]
         self.l1 = upper.l1
+        self.steps = {"segmentor": relative_step(level), "generator": relative_step(upper)}
         self.device = engine.device
 
     def parameters(self) -> list[Tensor]:
@@ -90,7 +101,7 @@ class HandWrittenE2EAug:
         vector = one_step_scale(vector, w, self.optimizers["segmentor"], preconditioned=True)
         leaf = synthetic.detach().requires_grad_()
         (q,) = self._finite_difference(
-            w,
+            "segmentor",
             vector,
             [leaf],
             lambda: self.weight * self.criterion(self.segmentor(leaf), augmented),
@@ -100,7 +111,11 @@ class HandWrittenE2EAug:
         total, vector = list(pulled[len(g) :]), list(pulled[: len(g)])
         vector = one_step_scale(vector, g, self.optimizers["generator"], preconditioned=True)
         through_g = self._finite_difference(
-            g, vector, alphas, lambda: self._generator_loss(label, image)[0], generator_state
+            "generator",
+            vector,
+            alphas,
+            lambda: self._generator_loss(label, image)[0],
+            generator_state,
         )
         for p, direct, indirect in zip(alphas, total, through_g, strict=True):
             p.grad = direct - indirect
@@ -127,16 +142,22 @@ class HandWrittenE2EAug:
 
     def _finite_difference(
         self,
-        parameters: Sequence[Tensor],
+        name: str,
         vector: Sequence[Tensor],
         inputs: Sequence[Tensor],
         loss: Callable[[], Tensor],
         state: dict[str, Tensor],
     ) -> list[Tensor]:
         networks = (self.generator, self.discriminator, self.segmentor)
+        parameters = list(getattr(self, name).parameters())
         with _untouched(networks, self.device):
             return finite_difference(
-                parameters, vector, inputs, loss, lambda: _set_random_state(state, self.device)
+                parameters,
+                vector,
+                inputs,
+                loss,
+                self.steps[name],
+                lambda: _set_random_state(state, self.device),
             )
 
 
@@ -145,13 +166,14 @@ def finite_difference(
     vector: Sequence[Tensor],
     inputs: Sequence[Tensor],
     loss: Callable[[], Tensor],
+    epsilon: float,
     replay: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
     """Central difference of ``d loss / d inputs`` along ``vector``."""
     with torch.no_grad():
         size = _norm(vector)
         smallest = torch.finfo(size.dtype).tiny ** 0.5
-        step = EPSILON * _norm(parameters).clamp_min(1e-8) / size.clamp_min(smallest)
+        step = epsilon * _norm(parameters).clamp_min(1e-8) / size.clamp_min(smallest)
         shift = torch._foreach_mul(list(vector), step)
     kept = [p.data for p in parameters]
     sides = []
@@ -274,6 +296,7 @@ class HandWrittenDecay:
         problems = {problem.name: problem for problem in engine.problems}
         self.network, self.decay = problems["weights"].module, problems["decay"].module
         self.lower, self.upper = problems["weights"].optimizer, problems["decay"].optimizer
+        self.step = relative_step(problems["weights"])
         self.train = _forever(problems["weights"])
         self.val = _forever(problems["decay"])
 
@@ -291,7 +314,11 @@ class HandWrittenDecay:
         vector = list(torch.autograd.grad(functional.cross_entropy(self.network(x), y), w))
         vector = one_step_scale(vector, w, self.lower, preconditioned=True)
         (q,) = finite_difference(
-            w, vector, [self.decay.logs], lambda: decayed_loss(self.network, self.decay, batch)
+            w,
+            vector,
+            [self.decay.logs],
+            lambda: decayed_loss(self.network, self.decay, batch),
+            self.step,
         )
         self.decay.logs.grad = -q
         self.upper.step()
