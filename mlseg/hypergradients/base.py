@@ -144,6 +144,9 @@ class Method(Settings):
         linearise: the weights at which the loss is evaluated again: ``after_step``, those the level
             has now (implicit differentiation; no memory), or ``before_step``, those that its last
             step started from (exact for one step; one copy of the weights).
+
+    With gradient accumulation a hop evaluates the last batch of the step. On CUDA, TF32 stays as
+    torch has it set, within the evaluations as elsewhere.
     """
 
     method: str

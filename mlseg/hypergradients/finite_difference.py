@@ -27,10 +27,10 @@ class FiniteDifference(Method):
     Cost per hop: 2 forward and 2 backward passes of the level's loss, the backward to ``s`` only.
     Memory: one perturbed copy of the level's parameters. Assumes a Hessian near a multiple of the
     identity (or one step of descent, for which it is exact as epsilon goes to 0) and a loss that is
-    twice differentiable along ``v``. ReLU, max-pooling and L1 are not: their second derivative lives
-    in kinks, which a difference takes in as far as it steps over them. There a small epsilon gives
-    noise, and the default is large for that reason; for smooth losses in double precision take 1e-5.
-    ``benchmarks/secant_check.py`` measures which epsilon a trained network wants. ``detach()``
+    twice differentiable along ``v``. ReLU, max-pooling and L1 are not: their second derivative
+    lives in kinks, which a difference takes in as far as it steps over them. There a small epsilon
+    gives noise, and the default is large for that reason; for smooth losses in double precision
+    take 1e-5. ``benchmarks/secant_check.py`` measures which epsilon a trained network wants. ``detach()``
     inside the loss is respected with regard to ``s`` but not to ``w``.
 
     Parameters are perturbed by pointing them at other storage and back, so that they are afterwards
