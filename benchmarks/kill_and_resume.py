@@ -1,0 +1,152 @@
+"""Kill a run with SIGKILL at random moments, resume it each time, compare its end.
+
+    python benchmarks/kill_and_resume.py                       # a small synthetic E2EAug, ten kills
+    python benchmarks/kill_and_resume.py configs/e2eaug_isic_small.yaml --kills 10 --seed 1
+
+One run goes through untouched; another is killed and resumed until it has been killed often enough,
+then left to finish. Everything that a run leaves must agree bit for bit: the weights, optimizers and
+random states of ``last.pt``, the weights of ``best.pt``, ``results.json``, ``metrics.jsonl``,
+``events.jsonl`` and ``architecture.json``; only the seconds that it took may differ. Exit code 1 if
+anything else does. Moments are drawn uniformly over a span that lets a process get through a part of
+the run, its start included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlseg import checkpoint
+
+CONFIG = Path(__file__).parent.parent / "configs" / "e2eaug_isic_small.yaml"
+SMALL = [
+    "data.when_missing=synthetic",
+    "data.root=/nonexistent",
+    "data.image_size=32",
+    "data.test=8",
+    "segmentor.channels=8",
+    "segmentor.levels=2",
+    "generator.channels=8",
+    "generator.levels=4",
+    "gan.pretrain=60",
+    "engine.iterations=120",
+    "engine.validate_every=20",
+    "engine.checkpoint_every=7",
+    "device=cpu",
+]
+"""What makes :data:`CONFIG` run in a minute when no config is given."""
+RECORDS = ("metrics.jsonl", "events.jsonl", "architecture.json", "splits.json", "config.yaml")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; 0 if the killed run ended as the untouched one."""
+    arguments = _parser().parse_args(argv)
+    overrides = list(arguments.overrides)
+    if arguments.config is None:
+        arguments.config, overrides = CONFIG, [*SMALL, *overrides]
+    folder = Path(arguments.out or tempfile.mkdtemp(prefix="kill_and_resume_"))
+    started = time.monotonic()
+    start = [str(arguments.config), *overrides]
+    code = _mlseg([*start, "--out", str(folder / "through")], folder / "through.log").wait()
+    if code != 0:
+        print(f"the untouched run failed with {code}: see {folder / 'through.log'}")
+        return 1
+    length = time.monotonic() - started
+    print(f"untouched: {length:.0f} s")
+    _kill(start, folder, arguments.kills, random.Random(arguments.seed), length)
+    different = differences(folder / "through", folder / "killed")
+    for key in different:
+        print(f"differs: {key}")
+    print(f"{arguments.kills} kills: {'different' if different else 'the same, bit for bit'}")
+    return 1 if different else 0
+
+
+def _kill(start: list[str], folder: Path, kills: int, draw: random.Random, length: float) -> None:
+    """Run under ``folder/killed``, with ``kills`` kills."""
+    out = folder / "killed"
+    command = [*start, "--out", str(out)]
+    for number in range(1, kills + 1):
+        process = _mlseg(command, folder / f"killed_{number}.log")
+        # A run has its directory from when it has been built; kills before it would start it anew.
+        while process.poll() is None and not (out / "config.yaml").exists():
+            time.sleep(0.05)
+        time.sleep(draw.uniform(0.0, 2 * length / (kills + 1)))
+        process.send_signal(signal.SIGKILL)
+        code = process.wait()
+        print(f"kill {number}: {'dead' if code == -signal.SIGKILL else 'already done'} {_at(out)}")
+        command = ["--resume", str(out)]
+    code = _mlseg(command, folder / "killed_last.log").wait()
+    if code != 0:
+        raise SystemExit(f"the resumed run failed with {code}: see {folder / 'killed_last.log'}")
+
+
+def _mlseg(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "mlseg.run", *arguments]
+    with log.open("wb") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+
+
+def _at(out: Path) -> str:
+    path = out / "checkpoints" / "last.pt"
+    if not path.exists():
+        return "before its first checkpoint"
+    return f"with a checkpoint of step {checkpoint.load(path)['engine']['global_step']}"
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """Keys and files in which two run directories differ, seconds apart."""
+    found = []
+    for name in ("last", "best"):
+        states = [checkpoint.load(run / "checkpoints" / f"{name}.pt") for run in (a, b)]
+        for state in states:
+            state["engine"].pop("seconds", None)
+        found += [f"{name}.pt: {key}" for key in _unequal(*states)]
+    results = [json.loads((run / "results.json").read_text()) for run in (a, b)]
+    for result in results:
+        del result["seconds"]
+    found += [f"results.json: {key}" for key in _unequal(*results)]
+    for name in RECORDS:
+        if (a / name).exists() and (a / name).read_bytes() != (b / name).read_bytes():
+            found.append(name)
+    return found
+
+
+def _unequal(a: Any, b: Any, key: str = "") -> list[str]:
+    """Dotted keys at which two nested structures differ."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        names = [name for name in a if name in b]
+        missing = [f"{key}.{name}" for name in {*a, *b} - set(names)]
+        return missing + [k for n in names for k in _unequal(a[n], b[n], f"{key}.{n}".lstrip("."))]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        pairs = enumerate(zip(a, b, strict=True))
+        return [k for i, (x, y) in pairs for k in _unequal(x, y, f"{key}.{i}")]
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return [] if torch.equal(a, b) else [key]
+    return [] if a == b else [key]
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    made.add_argument("config", nargs="?", type=Path)
+    made.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    made.add_argument("--kills", type=int, default=10)
+    made.add_argument("--seed", type=int, default=0, help="of the moments")
+    made.add_argument("--out", type=Path, help="where the runs go (a temporary folder)")
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(main())
