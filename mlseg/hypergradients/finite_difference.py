@@ -30,7 +30,7 @@ class FiniteDifference(Method):
     twice differentiable along ``v``. ReLU, max-pooling and L1 are not: their second derivative
     lives in kinks, which a difference takes in as far as it steps over them. There a small epsilon
     gives noise, and the default is large for that reason; for smooth losses in double precision
-    take 1e-5. ``benchmarks/secant_check.py`` measures which epsilon a trained network wants. ``detach()``
+    take 1e-5. ``benchmarks/secant_check.py`` measures what a trained network wants. ``detach()``
     inside the loss is respected with regard to ``s`` but not to ``w``.
 
     Parameters are perturbed by pointing them at other storage and back, so that they are afterwards
