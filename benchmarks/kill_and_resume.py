@@ -3,12 +3,12 @@
     python benchmarks/kill_and_resume.py                       # a small synthetic E2EAug, ten kills
     python benchmarks/kill_and_resume.py configs/e2eaug_isic_small.yaml --kills 10 --seed 1
 
-One run goes through untouched; another is killed and resumed until it has been killed often enough,
-then left to finish. Everything that a run leaves must agree bit for bit: the weights, optimizers and
-random states of ``last.pt``, the weights of ``best.pt``, ``results.json``, ``metrics.jsonl``,
-``events.jsonl`` and ``architecture.json``; only the seconds that it took may differ. Exit code 1 if
-anything else does. Moments are drawn uniformly over a span that lets a process get through a part of
-the run, its start included.
+One run goes through untouched; another is killed and resumed until it has been killed often
+enough, then left to finish. Everything that a run leaves must agree bit for bit: the weights,
+optimizers and random states of ``last.pt``, the weights of ``best.pt``, ``results.json``,
+``metrics.jsonl``, ``events.jsonl`` and ``architecture.json``; only the seconds that it took may
+differ. Exit code 1 if anything else does. Moments are drawn uniformly, counted from when a process
+has built or restored everything and starts to train.
 """
 
 from __future__ import annotations
@@ -57,9 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.config is None:
         arguments.config, overrides = CONFIG, [*SMALL, *overrides]
     folder = Path(arguments.out or tempfile.mkdtemp(prefix="kill_and_resume_"))
-    started = time.monotonic()
     start = [str(arguments.config), *overrides]
-    code = _mlseg([*start, "--out", str(folder / "through")], folder / "through.log").wait()
+    out = folder / "through"
+    process = _mlseg([*start, "--out", str(out)], folder / "through.log")
+    _wait_for_training(process, out, None)
+    started = time.monotonic()
+    code = process.wait()
     if code != 0:
         print(f"the untouched run failed with {code}: see {folder / 'through.log'}")
         return 1
@@ -78,10 +81,9 @@ def _kill(start: list[str], folder: Path, kills: int, draw: random.Random, lengt
     out = folder / "killed"
     command = [*start, "--out", str(out)]
     for number in range(1, kills + 1):
+        before = _written(out)
         process = _mlseg(command, folder / f"killed_{number}.log")
-        # A run has its directory from when it has been built; kills before it would start it anew.
-        while process.poll() is None and not (out / "config.yaml").exists():
-            time.sleep(0.05)
+        _wait_for_training(process, out, before)
         time.sleep(draw.uniform(0.0, 2 * length / (kills + 1)))
         process.send_signal(signal.SIGKILL)
         code = process.wait()
@@ -90,6 +92,17 @@ def _kill(start: list[str], folder: Path, kills: int, draw: random.Random, lengt
     code = _mlseg(command, folder / "killed_last.log").wait()
     if code != 0:
         raise SystemExit(f"the resumed run failed with {code}: see {folder / 'killed_last.log'}")
+
+
+def _written(out: Path) -> int | None:
+    """When ``config.yaml`` was written, which a process does just before it trains; nanoseconds."""
+    path = out / "config.yaml"
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _wait_for_training(process: subprocess.Popen[bytes], out: Path, before: int | None) -> None:
+    while process.poll() is None and _written(out) == before:
+        time.sleep(0.02)
 
 
 def _mlseg(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:

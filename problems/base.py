@@ -457,7 +457,8 @@ class Problem(betty.problems.ImplicitProblem):
 def _method_of(config: betty.configs.Config) -> Method | None:
     """The config's method; None when a config of Betty's names a method of Betty's."""
     if isinstance(config, Config):
-        return resolve(config.hypergradient)
+        assert isinstance(config.hypergradient, Method)  # resolved when the config was made
+        return config.hypergradient
     return resolve(config.type) if config.type in names() else None
 
 

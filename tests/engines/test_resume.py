@@ -78,7 +78,7 @@ def check(make: Make, tmp_path: Path, stops: list[int], how: str) -> None:
 
 # Steps 1 to 3 are pre-training, 4 to 7 the search.
 @pytest.mark.parametrize("how", ["saved", "killed"])
-@pytest.mark.parametrize("stops", [[1], [3], [5], [7], [2, 4, 6]])
+@pytest.mark.parametrize("stops", [[1, 3, 5, 7], [2, 4, 6]])
 def test_e2eaug_in_each_stage(tmp_path: Path, stops: list[int], how: str) -> None:
     changes = {"engine.checkpoint_every": 2, "engine.log_every": 2}
     check(lambda out: tiny.build("e2eaug", changes, out), tmp_path, stops, how)

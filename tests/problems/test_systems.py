@@ -1,0 +1,123 @@
+"""Systems by name and by path, and what a config says about one problem."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mlseg.errors import UserError
+from mlseg.hypergradients import FiniteDifference
+from mlseg.problems.settings import ProblemSettings
+from mlseg.problems.systems import load_system, system_names
+
+GAMES = '''
+from mlseg import Engine, Problem
+from mlseg.problems.systems import RunSettings
+
+
+class Settings(RunSettings):
+    rounds: int = 3
+
+
+def build(settings: Settings, out) -> Engine:
+    """A game of one's own."""
+    raise NotImplementedError
+
+
+def untyped(settings, out):
+    """Without a settings class."""
+'''
+
+
+def test_registered_systems_are_found_by_themselves() -> None:
+    assert {"e2eaug", "supervised"} <= set(system_names())
+    assert load_system("supervised").name == "supervised"
+
+
+def test_a_wrong_name_gets_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"there is no 'e2aug'; did you mean 'e2eaug'\?"):
+        load_system("e2aug")
+
+
+@pytest.fixture
+def games(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_games.py").write_text(GAMES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.delitem(sys.modules, "my_games", raising=False)
+
+
+@pytest.mark.usefixtures("games")
+def test_a_system_of_ones_own_by_path() -> None:
+    found = load_system("my_games:build")
+    assert found.summary == "A game of one's own."
+    settings = found.settings.model_validate({"system": "my_games:build", "rounds": 5})
+    assert settings.model_dump()["rounds"] == 5
+
+
+@pytest.mark.usefixtures("games")
+@pytest.mark.parametrize("path", ["my_games:biuld", "no_games:build", "my_games:untyped", ":build"])
+def test_a_wrong_path_is_one_line(path: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_system(path)
+    assert path in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+OPTIMIZERS: dict[str, tuple[dict[str, Any], type[torch.optim.Optimizer]]] = {
+    "sgd": ({"momentum": 0.9, "nesterov": True}, torch.optim.SGD),
+    "adam": ({"betas": [0.5, 0.99], "eps": 1e-6}, torch.optim.Adam),
+    "adamw": ({"weight_decay": 0.1}, torch.optim.AdamW),
+    "rmsprop": ({"momentum": 0.9, "alpha": 0.9}, torch.optim.RMSprop),
+    "adagrad": ({"lr_decay": 0.1}, torch.optim.Adagrad),
+}
+SCHEDULERS: dict[str, tuple[dict[str, Any], str]] = {
+    "reduce_on_plateau": ({"factor": 0.5, "patience": 2}, "ReduceLROnPlateau"),
+    "multistep": ({"milestones": [2, 4]}, "MultiStepLR"),
+    "exponential": ({"factor": 0.9, "step": "epoch"}, "ExponentialLR"),
+    "linear": ({"length": 4}, "LinearLR"),
+    "cosine": ({"length": 4, "min_lr": 1e-6}, "CosineAnnealingLR"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_get_their_settings(name: str) -> None:
+    values, cls = OPTIMIZERS[name]
+    settings = ProblemSettings.model_validate({"optimizer": {"name": name, "lr": 0.5, **values}})
+    made, scheduler = settings.build(nn.Linear(2, 1).parameters(), "max")
+    assert type(made) is cls
+    assert scheduler is None
+    for key, value in {"lr": 0.5, **values}.items():
+        assert made.defaults[key] == (tuple(value) if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_step_when_they_should(name: str) -> None:
+    values, cls = SCHEDULERS[name]
+    settings = ProblemSettings.model_validate(
+        {"optimizer": {"name": "sgd", "lr": 1.0}, "scheduler": {"name": name, **values}}
+    )
+    _, scheduler = settings.build(nn.Linear(2, 1).parameters(), "min")
+    assert type(scheduler).__name__ == cls
+    default = "validation" if name == "reduce_on_plateau" else "iteration"
+    assert settings.config("fp32").scheduler_step == values.get("step", default)
+    assert getattr(scheduler, "mode", "min") == "min"
+
+
+def test_a_problems_settings_reach_its_config() -> None:
+    settings = ProblemSettings.model_validate(
+        {
+            "optimizer": {"name": "sgd", "lr": 1.0},
+            "clip": 2.0,
+            "accumulate": 3,
+            "unroll_steps": 4,
+            "hypergradient": {"method": "finite_difference", "epsilon": 0.5},
+        }
+    )
+    config = settings.config("bf16")
+    assert config.hypergradient == FiniteDifference(epsilon=0.5)
+    assert (config.gradient_clipping, config.gradient_accumulation) == (2.0, 3)
+    assert (config.unroll_steps, config.precision) == (4, "bf16")
