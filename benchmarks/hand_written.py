@@ -23,17 +23,57 @@ from mlseg.problems.base import Config, Problem
 from mlseg.problems.e2eaug import encode
 
 
-def relative_step(problem: Any) -> float:
-    """The level's ``epsilon``.
+class Hop:
+    """A level's finite difference, as its method's settings have it.
 
     Raises:
-        SystemExit: its method is one that isn't written out here.
+        SystemExit: the method is one that isn't written out here.
     """
-    method = problem.method
-    written = ("finite_difference", "optimizer", "after_step", "central")
-    if (method.method, method.scale, method.linearise, method.scheme) != written:
-        raise SystemExit(f"problem {problem.name}: {method} is not written out by hand")
-    return method.epsilon
+
+    def __init__(self, problem: Any) -> None:
+        method = problem.method
+        written = ("finite_difference", "optimizer", "central")
+        if (method.method, method.scale, method.scheme) != written:
+            raise SystemExit(f"problem {problem.name}: {method} is not written out by hand")
+        self.parameters = list(problem.module.parameters())
+        self.epsilon: float = method.epsilon
+        self._before: list[Tensor] | None = None
+        self._keeps = method.linearise == "before_step"
+
+    def remember(self) -> None:
+        """Keep the weights that a step starts from, if the difference is to be taken there."""
+        present = [p.detach() for p in self.parameters]
+        if self._keeps and self._before is None:
+            self._before = [p.clone() for p in present]
+        elif self._before is not None:
+            torch._foreach_copy_(self._before, present)
+
+    def difference(
+        self,
+        vector: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        loss: Callable[[], Tensor],
+        replay: Callable[[], None] = lambda: None,
+    ) -> list[Tensor]:
+        """Central difference of ``d loss / d inputs`` along ``vector``."""
+        after = [p.data for p in self.parameters]
+        base = after if self._before is None else self._before
+        with torch.no_grad():
+            size = _norm(vector)
+            smallest = torch.finfo(size.dtype).tiny ** 0.5
+            step = self.epsilon * _norm(base).clamp_min(1e-8) / size.clamp_min(smallest)
+        sides = []
+        for signed in (step, -step):
+            moved = torch._foreach_mul(list(vector), signed)
+            torch._foreach_add_(moved, base)
+            for p, data in zip(self.parameters, moved, strict=True):
+                p.data = data
+            del moved
+            replay()
+            sides.append(torch.autograd.grad(loss(), list(inputs)))
+        for p, data in zip(self.parameters, after, strict=True):
+            p.data = data
+        return [(above - below) / (step * 2.0) for above, below in zip(*sides, strict=True)]
 
 
 class HandWrittenE2EAug:
@@ -61,7 +101,7 @@ class HandWrittenE2EAug:
         self.num_classes = level.num_classes
         upper: Any = problems["generator"]
         self.l1 = upper.l1
-        self.steps = {"segmentor": relative_step(level), "generator": relative_step(upper)}
+        self.hops = {"segmentor": Hop(level), "generator": Hop(upper)}
         self.device = engine.device
 
     def parameters(self) -> list[Tensor]:
@@ -75,8 +115,9 @@ class HandWrittenE2EAug:
         alphas = list(self.architecture.parameters())
 
         # Level 1: the generator.
-        generator_state = _random_state(self.device)
         image, mask = next(self.batches["generator"])
+        generator_state = _random_state(self.device)
+        self.hops["generator"].remember()
         label = encode(mask, self.num_classes)
         loss, fake = self._generator_loss(label, image)
         loss.backward(inputs=g)
@@ -85,6 +126,7 @@ class HandWrittenE2EAug:
         # Level 2: the segmentor, on real pairs and on synthetic ones.
         real_image, real_mask = next(self.batches["segmentor"])
         _, augmented = self.augment(None, real_mask, self.draws)
+        self.hops["segmentor"].remember()
         synthetic = self.generator(encode(augmented, self.num_classes), self.architecture()).float()
         segmentor_state = _random_state(self.device)
         synthetic_loss = self.weight * self.criterion(self.segmentor(synthetic), augmented)
@@ -100,7 +142,7 @@ class HandWrittenE2EAug:
         vector = list(torch.autograd.grad(validation, w))
         vector = one_step_scale(vector, w, self.optimizers["segmentor"], preconditioned=True)
         leaf = synthetic.detach().requires_grad_()
-        (q,) = self._finite_difference(
+        (q,) = self._difference(
             "segmentor",
             vector,
             [leaf],
@@ -110,7 +152,7 @@ class HandWrittenE2EAug:
         pulled = torch.autograd.grad(synthetic, [*g, *alphas], grad_outputs=q.neg())
         total, vector = list(pulled[len(g) :]), list(pulled[: len(g)])
         vector = one_step_scale(vector, g, self.optimizers["generator"], preconditioned=True)
-        through_g = self._finite_difference(
+        through_g = self._difference(
             "generator",
             vector,
             alphas,
@@ -140,7 +182,7 @@ class HandWrittenE2EAug:
         self.optimizers[name].step()
         self.optimizers[name].zero_grad()
 
-    def _finite_difference(
+    def _difference(
         self,
         name: str,
         vector: Sequence[Tensor],
@@ -149,42 +191,10 @@ class HandWrittenE2EAug:
         state: dict[str, Tensor],
     ) -> list[Tensor]:
         networks = (self.generator, self.discriminator, self.segmentor)
-        parameters = list(getattr(self, name).parameters())
         with _untouched(networks, self.device):
-            return finite_difference(
-                parameters,
-                vector,
-                inputs,
-                loss,
-                self.steps[name],
-                lambda: _set_random_state(state, self.device),
+            return self.hops[name].difference(
+                vector, inputs, loss, lambda: _set_random_state(state, self.device)
             )
-
-
-def finite_difference(
-    parameters: Sequence[Tensor],
-    vector: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    loss: Callable[[], Tensor],
-    epsilon: float,
-    replay: Callable[[], None] = lambda: None,
-) -> list[Tensor]:
-    """Central difference of ``d loss / d inputs`` along ``vector``."""
-    with torch.no_grad():
-        size = _norm(vector)
-        smallest = torch.finfo(size.dtype).tiny ** 0.5
-        step = epsilon * _norm(parameters).clamp_min(1e-8) / size.clamp_min(smallest)
-        shift = torch._foreach_mul(list(vector), step)
-    kept = [p.data for p in parameters]
-    sides = []
-    for sign in (1.0, -1.0):
-        for p, data in zip(parameters, torch._foreach_add(kept, shift, alpha=sign), strict=True):
-            p.data = data
-        replay()
-        sides.append(torch.autograd.grad(loss(), list(inputs)))
-    for p, data in zip(parameters, kept, strict=True):
-        p.data = data
-    return [(above - below) / (step * 2.0) for above, below in zip(*sides, strict=True)]
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -296,7 +306,7 @@ class HandWrittenDecay:
         problems = {problem.name: problem for problem in engine.problems}
         self.network, self.decay = problems["weights"].module, problems["decay"].module
         self.lower, self.upper = problems["weights"].optimizer, problems["decay"].optimizer
-        self.step = relative_step(problems["weights"])
+        self.hop = Hop(problems["weights"])
         self.train = _forever(problems["weights"])
         self.val = _forever(problems["decay"])
 
@@ -307,18 +317,15 @@ class HandWrittenDecay:
     def iterate(self) -> None:
         """A step of each level."""
         w, batch = list(self.network.parameters()), next(self.train)
+        self.hop.remember()
         decayed_loss(self.network, self.decay, batch).backward(inputs=w)
         self.lower.step()
         self.lower.zero_grad()
         x, y = next(self.val)
         vector = list(torch.autograd.grad(functional.cross_entropy(self.network(x), y), w))
         vector = one_step_scale(vector, w, self.lower, preconditioned=True)
-        (q,) = finite_difference(
-            w,
-            vector,
-            [self.decay.logs],
-            lambda: decayed_loss(self.network, self.decay, batch),
-            self.step,
+        (q,) = self.hop.difference(
+            vector, [self.decay.logs], lambda: decayed_loss(self.network, self.decay, batch)
         )
         self.decay.logs.grad = -q
         self.upper.step()

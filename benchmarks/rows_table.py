@@ -154,7 +154,7 @@ def _of_split(runs: Runs, split: str) -> dict[str, Any]:
             "best_step": _spread([float(run.best_step) for run in have.values()]),
             "seconds": _spread([run.results["seconds"] for run in have.values()]),
         }
-    differences = {}
+    differences: dict[str, dict[str, Any]] = {}
     for name, seeds in runs.items():
         if name == OURS or OURS not in runs:
             continue
