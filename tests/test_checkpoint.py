@@ -128,6 +128,7 @@ def test_another_file_is_one_line(tmp_path: Path) -> None:
         checkpoint.load(path)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_code_is_never_run(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> Any:
