@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mlseg.engines.base import Engine, EngineSettings, Stage
+from mlseg.engines.base import Engine
+from mlseg.engines.settings import EngineSettings, Stage
 from mlseg.hypergradients.update_rules import one_step_scale
 from mlseg.losses import gan_loss
-from mlseg.problems.base import Config, Problem
+from mlseg.problems.base import Problem
+from mlseg.problems.config import Config
 from mlseg.problems.e2eaug import encode
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import betty.configs
 import betty.engine
@@ -15,64 +14,21 @@ import torch
 from betty.logging import logger as betty_logger
 from betty.logging.logger_base import get_logger
 from betty.problems import Problem as BettyProblem
-from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from mlseg import checkpoint, randomness
-from mlseg.config import Settings
 from mlseg.engines.interruption import Interruption
-from mlseg.engines.nan_guard import NanGuard
+from mlseg.engines.nan_guard import NanGuard, all_finite
 from mlseg.engines.recording import Recorder
+from mlseg.engines.settings import (
+    Dependencies,
+    EngineSettings,
+    Stage,
+    as_settings,
+    choose_device,
+)
 from mlseg.errors import RunError, UserError
 from mlseg.problems.base import Problem
-
-Dependencies = Mapping[BettyProblem, Sequence[BettyProblem]]
-
-
-class EngineSettings(Settings):
-    """How long to train, how often to look, what to keep.
-
-    Attributes:
-        iterations: of the last stage; a stage before it (pre-training) has its own count.
-        validate_every: iterations between validations; 0 for none but the last.
-        checkpoint_every: iterations between saves of ``last.pt``; None: ``validate_every``.
-        log_every: iterations between written figures; this is when host and device synchronise.
-        metric: the validation figure that chooses ``best.pt``; None: the data set's headline one.
-        mode: whether more or less of it is better.
-        patience: validations without a new best after which training stops; None: never.
-        samples: pictures to write at each validation; 0 for none.
-        tensorboard: whether to write curves for TensorBoard.
-    """
-
-    iterations: PositiveInt = 5000
-    validate_every: NonNegativeInt = 100
-    checkpoint_every: PositiveInt | None = None
-    log_every: PositiveInt = 10
-    metric: str | None = None
-    mode: Literal["max", "min"] = "max"
-    patience: PositiveInt | None = None
-    samples: NonNegativeInt = 4
-    tensorboard: bool = True
-
-
-@dataclass
-class Stage:
-    """A stretch of training with its own graph of levels.
-
-    Attributes:
-        name: shown and recorded.
-        iterations: its length.
-        problems: those that step; None for all of the engine's.
-        u2l, l2u: Betty's dependencies, upper to lower and lower to upper.
-        on_end: called once when the stage is over, before the next one starts.
-    """
-
-    name: str
-    iterations: int
-    problems: Sequence[BettyProblem] | None = None
-    u2l: Dependencies = field(default_factory=dict)
-    l2u: Dependencies = field(default_factory=dict)
-    on_end: Callable[[], None] | None = None
 
 
 class Engine(betty.engine.Engine):
@@ -116,7 +72,7 @@ class Engine(betty.engine.Engine):
         if dependencies is not None and (u2l is not None or l2u is not None):
             raise ValueError("give the graph either as dependencies or as u2l and l2u")
         graph = dependencies or {"u2l": u2l or {}, "l2u": l2u or {}}
-        self.settings = _as_settings(config)
+        self.settings = as_settings(config)
         self.stages = list(stages) if stages else []
         if not self.stages:
             self.stages = [
@@ -467,7 +423,7 @@ class Engine(betty.engine.Engine):
             return
         self._check_finite()
         for problem in self.problems:
-            if not _all_finite(problem):
+            if not all_finite(problem):
                 raise RunError(
                     f"a parameter of problem {problem.name!r} is not finite at step "
                     f"{self.global_step}; {self._what_is_kept()}"
@@ -486,48 +442,5 @@ class Engine(betty.engine.Engine):
         self.load_state_dict(checkpoint.load(directory / "checkpoints" / "last.pt"))
 
 
-def choose_device(name: str | torch.device) -> torch.device:
-    """``auto`` is CUDA when there is one.
-
-    Raises:
-        UserError: CUDA is asked for and there is none, or the name is no device.
-    """
-    if str(name) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device: {name!r} is none; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda is not available here; use device=cpu or device=auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device: there is no {name}, only {torch.cuda.device_count()} GPU(s)")
-    return device
-
-
-def _as_settings(
-    config: EngineSettings | betty.configs.EngineConfig | None,
-) -> EngineSettings:
-    if config is None or isinstance(config, EngineSettings):
-        return config or EngineSettings()
-    if config.strategy not in ("default", "cpu", "gpu"):
-        raise ValueError(f"strategy {config.strategy!r}: this engine runs in one process")
-    early = config.early_stopping
-    return EngineSettings(
-        iterations=config.train_iters,
-        validate_every=min(config.valid_step, config.train_iters),
-        patience=config.early_stopping_tolerance if early else None,
-        metric=config.early_stopping_metric if early else None,
-        mode="min" if config.early_stopping_mode == "min" else "max",
-    )
-
-
 def _number(value: Any) -> float:
     return float(value.item() if isinstance(value, Tensor) else value)
-
-
-def _all_finite(problem: BettyProblem) -> bool:
-    parameters = [p.detach() for p in problem.module.parameters()]
-    if not parameters:
-        return True
-    return bool(torch.stack(torch._foreach_norm(parameters)).isfinite().all())

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from betty.problems import Problem as BettyProblem
 from torch import Tensor
 
 _NEVER = torch.iinfo(torch.int64).max
@@ -29,3 +30,11 @@ class NanGuard:
         steps = torch.stack([self._steps[n] for n in self._names]).tolist()
         step = min(steps)
         return None if step == _NEVER else (self._names[steps.index(step)], step)
+
+
+def all_finite(problem: BettyProblem) -> bool:
+    """Whether all of a problem's parameters are finite; synchronises."""
+    parameters = [p.detach() for p in problem.module.parameters()]
+    if not parameters:
+        return True
+    return bool(torch.stack(torch._foreach_norm(parameters)).isfinite().all())

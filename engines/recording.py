@@ -22,7 +22,8 @@ from mlseg.engines.progress import Progress
 from mlseg.errors import RunError
 
 if TYPE_CHECKING:
-    from mlseg.engines.base import Engine, EngineSettings
+    from mlseg.engines.base import Engine
+    from mlseg.engines.settings import EngineSettings
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 

@@ -13,9 +13,10 @@ from torch import nn
 
 from mlseg import checkpoint
 from mlseg.data import Samples, SegmentationData, to_float
-from mlseg.engines.base import Engine, EngineSettings, choose_device
+from mlseg.engines.base import Engine
 from mlseg.engines.pictures import comparison
 from mlseg.engines.recording import write_json
+from mlseg.engines.settings import EngineSettings, choose_device
 from mlseg.errors import UserError
 from mlseg.metrics import SCORES, SegmentationMetrics
 from mlseg.nets import SegmentorSettings

@@ -18,9 +18,9 @@ from rich.table import Table
 from mlseg import config
 from mlseg.commands import guarded, make_console
 from mlseg.data import DatasetSpec, DataSettings, Samples, load_data, load_examples
-from mlseg.engines.base import choose_device
 from mlseg.engines.recording import write_json
 from mlseg.engines.segmentation import check_same_data, score
+from mlseg.engines.settings import choose_device
 from mlseg.errors import UserError
 from mlseg.metrics import SCORES
 from mlseg.run import parse_run

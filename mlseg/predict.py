@@ -22,9 +22,9 @@ from rich.progress import track
 from mlseg.commands import guarded, make_console
 from mlseg.data import to_float
 from mlseg.data.decode import read_image
-from mlseg.engines.base import choose_device
 from mlseg.engines.pictures import overlay
 from mlseg.engines.recording import writing
+from mlseg.engines.settings import choose_device
 from mlseg.errors import EXIT_USER_ERROR, UserError
 from mlseg.trained import Trained, load_trained
 

@@ -5,6 +5,7 @@ one ``build`` that wires them into an engine, registered with
 :func:`mlseg.problems.systems.system`.
 """
 
-from mlseg.problems.base import Config, Problem
+from mlseg.problems.base import Problem
+from mlseg.problems.config import Config
 
 __all__ = ["Config", "Problem"]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import betty.configs
 import betty.problems
@@ -18,47 +17,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from mlseg import randomness
 from mlseg.errors import RunError
 from mlseg.hypergradients import Hop, Interface, Method, Vector, names, resolve
+from mlseg.problems.config import Config, SchedulerClock
 from mlseg.problems.loaders import Place
 from mlseg.problems.outer_gradient import OuterGradient
-
-SchedulerClock = Literal["iteration", "epoch", "validation"]
-
-
-@dataclass
-class Config(betty.configs.Config):
-    """Betty's problem settings, and how the level's best response is differentiated.
-
-    Attributes:
-        hypergradient: a method's name, a mapping of ``method`` and its settings, or a ``Method``.
-            It is used when an upper level's gradient passes through this level.
-        scheduler_step: when the learning-rate scheduler steps: after each ``iteration`` in which
-            the optimizer stepped, each ``epoch`` of the first loader, or each ``validation`` (with
-            the monitored metric, if the scheduler takes one).
-
-    Betty's ``type`` names the method where ``hypergradient`` doesn't; without either it is
-    ``finite_difference``. ``precision`` is ``fp32`` or ``bf16``.
-    """
-
-    type: str = ""
-    hypergradient: str | Mapping[str, Any] | Method | None = None
-    scheduler_step: SchedulerClock = "iteration"
-
-    def __post_init__(self) -> None:
-        if self.type not in ("", *names()):
-            raise ValueError(
-                f"type {self.type!r} is no method of mlseg ({', '.join(names())}); set "
-                "hypergradient, or give the problem a betty.configs.Config for one of Betty's"
-            )
-        method = resolve(self.hypergradient or self.type or "finite_difference")
-        if self.type not in ("", method.method):
-            raise ValueError(f"type {self.type!r} and hypergradient {method.method!r} disagree")
-        self.hypergradient, self.type = method, method.method
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision {self.precision!r}: choose fp32 or bf16")
-        if self.scheduler_step not in ("iteration", "epoch", "validation"):
-            raise ValueError(
-                f"scheduler_step {self.scheduler_step!r}: choose iteration, epoch or validation"
-            )
 
 
 class Problem(betty.problems.ImplicitProblem):

@@ -44,8 +44,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mlseg.data import Augmentation, AugmentationSettings, BatchLoader, load_data
-from mlseg.engines.base import Stage, choose_device
 from mlseg.engines.segmentation import SegmentationEngine, require_validation
+from mlseg.engines.settings import Stage, choose_device
 from mlseg.errors import UserError
 from mlseg.hypergradients import Interface
 from mlseg.losses import SegmentationLoss, gan_loss

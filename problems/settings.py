@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mlseg.config import Settings
 from mlseg.hypergradients import Method, resolve
-from mlseg.problems.base import Config, SchedulerClock
+from mlseg.problems.config import Config, SchedulerClock
 
 Betas = Annotated[tuple[float, float], Strict(False)]
 

@@ -14,8 +14,8 @@ import torch
 
 from mlseg.config import Settings
 from mlseg.data import Augmentation, AugmentationSettings, BatchLoader, DataSettings, load_data
-from mlseg.engines.base import Stage, choose_device
 from mlseg.engines.segmentation import SegmentationEngine
+from mlseg.engines.settings import Stage, choose_device
 from mlseg.losses import LossSettings, SegmentationLoss
 from mlseg.nets import SegmentorSettings, build_segmentor
 from mlseg.problems.base import Problem

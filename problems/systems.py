@@ -13,7 +13,8 @@ from typing import Any, Literal
 from pydantic import NonNegativeInt
 
 from mlseg.config import Settings
-from mlseg.engines.base import Engine, EngineSettings
+from mlseg.engines.base import Engine
+from mlseg.engines.settings import EngineSettings
 from mlseg.errors import UserError
 
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from mlseg import checkpoint
-from mlseg.engines.base import Engine, EngineSettings, Stage
+from mlseg.engines.base import Engine
+from mlseg.engines.settings import EngineSettings, Stage
 from mlseg.errors import RunError, UserError
-from mlseg.problems.base import Config, Problem
+from mlseg.problems.base import Problem
+from mlseg.problems.config import Config
 
 
 class Count(Problem):

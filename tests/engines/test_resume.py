@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import GRAPHS, Graph, fit, imitate
 
 from mlseg import checkpoint
-from mlseg.engines.base import Engine, EngineSettings
+from mlseg.engines.base import Engine
 from mlseg.engines.interruption import Interrupted
+from mlseg.engines.settings import EngineSettings
 from mlseg.errors import UserError
 
 Make = Callable[[Path], Engine]

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from toys import GRAPHS, Level, Oracle
 
-from mlseg.engines.base import Engine, EngineSettings
+from mlseg.engines.base import Engine
+from mlseg.engines.settings import EngineSettings
 from mlseg.hypergradients import names
-from mlseg.problems.base import Config, Problem
+from mlseg.problems.base import Problem
+from mlseg.problems.config import Config
 
 EXPECTED = {"identity": 1e-9, "finite_difference": 1e-5}
 """Relative error; the finite difference's is that of its step, epsilon = 1e-4."""

@@ -11,7 +11,7 @@ from toys import GRAPHS
 
 from mlseg.hypergradients import FiniteDifference, Hop, Method, Vector, names, register, resolve
 from mlseg.hypergradients.registry import _METHODS
-from mlseg.problems.base import Config
+from mlseg.problems.config import Config
 
 
 def test_by_name_and_by_mapping() -> None:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from toys import GRAPHS
 
 from mlseg import randomness
-from mlseg.engines.base import Engine, EngineSettings
+from mlseg.engines.base import Engine
+from mlseg.engines.settings import EngineSettings
 from mlseg.hypergradients import Interface, names
-from mlseg.problems.base import Config, Problem
+from mlseg.problems.base import Problem
+from mlseg.problems.config import Config
 
 
 def snapshot(engine: Any) -> dict[str, Any]:

@@ -15,10 +15,12 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 from toys import GRAPHS
 
-from mlseg.engines.base import Engine, EngineSettings
+from mlseg.engines.base import Engine
+from mlseg.engines.settings import EngineSettings
 from mlseg.errors import RunError
 from mlseg.hypergradients import names
-from mlseg.problems.base import Config, Problem
+from mlseg.problems.base import Problem
+from mlseg.problems.config import Config
 
 Batches = list[tuple[Tensor, Tensor]]
 

@@ -1,0 +1,100 @@
+"""What an engine is told: how long, on what device, in which stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import betty.configs
+import torch
+from betty.problems import Problem as BettyProblem
+from pydantic import NonNegativeInt, PositiveInt
+
+from mlseg.config import Settings
+from mlseg.errors import UserError
+
+Dependencies = Mapping[BettyProblem, Sequence[BettyProblem]]
+
+
+class EngineSettings(Settings):
+    """How long to train, how often to look, what to keep.
+
+    Attributes:
+        iterations: of the last stage; a stage before it (pre-training) has its own count.
+        validate_every: iterations between validations; 0 for none but the last.
+        checkpoint_every: iterations between saves of ``last.pt``; None: ``validate_every``.
+        log_every: iterations between written figures; this is when host and device synchronise.
+        metric: the validation figure that chooses ``best.pt``; None: the data set's headline one.
+        mode: whether more or less of it is better.
+        patience: validations without a new best after which training stops; None: never.
+        samples: pictures to write at each validation; 0 for none.
+        tensorboard: whether to write curves for TensorBoard.
+    """
+
+    iterations: PositiveInt = 5000
+    validate_every: NonNegativeInt = 100
+    checkpoint_every: PositiveInt | None = None
+    log_every: PositiveInt = 10
+    metric: str | None = None
+    mode: Literal["max", "min"] = "max"
+    patience: PositiveInt | None = None
+    samples: NonNegativeInt = 4
+    tensorboard: bool = True
+
+
+@dataclass
+class Stage:
+    """A stretch of training with its own graph of levels.
+
+    Attributes:
+        name: shown and recorded.
+        iterations: its length.
+        problems: those that step; None for all of the engine's.
+        u2l, l2u: Betty's dependencies, upper to lower and lower to upper.
+        on_end: called once when the stage is over, before the next one starts.
+    """
+
+    name: str
+    iterations: int
+    problems: Sequence[BettyProblem] | None = None
+    u2l: Dependencies = field(default_factory=dict)
+    l2u: Dependencies = field(default_factory=dict)
+    on_end: Callable[[], None] | None = None
+
+
+def choose_device(name: str | torch.device) -> torch.device:
+    """``auto`` is CUDA when there is one.
+
+    Raises:
+        UserError: CUDA is asked for and there is none, or the name is no device.
+    """
+    if str(name) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device: {name!r} is none; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda is not available here; use device=cpu or device=auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device: there is no {name}, only {torch.cuda.device_count()} GPU(s)")
+    return device
+
+
+def as_settings(
+    config: EngineSettings | betty.configs.EngineConfig | None,
+) -> EngineSettings:
+    """Betty's ``EngineConfig`` in terms of ours; ValueError for what this engine doesn't do."""
+    if config is None or isinstance(config, EngineSettings):
+        return config or EngineSettings()
+    if config.strategy not in ("default", "cpu", "gpu"):
+        raise ValueError(f"strategy {config.strategy!r}: this engine runs in one process")
+    early = config.early_stopping
+    return EngineSettings(
+        iterations=config.train_iters,
+        validate_every=min(config.valid_step, config.train_iters),
+        patience=config.early_stopping_tolerance if early else None,
+        metric=config.early_stopping_metric if early else None,
+        mode="min" if config.early_stopping_mode == "min" else "max",
+    )
