@@ -37,7 +37,7 @@ class GanSettings(Settings):
         pretrain: iterations of generator and discriminator alone, before the segmentor starts.
         pretrain_lr: their learning rate in it.
         pretrained: a ``checkpoints/gan.pt`` of another run, in place of pre-training.
-        frozen: the generator is not trained further (rows GAN and Separate).
+        frozen: generator and alphas are not trained further (rows GAN and Separate).
         l1: weight of the reconstruction loss.
         augmentation: of the real pairs that the GAN learns from.
     """
@@ -108,6 +108,12 @@ class E2EAugSettings(RunSettings):
         for name in ("generator", "discriminator"):
             if getattr(self.problems, name).scheduler is not None:
                 raise ValueError(f"problems.{name}.scheduler: the GAN's rate is not scheduled")
+        learned = self.architecture.mode == "learned" and not self.gan.frozen
+        if learned and self.generator.search == "none" and self.synthetic_weight:
+            raise ValueError(
+                "generator.search: none leaves no architecture to learn; search decoder or both, "
+                "or set architecture.mode to frozen"
+            )
         if self.gan.frozen and not self.gan.pretrain and self.gan.pretrained is None:
             raise ValueError("gan.frozen: an untrained generator; set gan.pretrain or pretrained")
         return self

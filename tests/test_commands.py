@@ -161,6 +161,7 @@ def test_resume_takes_the_runs_own_config(
         ("data.name=kvasir", "kvasir"),
         ("device=abacus", "abacus"),
         ("discriminator.layers=5", "discriminator.layers"),
+        ("generator.search=none", "no architecture to learn"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -202,7 +202,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "separate": {"gan.frozen": True},
     "frozen alphas": {"architecture.mode": "frozen"},
     "random alphas": {"architecture.mode": "random"},
-    "vanilla generator, trained on": {"generator.search": "none"},
+    "vanilla generator, trained on": {"generator.search": "none", "architecture.mode": "frozen"},
     "decoder only": {"generator.search": "decoder"},
     "genseg": {"preset": "genseg"},
     "scenes": {"data.name": "synthetic_scenes", "data.image_size": 48},
