@@ -1,7 +1,6 @@
 """DeepLabV3 with a ResNet-50 (Chen et al., 2017, arXiv:1706.05587), from torchvision."""
 
 from torch import Tensor, nn
-from torchvision.models.segmentation import deeplabv3_resnet50
 
 from mlseg.nets.layers import accept_single_values
 
@@ -20,6 +19,9 @@ class DeepLabV3(nn.Module):
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
+        # Here, since it takes a second and a half that only this network should cost.
+        from torchvision.models.segmentation import deeplabv3_resnet50
+
         self.network = deeplabv3_resnet50(
             weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=False
         )
