@@ -19,7 +19,7 @@ class DeepLabV3(nn.Module):
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
-        # Here, since it takes a second and a half that only this network should cost.
+        # Here, since it is slow to import and only this network needs it.
         from torchvision.models.segmentation import deeplabv3_resnet50
 
         self.network = deeplabv3_resnet50(
