@@ -1,7 +1,6 @@
 """What Betty 0.2.1 breaks, one test each; the numbers are those of its list of faults."""
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -245,67 +244,6 @@ def test_11_a_step_without_a_loss_is_named() -> None:
     problem = Empty("empty", module, torch.optim.SGD(module.parameters(), 0.1), [()])
     with pytest.raises(TypeError, match="'empty': training_step must return the loss"):
         engine_of(problem).iterate()
-
-
-# ------------------------------------------------------------------- 13: no synchronisation
-
-READS = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
-ON_THE_HOST = ("torch.optim", "torch.utils.data", "mlseg.data", "mlseg.randomness")
-"""Modules that read tensors which lie on the host wherever training runs."""
-
-
-@pytest.fixture
-def no_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Every reading of a tensor's value from Python, by the module that does it."""
-    found: list[str] = []
-
-    def forbid(name: str) -> None:
-        original = getattr(Tensor, name)
-
-        def read(self: Tensor, *args: Any) -> Any:
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            if not caller.startswith(ON_THE_HOST):
-                found.append(f"{caller}: {name}")
-            return original(self, *args)
-
-        monkeypatch.setattr(Tensor, name, read)
-
-    for name in READS:
-        forbid(name)
-    return found
-
-
-@pytest.mark.parametrize("system", ["e2eaug", "supervised"])
-def test_13_no_step_waits_for_the_device(system: str, no_reads: list[str]) -> None:
-    changes = {"problems.segmentor.clip": 1.0, "loss": {"cross_entropy": 1.0, "dice": 1.0}}
-    changes |= {"gan.pretrain": 0} if system == "e2eaug" else {}
-    engine = tiny.build(system, changes)
-    del no_reads[:]
-    engine.iterate()
-    engine._watch()
-    assert no_reads == []
-
-
-def test_13_the_watch_on_reads_works(no_reads: list[str]) -> None:
-    assert torch.ones(()).item() == 1.0
-    assert no_reads == [f"{__name__}: item"]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("system", ["e2eaug", "supervised"])
-def test_13_no_step_waits_for_the_gpu(system: str) -> None:
-    changes: dict[str, Any] = {"device": "cuda", "problems.segmentor.clip": 1.0}
-    changes |= {"gan.pretrain": 0} if system == "e2eaug" else {}
-    engine = tiny.build(system, changes)
-    for _ in range(4):
-        engine.iterate()  # past the first epoch, and past what is only set up once
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(4):
-            engine.iterate()
-            engine._watch()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 # ------------------------------------------------------------------- 14: bfloat16 anywhere
