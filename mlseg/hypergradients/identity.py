@@ -19,8 +19,8 @@ class Identity(Method):
     No step size to choose, exact for one step of descent with ``linearise: before_step``; it needs
     operations that can be differentiated twice.
 
-    Cost per hop: 1 forward and 1 backward pass of the level's loss, then a backward pass over both,
-    together about 2.2 forward-backwards. Memory: the graph of the gradient as well as that of the
+    Cost per hop: 1 forward and 1 backward pass of the level's loss, then a backward pass over both.
+    Memory: the graph of the gradient as well as that of the
     loss. Assumes what :class:`~mlseg.hypergradients.finite_difference.FiniteDifference` assumes,
     but for ``detach()``, which is respected everywhere.
 

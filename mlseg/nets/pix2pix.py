@@ -8,6 +8,7 @@ of the decoder. Dropout on the three decoder levels after the innermost stands f
 Convolutions N(0, 0.02), BatchNorm scale N(1, 0.02).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -56,7 +57,7 @@ def _normalisation(channels: int) -> BatchNorm:
     return norm
 
 
-class _Body(nn.Module):
+class _Body(nn.Module, ABC):
     """What both generators share: everything but which operator stands at a level."""
 
     def __init__(
@@ -81,11 +82,13 @@ class _Body(nn.Module):
             _normalisation(width) for _, width in self.decoder_shapes[:-1]
         )
 
+    @abstractmethod
     def _encode(self, level: int, x: Tensor, weights: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """The operator at this place, applied."""
 
+    @abstractmethod
     def _decode(self, step: int, x: Tensor, weights: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """The operator at this place, applied."""
 
     def _generate(self, label_BCHW: Tensor, weights: Tensor | None) -> Tensor:
         x, (rows, columns) = pad_to_multiple(label_BCHW, 2**self.levels)
