@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, SupportsFloat
 
 import numpy as np
 import torch
@@ -223,10 +223,15 @@ def read_scalars(values: Mapping[Any, Any]) -> dict[Any, float]:
     """All scalars as Python floats, with one transfer per device.
 
     Args:
-        values: numbers, and tensors of one element; what is neither is left out.
+        values: numbers (anything that makes a float, such as a stretch of time that is over), and
+            tensors of one element; what is neither is left out.
     """
     tensors = {k: v.detach() for k, v in values.items() if isinstance(v, Tensor) and v.numel() == 1}
-    result = {k: float(v) for k, v in values.items() if isinstance(v, (int, float))}
+    result = {
+        k: float(v)
+        for k, v in values.items()
+        if isinstance(v, SupportsFloat) and not isinstance(v, Tensor)
+    }
     for device in {t.device for t in tensors.values()}:
         keys = [k for k, t in tensors.items() if t.device == device]
         stacked = torch.stack([tensors[k].reshape(()).to(torch.float64) for k in keys])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import betty.configs
@@ -14,15 +14,16 @@ from betty.hypergradient import jvp_fn_mapping
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from mlseg import randomness
 from mlseg.errors import RunError
-from mlseg.hypergradients import Hop, Interface, Method, Vector, names, resolve
-from mlseg.problems.config import Config, SchedulerClock
-from mlseg.problems.loaders import Place
+from mlseg.hypergradients import Hop, Vector
+from mlseg.hypergradients.substitution import substituted
+from mlseg.problems.config import Config, SchedulerClock, method_of
+from mlseg.problems.loaders import FreshBatches, Place
 from mlseg.problems.outer_gradient import OuterGradient
+from mlseg.problems.revisiting import Revisitable
 
 
-class Problem(betty.problems.ImplicitProblem):
+class Problem(Revisitable):
     """One level: a module, its optimizer, its data, and the loss in :meth:`training_step`.
 
     Derive from it and write ``training_step(batch)``, which returns the loss, or a dict of ``loss``
@@ -74,15 +75,9 @@ class Problem(betty.problems.ImplicitProblem):
         self._inner_loop_start: bool = True
         if self.precision == "fp16":
             raise ValueError(f"problem {name!r}: precision fp16; choose fp32 or bf16")
-        self.interface: Interface | None = None
         self.metrics: dict[str, Any] = {}
         """Detached figures of the last step; the engine writes them when it logs."""
-        self.replaying = False
-        """True while a hypergradient evaluates the last step again: keep no by-products then."""
-        self.method = _method_of(self._config)
-        self._is_differentiated = False
-        self._random_state: randomness.RandomState | None = None
-        self._weights_before: Vector | None = None
+        self._start_remembering(method_of(self._config))
         self._places: list[Place] = []
 
     # ------------------------------------------------------------------ one step
@@ -93,24 +88,52 @@ class Problem(betty.problems.ImplicitProblem):
             self.cur_batch = self.get_batch()
             batch = self.cur_batch
         if self._is_differentiated:
-            self._random_state = randomness.capture(self.device)
-            self._remember_weights()
-        loss, metrics = self.get_loss(batch)
-        metrics |= self.backward(
-            loss=loss,
-            params=self.trainable_parameters(),
-            paths=self._paths,
-            retain_graph=self._retain_graph,
-            allow_unused=self._allow_unused,
-        )
+            self._step_begins(batch)
+        metrics = self._take_gradient(batch)
         if self.is_implemented("grad_callback"):
             self.grad_callback()
         if self.gradient_accumulation_boundary():
+            self._gradient_is_complete()
+            self._set_learning_rates()
             self.optimizer_step()
             if self.is_implemented("param_callback"):
                 self.param_callback()
             self.zero_grad()
         return metrics
+
+    def _take_gradient(self, batch: Any) -> dict[str, Any]:
+        """Evaluate the loss and accumulate its (hyper)gradient into ``.grad``."""
+        parameters = self.trainable_parameters()
+        keeps_graph = self.trajectory.is_open and self.trajectory.keeps.graph
+        # With a graph that is to outlive the step, the optimizer must not write into its leaves.
+        leaves = self.trajectory.leaves() if keeps_graph else parameters
+        with substituted(self.module, parameters, leaves) if keeps_graph else nullcontext():
+            loss, metrics = self.get_loss(batch)
+            if keeps_graph:
+                gradient = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+                self.trajectory.add_graph(gradient)
+            if keeps_graph and not self._paths:
+                found: list[Any] = [None if g is None else g.detach() for g in gradient]
+            else:
+                metrics |= self.backward(
+                    loss=loss,
+                    params=leaves,
+                    paths=self._paths,
+                    retain_graph=self._retain_graph or keeps_graph,
+                    allow_unused=self._allow_unused,
+                )
+                found = [leaf.grad for leaf in leaves]
+        if keeps_graph:
+            for leaf in leaves:
+                leaf.grad = None
+            self.set_grads(parameters, found)
+        return metrics
+
+    def _set_learning_rates(self) -> None:
+        rates = self.learning_rates()
+        for group, rate in zip(self.optimizer.param_groups, rates or (), strict=False):
+            # A device's number stays there; torch's optimizers take tensors.
+            group["lr"] = float(rate) if rate.device.type == "cpu" else rate.detach()
 
     def get_loss(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
         """The loss, divided by the number of accumulated batches, and detached figures."""
@@ -172,70 +195,6 @@ class Problem(betty.problems.ImplicitProblem):
         with self.revisiting():
             method = jvp_fn_mapping[self._config.type]
             return [list(method(vector, self, source, False)) for source in hop.sources], {}
-
-    # --------------------------------------------------- evaluating a step again
-
-    @property
-    def is_differentiated(self) -> bool:
-        """Whether an upper level's gradient passes through this level."""
-        return self._is_differentiated
-
-    def random_state(self) -> randomness.RandomState:
-        """The generators' present state, for an :class:`Interface`."""
-        return randomness.capture(self.device)
-
-    def restore_step_randomness(self, state: randomness.RandomState | None = None) -> None:
-        """Set the generators to ``state``, by default to that at the start of the last step."""
-        state = state if state is not None else self._random_state
-        if state is not None:
-            randomness.restore(state, self.device)
-
-    @contextmanager
-    def revisiting(self) -> Iterator[None]:
-        """Within this block evaluations leave no trace: not in buffers, not in random streams."""
-        buffers = [b for p in self._everyone() for b in p.module.buffers()]
-        kept = [b.clone() for b in buffers]
-        self.replaying = True
-        try:
-            with randomness.replayed(None, self.device):
-                yield
-        finally:
-            self.replaying = False
-            for buffer, value in zip(buffers, kept, strict=True):
-                # Through ``data``: a graph that is still to be walked may have saved the buffer.
-                buffer.data.copy_(value)
-
-    @contextmanager
-    def at_weights_before_step(self, active: bool) -> Iterator[None]:
-        """Within this block the level's parameters are those that its last step started from."""
-        if not active:
-            with nullcontext():
-                yield
-            return
-        assert self._weights_before is not None, "no step has been taken yet"
-        parameters = self.trainable_parameters()
-        kept = [p.data for p in parameters]
-        for p, data in zip(parameters, self._weights_before, strict=True):
-            p.data = data
-        try:
-            yield
-        finally:
-            for p, data in zip(parameters, kept, strict=True):
-                p.data = data
-
-    def _remember_weights(self) -> None:
-        if self.method is None or self.method.linearise != "before_step":
-            return
-        present = [p.detach() for p in self.trainable_parameters()]
-        if self._weights_before is None:
-            self._weights_before = [p.clone() for p in present]
-        else:
-            torch._foreach_copy_(self._weights_before, present)
-
-    def _everyone(self) -> list[betty.problems.Problem]:
-        """This problem and all others of its engine, which Betty sets as attributes by name."""
-        others = [v for v in vars(self).values() if isinstance(v, betty.problems.Problem)]
-        return [self, *others]
 
     # ------------------------------------------------------------- the step order
 
@@ -304,6 +263,7 @@ class Problem(betty.problems.ImplicitProblem):
         if self.optimizer is None and self.trainable_parameters():
             raise ValueError(f"problem {self.name!r} has parameters but no optimizer")
         self._places = [Place(loader, self.device) for loader in self.train_data_loader or ()]
+        self._fresh = FreshBatches(self.name, self.device)
         self.connect()
 
     def patch_optimizer(self) -> None:
@@ -329,11 +289,7 @@ class Problem(betty.problems.ImplicitProblem):
         self._is_differentiated = any(
             self in path[1:-1] for problem in self._everyone() for path in problem.paths
         )
-        self._weights_before = None
-
-    def trainable_parameters(self) -> Vector:
-        """The module's parameters that require a gradient."""
-        return [p for p in self.module.parameters() if p.requires_grad]
+        self._forget_steps()
 
     # ------------------------------------------------------------- data and state
 
@@ -346,7 +302,7 @@ class Problem(betty.problems.ImplicitProblem):
         try:
             batch = next(self.train_data_iterator[idx])
         except StopIteration:
-            if idx == 0:
+            if idx == 0 and not self._fresh.drawing:
                 self.epoch_callback_exec()
             self.epoch_counter[idx] += 1
             self.train_data_iterator[idx] = place.start()
@@ -370,14 +326,7 @@ class Problem(betty.problems.ImplicitProblem):
         }
         if not self.gradient_accumulation_boundary():
             state["gradients"] = [p.grad for p in self.trainable_parameters()]
-        if self._is_differentiated and any(any(p.ready) for p in self._everyone()):
-            # An upper level waits for another lower one, and will then evaluate this step again:
-            # as a whole, even where it declared an interface, whose graph can't be saved.
-            state["last_step"] = {
-                "batch": self.cur_batch,
-                "random_state": self._random_state,
-                "weights_before": self._weights_before,
-            }
+        state |= self._remembered()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -403,24 +352,12 @@ class Problem(betty.problems.ImplicitProblem):
         if "gradients" in state:
             for p, gradient in zip(self.trainable_parameters(), state["gradients"], strict=True):
                 p.grad = None if gradient is None else gradient.to(p.device)
-        if "last_step" in state:
-            last = state["last_step"]
-            if last["batch"] is not None:
-                self.cur_batch = _on(self.device, last["batch"])
-            self._random_state = last["random_state"]
-            if last["weights_before"] is not None:
-                self._weights_before = [w.to(self.device) for w in last["weights_before"]]
+        if "last_step" in state and state["last_step"]["batch"] is not None:
+            self.cur_batch = _on(self.device, state["last_step"]["batch"])
+        self._recall(state)
 
     def _module_state(self) -> dict[str, Any]:
         return {"module": self.module.state_dict()}
-
-
-def _method_of(config: betty.configs.Config) -> Method | None:
-    """The config's method; None when a config of Betty's names a method of Betty's."""
-    if isinstance(config, Config):
-        assert isinstance(config.hypergradient, Method)  # resolved when the config was made
-        return config.hypergradient
-    return resolve(config.type) if config.type in names() else None
 
 
 def _as_dict(result: Any, name: str) -> dict[str, Any]:

@@ -152,6 +152,7 @@ class Segmentor(Problem):
                 [synthetic],
                 lambda tensors: self.synthetic_loss(tensors[0], augmented),
                 self.random_state(),
+                rest=lambda: self.criterion(self(image), mask),
             )
         synthetic_loss = self.synthetic_loss(synthetic, augmented)
         real_loss = self.criterion(self(image), mask)

@@ -69,6 +69,11 @@ class Place:
         self._set_own(state["own"])
         return rest
 
+    def apart(self) -> Place:
+        """A place of its own in the same data, in another order; this one takes no note of it."""
+        sibling = getattr(self.loader, "sibling", None)
+        return Place(sibling() if callable(sibling) else self.loader, self.device)
+
     def _own(self) -> list[torch.Generator]:
         """Generators that a ``DataLoader`` and its samplers were given."""
         batch_sampler = getattr(self.loader, "batch_sampler", None)
@@ -88,3 +93,89 @@ class Place:
     def _set_own(self, states: list[Tensor]) -> None:
         for generator, state in zip(self._own(), states, strict=True):
             generator.set_state(state)
+
+
+class FreshBatches:
+    """Batches of a problem's data beside those that it trains on.
+
+    They come from a second pass over the loaders, with its own order and random draws (those of the
+    problem's ``torch.Generator`` attributes included): neither training's order nor any random
+    stream of it notices. The pass is seeded by the problem's name.
+
+    Args:
+        name: the problem's.
+        device: where it runs.
+    """
+
+    def __init__(self, name: str, device: torch.device | str) -> None:
+        self.name, self.device = name, device
+        self.drawing = False
+        """True while a batch is being drawn."""
+        self._random_state: randomness.RandomState | None = None
+        self._generators: dict[str, Tensor] = {}
+        self._places: list[Place] = []
+        self._saved: list[dict[str, Any]] = []
+        self._iterators: list[Any] = []
+
+    def draw(self, problem: Any) -> Any:
+        """The next batch, by the problem's own ``get_batch``."""
+        if not self._places:
+            self._begin(problem)
+        generators = _generators(problem)
+        kept = {key: generator.get_state() for key, generator in generators.items()}
+        training = (problem._places, problem.train_data_iterator, problem.epoch_counter)
+        own = [place._own_states() for place in problem._places]
+        problem._places, problem.train_data_iterator = self._places, self._iterators
+        problem.epoch_counter = [0] * len(self._places)
+        self.drawing = True
+        try:
+            with randomness.replayed(self._random_state, self.device):
+                for key, generator in generators.items():
+                    generator.set_state(self._generators[key])
+                batch = problem.get_batch()
+                self._random_state = randomness.capture(self.device)
+                self._generators = {k: g.get_state() for k, g in generators.items()}
+            return batch
+        finally:
+            self.drawing = False
+            problem._places, problem.train_data_iterator, problem.epoch_counter = training
+            for place, states in zip(problem._places, own, strict=True):
+                place._set_own(states)
+            for key, generator in generators.items():
+                generator.set_state(kept[key])
+
+    def _begin(self, problem: Any) -> None:
+        self._places = [place.apart() for place in problem._places]
+        self._iterators = [iter(()) for _ in self._places]
+        if self._random_state is None:
+            with randomness.seeded(0, f"fresh batches of {self.name}"):
+                self._random_state = randomness.capture(self.device)
+            self._generators = {
+                key: generator.clone_state()
+                .manual_seed(randomness.derived(0, f"{self.name}/{key}"))
+                .get_state()
+                for key, generator in _generators(problem).items()
+            }
+        for index, (place, state) in enumerate(zip(self._places, self._saved, strict=False)):
+            rest = place.load_state_dict(state)
+            if rest is not None:
+                self._iterators[index] = rest
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the second pass is; next to nothing before it has begun."""
+        return {
+            "random_state": self._random_state,
+            "generators": self._generators,
+            "places": [place.state_dict() for place in self._places] or self._saved,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on there."""
+        self._random_state = state["random_state"]
+        self._generators = dict(state["generators"])
+        self._places, self._iterators = [], []
+        self._saved = list(state["places"])
+
+
+def _generators(problem: Any) -> dict[str, torch.Generator]:
+    return {k: v for k, v in vars(problem).items() if isinstance(v, torch.Generator)}

@@ -11,7 +11,8 @@ from betty.hypergradient import jvp_fn_mapping
 from betty.problems import Problem as BettyProblem
 from torch import Tensor
 
-from mlseg.hypergradients import Hop, Vector
+from mlseg.hypergradients import Diagnostics, Hop, Vector
+from mlseg.hypergradients.vectors import norm
 
 if TYPE_CHECKING:
     from mlseg.problems.base import Problem
@@ -42,7 +43,7 @@ class OuterGradient:
 
     def __call__(
         self, loss: Tensor, params: Sequence[Tensor], retain_graph: bool = False
-    ) -> tuple[Vector, dict[str, Tensor]]:
+    ) -> tuple[Vector, Diagnostics]:
         """The gradient of ``loss`` by ``params``, direct and through the levels below.
 
         Returns:
@@ -61,11 +62,11 @@ class OuterGradient:
             level: [next(filled) for _ in group]
             for level, group in zip(self.first, groups, strict=True)
         }
-        diagnostics: dict[str, Tensor] = {}
+        diagnostics: Diagnostics = {}
         for level in self._in_order():
             vector, sources = vectors.pop(level), self.sources[level]
             diagnostics[f"hypergradient/into_{level.name}"] = norm(vector)
-            carried, report = _carry(vector, level, sources)
+            carried, report = self._carry(vector, level, sources)
             for key, value in report.items():
                 diagnostics[f"hypergradient/{level.name}_{key}"] = value
             for source, part in zip(sources, carried, strict=True):
@@ -77,6 +78,17 @@ class OuterGradient:
                 else:
                     vectors[source] = part
         return total, diagnostics
+
+    def _carry(
+        self, vector: Vector, level: BettyProblem, sources: list[BettyProblem]
+    ) -> tuple[list[Vector], Diagnostics]:
+        from mlseg.problems.base import Problem
+
+        if isinstance(level, Problem):
+            return level.hypergradient(vector, Hop(level, sources, self.upper.name))
+        # A plain Betty level: its own method, source by source.
+        method = jvp_fn_mapping[level.config.type]
+        return [list(method(vector, level, source, False)) for source in sources], {}
 
     def _in_order(self) -> list[BettyProblem]:
         """The levels, each after all those that carry something to it."""
@@ -92,23 +104,6 @@ class OuterGradient:
             ordered += ready
             waiting = [level for level in waiting if level not in ready]
         return ordered
-
-
-def _carry(
-    vector: Vector, level: BettyProblem, sources: list[BettyProblem]
-) -> tuple[list[Vector], dict[str, Tensor]]:
-    from mlseg.problems.base import Problem
-
-    if isinstance(level, Problem):
-        return level.hypergradient(vector, Hop(level, sources))
-    # A plain Betty level: its own method, source by source.
-    method = jvp_fn_mapping[level.config.type]
-    return [list(method(vector, level, source, False)) for source in sources], {}
-
-
-def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm over all tensors together, on their device."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
 
 
 def _append_new(items: list[BettyProblem], item: BettyProblem) -> None:

@@ -4,7 +4,15 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, Strict
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    Strict,
+)
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -180,7 +188,7 @@ class ProblemSettings(Settings):
     clip: NonNegativeFloat = 0.0
     accumulate: PositiveInt = 1
     unroll_steps: PositiveInt = 1
-    hypergradient: Annotated[Method, BeforeValidator(_method)] = Field(
+    hypergradient: Annotated[SerializeAsAny[Method], BeforeValidator(_method)] = Field(
         default_factory=lambda: resolve("finite_difference")
     )
 

@@ -1,5 +1,6 @@
 """Batches, assembled and augmented on the device; an order that can be saved and resumed."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,6 +84,13 @@ class BatchLoader:
             )
         self._go_on = False
         return self._batches(self.epoch)
+
+    def sibling(self) -> "BatchLoader":
+        """Another loader of the same examples, in an order of its own that this seed implies."""
+        made = copy.copy(self)
+        made.generator = torch.Generator().manual_seed(self.generator.initial_seed() ^ 1)
+        made.epoch, made._position, made._go_on = 0, 0, False
+        return made
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         end = len(self) * self.batch_size if self.drop_last else len(self.samples)

@@ -2,16 +2,20 @@
 
 The outer gradient of a multilevel program is carried down the levels one *hop* at a time. With
 ``v`` the outer loss's gradient with respect to a level's parameters ``w``, and ``s`` the variables
-of another problem that the level's training loss ``l(w, s)`` depends on, a hop maps
+of other problems that the level's training loss ``l(w, s)`` depends on, a hop maps
 
-    v  ->  (dw*/ds)^T v  =  -(d2l / ds dw) P v
+    v  ->  (dw*/ds)^T v
 
-where the matrix ``P`` is what methods differ in: the inverse Hessian of implicit differentiation,
-or for one step of descent, ``w* = w - eta grad l(w, s)``, the learning rate.
+with ``w*`` the level's best response. Methods differ in what they take for it: one or more steps of
+the level's optimizer (:mod:`~mlseg.hypergradients.one_step`, ``unrolled``, ``forward``,
+``evolution``), or the minimiser, by the implicit function theorem
+(:mod:`~mlseg.hypergradients.implicit`, ``fixed_point``, ``penalty``).
 
 A method sees a hop through :class:`Hop`: the level's parameters, the inputs of its loss, and the
 loss itself, evaluated again with the randomness of the step. It never sees which problem graph the
-hop belongs to, so that every method works at every place of every graph.
+hop belongs to, so that every method works at every place of every graph. Whatever a hop evaluates,
+it takes all *other* levels as they are now: where a level between has stepped since this one did,
+the hop is that of the present point.
 """
 
 from __future__ import annotations
@@ -20,13 +24,15 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from mlseg.config import Settings
-from mlseg.hypergradients.update_rules import one_step_scale
+from mlseg.hypergradients.diagnostics import Seconds
+from mlseg.hypergradients.trajectory import Keeps
 from mlseg.randomness import RandomState
 
 if TYPE_CHECKING:
@@ -35,70 +41,103 @@ if TYPE_CHECKING:
 Vector = list[Tensor]
 """A vector in parameter space, one tensor per parameter."""
 
+Cotangents = Sequence[Tensor | None]
+"""One tensor per element of ``Hop.inputs``; None for zero."""
+
+Diagnostics = dict[str, Any]
+"""Figures of one hop: numbers, or scalars on the device, which nothing reads before the log."""
+
 
 @dataclass(frozen=True)
 class Interface:
     """The tensors through which alone other problems enter a level's loss.
 
     A level whose loss depends on others only through some tensors ``z(s)`` (a synthetic image, say)
-    can say so. The hop then factorises, ``(d2l / ds dw) P v = (dz/ds)^T q`` with
-    ``q = d/dz <dl/dw, P v>``: the networks behind ``z`` are passed through once, backwards, however
-    many evaluations a method takes to find ``q``.
+    can say so. The hop then factorises, ``(dw*/ds)^T v = (dz/ds)^T q``: the networks behind ``z``
+    are passed through once, backwards, however many evaluations a method takes to find ``q``.
 
     Attributes:
         tensors: ``z``, as the step computed them, still attached to the graph behind them.
         loss: the part of the step's loss that depends on ``z``, as a function of ``z``.
         random_state: the state of the generators when the step evaluated that part.
+        rest: the other part of the step's loss, which the step evaluated right after ``loss``;
+            None where there is none. It has no share in the mixed derivative, but in the Hessian.
     """
 
     tensors: Sequence[Tensor]
     loss: Callable[[Sequence[Tensor]], Tensor]
     random_state: RandomState
+    rest: Callable[[], Tensor] | None
 
 
 class Hop:
     """One reverse hop, from a level to the problems that its last step's loss depended on.
 
-    Attributes:
+    Args:
         level: the problem whose best response is differentiated.
         sources: the problems whose parameters enter its loss, each a ``Problem`` of any kind.
+        upper: name of the problem whose gradient is carried; hops of different uppers over the same
+            level keep separate memories.
+
+    Attributes:
         parameters: the level's parameters that the upper loss was differentiated by.
-        inputs: what :meth:`loss` is differentiated by in the end: fresh leaves in place of the
+        inputs: what the loss is differentiated by in the end: fresh leaves in place of the
             interface's tensors, or else all the sources' parameters in a row.
+        evaluations: evaluations of the level's loss so far, each with one backward pass.
+        products: Hessian-vector products so far.
     """
 
-    def __init__(self, level: Problem, sources: Sequence[Problem]) -> None:
+    def __init__(self, level: Problem, sources: Sequence[Problem], upper: str = "") -> None:
         self.level = level
         self.sources = sources
         self.parameters: Vector = list(level.meta_trainable_parameters())
+        self.evaluations = 0
+        self.products = 0
+        self._upper = upper or "+".join(source.name for source in sources)
         self._interface = level.interface
         self._source_parameters = [list(s.trainable_parameters()) for s in sources]
         if self._interface is None:
-            self.inputs: Vector = [p for group in self._source_parameters for p in group]
+            self.inputs: Vector = self._flatten_sources()
         else:
             self.inputs = [z.detach().requires_grad_() for z in self._interface.tensors]
 
+    def without_interface(self) -> Hop:
+        """The same hop with the sources' parameters as inputs; frees the interface's graph."""
+        self.level.interface = None
+        return Hop(self.level, self.sources, self._upper)
+
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        """What this hop's method keeps from one call to the next; saved with the run."""
+        return self.level.hop_memory.setdefault(self._upper, {})
+
     @contextmanager
-    def evaluation(self) -> Iterator[Callable[[], Tensor]]:
+    def evaluation(self, whole: bool = False) -> Iterator[Callable[[], Tensor]]:
         """Give a function that evaluates the step's loss again, leaving no trace.
 
         Each call starts from the random state of the step. The generators and every buffer of every
         problem are put back at the end. Mixed precision is off: the differences that a method takes
         drown in bfloat16's rounding.
+
+        Args:
+            whole: the whole loss, for second derivatives by the level's own parameters; else the
+                part of it that depends on ``inputs`` is enough.
         """
         interface, level = self._interface, self.level
 
         def loss() -> Tensor:
+            self.evaluations += 1
             if interface is None:
                 level.restore_step_randomness()
                 return level.loss(level.cur_batch)
             level.restore_step_randomness(interface.random_state)
-            return interface.loss(self.inputs)
+            part = interface.loss(self.inputs)
+            return part + interface.rest() if whole and interface.rest is not None else part
 
         with level.revisiting():
             yield loss
 
-    def pull_back(self, cotangents: Sequence[Tensor | None]) -> list[Vector]:
+    def pull_back(self, cotangents: Cotangents) -> list[Vector]:
         """Carry cotangents of ``inputs`` on to each source's trainable parameters.
 
         Through an interface this is the one backward pass over the networks behind it. Its graph is
@@ -106,7 +145,7 @@ class Hop:
         """
         flat = self._flatten_sources()
         if self._interface is None:
-            grads: Sequence[Tensor | None] = cotangents
+            grads: Cotangents = cotangents
         else:
             tensors = [z for z in self._interface.tensors if z.requires_grad]
             outer = [
@@ -131,32 +170,24 @@ class Hop:
 class Method(Settings):
     """A hypergradient method with its settings: an immutable value that can be called on a hop.
 
-    Subclass it, give ``method`` its name as a default, write :meth:`mixed_product`, and decorate
-    the class with :func:`mlseg.hypergradients.register`.
+    Subclass it, write :meth:`cotangents`, and decorate the class with
+    ``@mlseg.hypergradients.register("name")``. Its fields are its settings in a config. Most
+    methods are shorter as a subclass of :class:`~mlseg.hypergradients.one_step.OneStep` or
+    :class:`~mlseg.hypergradients.implicit.Implicit`.
 
-    Attributes:
-        scale: the factor in front of each hop.
-            ``learning_rate`` (default) is the one-step derivation: the hop carries the level's
-            learning rate, parameter group by parameter group, so that paths of different length
-            have their true proportion. ``optimizer`` takes the optimizer's whole step per unit of
-            gradient, its second moments held fixed. ``none`` drops the factor, as Betty's methods
-            do; a path through two levels then weighs 1/eta too much against one through one level.
-        linearise: the weights at which the loss is evaluated again: ``after_step``, those the level
-            has now (implicit differentiation; no memory), or ``before_step``, those that its last
-            step started from (exact for one step; one copy of the weights).
-
-    With gradient accumulation a hop evaluates the last batch of the step. On CUDA, TF32 stays as
-    torch has it set, within the evaluations as elsewhere.
+    With gradient accumulation a hop evaluates the last batch of the step, unless its method replays
+    whole steps (``unrolled``, ``forward``, ``evolution``). On CUDA, TF32 stays as torch has it set,
+    within the evaluations as elsewhere.
     """
 
-    method: str
-    scale: Literal["learning_rate", "optimizer", "none"] = "learning_rate"
-    linearise: Literal["after_step", "before_step"] = "after_step"
+    name: ClassVar[str] = ""
+    """As in a config's ``method:``; ``register`` sets it."""
 
-    passes: ClassVar[str] = ""
-    """Evaluations per hop, for documents and comparisons."""
+    @model_serializer(mode="wrap")
+    def _with_name(self, settings: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {"method": self.name, **settings(self)}
 
-    def __call__(self, vector: Vector, hop: Hop) -> tuple[list[Vector], dict[str, Tensor]]:
+    def __call__(self, vector: Vector, hop: Hop) -> tuple[list[Vector], Diagnostics]:
         """Carry ``vector`` over ``hop``.
 
         Args:
@@ -164,24 +195,32 @@ class Method(Settings):
             hop: where to.
 
         Returns:
-            for each source the gradient with respect to its trainable parameters, and the method's
-            diagnostics, scalars on the device.
+            for each source the gradient with respect to its trainable parameters, and diagnostics:
+            the method's own, and of every method ``evaluations`` (of the level's loss, each with a
+            backward pass), ``products`` (Hessian-vector) and ``seconds``.
         """
-        scaled = self._scaled(vector, hop)
-        with hop.level.at_weights_before_step(self.linearise == "before_step"):
-            cotangents, diagnostics = self.mixed_product(scaled, hop)
-        negated = [None if q is None else q.neg() for q in cotangents]
-        return hop.pull_back(negated), diagnostics
+        watch = Seconds(vector[0].device if vector else "cpu")
+        gradients, diagnostics = self.carry(vector, hop)
+        watch.stop()
+        counted = {"evaluations": hop.evaluations, "products": hop.products, "seconds": watch}
+        return gradients, {**diagnostics, **counted}
+
+    def carry(self, vector: Vector, hop: Hop) -> tuple[list[Vector], Diagnostics]:
+        """:meth:`cotangents`, carried on to each source."""
+        cotangents, diagnostics = self.cotangents(vector, hop)
+        return hop.pull_back(cotangents), diagnostics
 
     @abstractmethod
-    def mixed_product(
-        self, vector: Vector, hop: Hop
-    ) -> tuple[Sequence[Tensor | None], dict[str, Tensor]]:
-        """``d/d(inputs) <dl/dw, P vector>``, one tensor (or None for zero) per ``hop.inputs``."""
+    def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
+        """``(dw*/d inputs)^T vector``, one tensor (or None for zero) per ``hop.inputs``."""
 
-    def _scaled(self, vector: Vector, hop: Hop) -> Vector:
-        if self.scale == "none":
-            return vector
-        return one_step_scale(
-            vector, hop.parameters, hop.level.optimizer, preconditioned=self.scale == "optimizer"
-        )
+    def keeps(self, level: Problem) -> Keeps:
+        """What ``level`` has to remember of its last steps for this method."""
+        return Keeps()
+
+    def check(self, level: Problem) -> None:
+        """Refuse a level that the method can't differentiate, before any work.
+
+        Raises:
+            UserError: with the mend.
+        """

@@ -1,18 +1,20 @@
 """Identity inverse Hessian, the mixed second derivative by finite differences."""
 
-from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from mlseg.hypergradients.base import Hop, Method, Vector
+from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Vector
+from mlseg.hypergradients.one_step import Scaled
 from mlseg.hypergradients.registry import register
+from mlseg.hypergradients.vectors import norm
 
 
-@register
-class FiniteDifference(Method):
+@register("finite_difference")
+class FiniteDifference(Scaled):
     """Mixed second derivative along the incoming vector, by differences of gradients.
 
     .. math::
@@ -44,31 +46,33 @@ class FiniteDifference(Method):
         scheme: ``central`` or ``forward``.
     """
 
-    method: Literal["finite_difference"] = "finite_difference"
     epsilon: PositiveFloat = 1e-2
     scheme: Literal["central", "forward"] = "central"
 
-    passes: ClassVar[str] = "2 forward, 2 backward"
+    def mixed_product(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
+        """See the class."""
+        return difference(vector, hop, self.epsilon, self.scheme == "central")
 
-    def mixed_product(
-        self, vector: Vector, hop: Hop
-    ) -> tuple[Sequence[Tensor | None], dict[str, Tensor]]:
-        parameters = hop.parameters
-        with torch.no_grad():
-            size = _norm(vector)
-            # An all-zero vector gives a huge step along nothing: the gradients agree, q is zero.
-            smallest = torch.finfo(size.dtype).tiny ** 0.5
-            step = self.epsilon * _norm(parameters).clamp_min(1e-8) / size.clamp_min(smallest)
-        central = self.scheme == "central"
-        with hop.evaluation() as loss:
-            above = _gradient_at(parameters, vector, step, loss, hop.inputs)
-            below = _gradient_at(parameters, vector, -step if central else None, loss, hop.inputs)
-        width = 2.0 * step if central else step
-        product = [
-            None if a is None or b is None else (a - b) / width
-            for a, b in zip(above, below, strict=True)
-        ]
-        return product, {"step": step}
+
+def difference(
+    vector: Vector, hop: Hop, epsilon: float, central: bool
+) -> tuple[Cotangents, Diagnostics]:
+    """:meth:`FiniteDifference.mixed_product`, for methods that share it."""
+    parameters = hop.parameters
+    with torch.no_grad():
+        size = norm(vector)
+        # An all-zero vector gives a huge step along nothing: the gradients agree, q is zero.
+        smallest = torch.finfo(size.dtype).tiny ** 0.5
+        step = epsilon * norm(parameters).clamp_min(1e-8) / size.clamp_min(smallest)
+    with hop.evaluation() as loss:
+        above = _gradient_at(parameters, vector, step, loss, hop.inputs)
+        below = _gradient_at(parameters, vector, -step if central else None, loss, hop.inputs)
+    width = 2.0 * step if central else step
+    product = [
+        None if a is None or b is None else (a - b) / width
+        for a, b in zip(above, below, strict=True)
+    ]
+    return product, {"step": step}
 
 
 def _gradient_at(
@@ -77,12 +81,12 @@ def _gradient_at(
     step: Tensor | None,
     loss: Callable[[], Tensor],
     inputs: Vector,
-) -> Sequence[Tensor | None]:
+) -> Cotangents:
     """``d loss / d inputs`` with ``step * vector`` (None: nothing) added to the parameters."""
     kept = [p.data for p in parameters]
-    moved: Sequence[Tensor] = kept
+    moved = kept
     if step is not None:
-        moved = torch._foreach_mul(vector, step)
+        moved = list(torch._foreach_mul(vector, step))
         torch._foreach_add_(moved, kept)
     try:
         for p, data in zip(parameters, moved, strict=True):
@@ -91,7 +95,3 @@ def _gradient_at(
     finally:
         for p, data in zip(parameters, kept, strict=True):
             p.data = data
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([t.detach() for t in tensors])))

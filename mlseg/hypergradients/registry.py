@@ -12,26 +12,31 @@ if TYPE_CHECKING:
     from mlseg.hypergradients.base import Method
 
 _METHODS: dict[str, type["Method"]] = {}
+BETTYS = dict(jvp_fn_mapping)
+"""Betty's own methods, for problems with a config of Betty's."""
 _M = TypeVar("_M", bound="Method")
 
 
-def register(cls: type[_M]) -> type[_M]:
-    """Class decorator: make a :class:`~mlseg.hypergradients.Method` known by its name.
+def register(name: str) -> Callable[[type[_M]], type[_M]]:
+    """Class decorator: make a :class:`~mlseg.hypergradients.Method` known as ``name``.
 
-    The name is the default of the class's ``method`` field. The method is entered in Betty's own
-    table too, so that problems and engines of plain Betty can use it as ``Config(type=name)``.
+    The method is entered in Betty's own table too, so that Betty's engine finds it as
+    ``Config(type=name)`` for a level that derives from :class:`mlseg.Problem`. Where Betty has a
+    method of that name, levels with a config of Betty's keep Betty's.
 
     Raises:
         ValueError: another method has that name.
     """
-    name = cls.model_fields["method"].default
-    if not isinstance(name, str):
-        raise ValueError(f"{cls.__name__}: give the field 'method' its name as default")
-    if name in _METHODS and _METHODS[name].__qualname__ != cls.__qualname__:
-        raise ValueError(f"a hypergradient method named {name!r} is registered already")
-    _METHODS[name] = cls
-    jvp_fn_mapping[name] = _for_betty(name)
-    return cls
+
+    def enter(cls: type[_M]) -> type[_M]:
+        if name in _METHODS and _METHODS[name].__qualname__ != cls.__qualname__:
+            raise ValueError(f"a hypergradient method named {name!r} is registered already")
+        cls.name = name
+        _METHODS[name] = cls
+        jvp_fn_mapping[name] = _for_betty(name)
+        return cls
+
+    return enter
 
 
 def names() -> list[str]:
@@ -50,7 +55,7 @@ def resolve(spec: "str | Mapping[str, Any] | Method") -> "Method":
     if isinstance(spec, Method):
         return spec
     values = {"method": spec} if isinstance(spec, str) else dict(spec)
-    name = values.get("method", "finite_difference")
+    name = values.pop("method", "finite_difference")
     if name not in _METHODS:
         near = get_close_matches(str(name), _METHODS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -62,7 +67,7 @@ def resolve(spec: "str | Mapping[str, Any] | Method") -> "Method":
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            takes = ", ".join(sorted(set(cls.model_fields) - {"method"}))
+            takes = ", ".join(sorted(cls.model_fields)) or "none"
             raise ValueError(f"{name} has no setting {key!r} (it takes {takes})") from None
         raise ValueError(f"{name}, setting {key!r}: {first['msg']}") from None
 
@@ -74,7 +79,10 @@ def _for_betty(name: str) -> Callable[..., list[Tensor] | None]:
         from mlseg.hypergradients.base import Hop
         from mlseg.problems.base import Problem
 
-        if not isinstance(curr, Problem):
+        ours = isinstance(curr, Problem)
+        if name in BETTYS and not (ours and curr.method is not None):
+            return BETTYS[name](vector, curr, prev, sync)
+        if not ours:
             raise TypeError(
                 f"{name} replays the step of problem {curr.name!r}: derive it from mlseg.Problem"
             )

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlseg.errors import UserError
+
 
 @torch.no_grad()
 def one_step_scale(
@@ -37,8 +39,7 @@ def one_step_scale(
         vector: one tensor per parameter.
         parameters: in the order of ``vector``.
 
-    Raises:
-        ValueError: ``preconditioned`` with an optimizer that isn't in the table.
+    ``preconditioned`` takes an optimizer of the table, see :func:`check_known`.
     """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     scaled = []
@@ -59,6 +60,48 @@ def one_step_scale(
             # In the denominator's own storage: these are passes over all of a network's parameters.
             scaled.append(torch.div(v, denominator, out=denominator).mul_(sign * factor))
     return scaled
+
+
+@torch.no_grad()
+def objective(
+    parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
+) -> tuple[list[int], list[Tensor | float]]:
+    """What an optimizer descends, compared with the loss it is given.
+
+    That is the loss (its negative, when it maximises) plus half of its L2 weight decay times the
+    squared norm. AdamW's decay is decoupled from the gradient: its steps vanish where
+    ``g + decay (sqrt(v) + eps) w`` does, with ``v`` the debiased second moment, which counts here
+    at its present value.
+
+    Returns:
+        per parameter the loss's sign (0: the optimizer doesn't hold it, nothing steps it), and the
+        diagonal that the decay adds to the Hessian.
+    """
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    signs: list[int] = []
+    decays: list[Tensor | float] = []
+    for p in parameters:
+        group = groups.get(id(p))
+        if group is None:
+            signs.append(0)
+            decays.append(0.0)
+            continue
+        signs.append(-1 if group.get("maximize") else 1)
+        decay: Tensor | float = group.get("weight_decay", 0.0)
+        if decay and _is_decoupled(optimizer, group):
+            state = optimizer.state.get(p, {})
+            if state:
+                second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+                correction = 1.0 - group["betas"][1] ** _steps(state)
+                decay = decay * ((second / correction).sqrt().to(p.dtype) + group["eps"])
+            else:
+                decay = 0.0
+        decays.append(decay)
+    return signs, decays
+
+
+def _is_decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    return bool(group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)))
 
 
 def _diagonal(
@@ -86,10 +129,29 @@ def _diagonal(
     if isinstance(optimizer, torch.optim.Adagrad):
         rate = lr / (1.0 + (_steps(state) - 1.0) * group["lr_decay"])
         return rate, state["sum"].sqrt().add_(group["eps"])
-    raise ValueError(
-        f"scale 'optimizer' knows SGD, RMSprop, Adam, AdamW and Adagrad, not "
-        f"{type(optimizer).__name__}; set the hypergradient's scale to 'learning_rate'"
-    )
+    raise AssertionError("check_known has let it pass")
+
+
+def check_known(optimizer: torch.optim.Optimizer) -> None:
+    """Check that an optimizer's step per unit of gradient is known.
+
+    Raises:
+        UserError: it isn't.
+    """
+    if not isinstance(optimizer, _KNOWN):
+        raise UserError(
+            "scale 'optimizer' knows SGD, RMSprop, Adam, AdamW and Adagrad, not "
+            f"{type(optimizer).__name__}; set the hypergradient's scale to 'learning_rate'"
+        )
+
+
+_KNOWN = (
+    torch.optim.SGD,
+    torch.optim.RMSprop,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adagrad,
+)
 
 
 def _steps(state: dict[str, Any]) -> Tensor:

@@ -94,8 +94,9 @@ def final(out: Path) -> dict[str, Any]:
     best = checkpoint.load(out / "checkpoints" / "best.pt")
     results = json.loads((out / "results.json").read_text())
     del state["engine"]["seconds"], results["seconds"], state["records"]
-    files = ("metrics.jsonl", "events.jsonl", "architecture.json", "config.yaml", "splits.json")
+    files = ("events.jsonl", "architecture.json", "config.yaml", "splits.json")
     return {
+        "metrics": tiny.untimed((out / "metrics.jsonl").read_text()),
         "last": state,
         "best": best["problems"],
         "results": results,

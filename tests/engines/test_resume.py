@@ -45,10 +45,11 @@ def ending(engine: Engine, out: Path) -> dict[str, Any]:
     state = checkpoint.load(out / "checkpoints" / "last.pt")
     del state["engine"]["seconds"]
     state["records"].pop("offsets")
-    files = ("metrics.jsonl", "events.jsonl", "architecture.json")
+    files = ("events.jsonl", "architecture.json")
     return {
         "state": state,
         "weights": tiny.weights(engine),
+        "metrics": tiny.untimed((out / "metrics.jsonl").read_text()),
         "records": {f: (out / f).read_text() for f in files if (out / f).exists()},
         "best": engine.best,
     }

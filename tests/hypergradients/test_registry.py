@@ -1,21 +1,33 @@
 """Methods by name, their settings, and a user's own."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any
 
+import betty.configs
 import pytest
 import toys
 from betty.hypergradient import jvp_fn_mapping
-from torch import Tensor
 from toys import GRAPHS
 
-from mlseg.hypergradients import FiniteDifference, Hop, Method, Vector, names, register, resolve
+from mlseg.hypergradients import (
+    ConjugateGradients,
+    Cotangents,
+    Diagnostics,
+    FiniteDifference,
+    Hop,
+    Method,
+    MinimalResidual,
+    Vector,
+    names,
+    register,
+    resolve,
+)
 from mlseg.hypergradients.registry import _METHODS
-from mlseg.problems.config import Config
+from mlseg.problems.config import Config, method_of
 
 
 def test_by_name_and_by_mapping() -> None:
-    assert names() == ["finite_difference", "identity"]
+    assert {"finite_difference", "identity", "cg", "unrolled"} <= set(names())
     assert resolve("finite_difference") == FiniteDifference()
     made = resolve({"method": "finite_difference", "epsilon": 0.1})
     assert made == FiniteDifference(epsilon=0.1)
@@ -36,38 +48,33 @@ def test_mistakes_are_named(spec: Any, words: str) -> None:
         resolve(spec)
 
 
-class Doubled(Method):
-    """Twice nothing: a user's own method."""
+class Nothing(Method):
+    """A user's own method."""
 
-    method: Literal["doubled"] = "doubled"
+    factor: float = 2.0
 
-    def mixed_product(
-        self, vector: Vector, hop: Hop
-    ) -> tuple[Sequence[Tensor | None], dict[str, Tensor]]:
+    def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         return [None] * len(hop.inputs), {"seen": vector[0].sum()}
 
 
 @pytest.fixture
-def doubled() -> Iterator[None]:
-    register(Doubled)
+def nothing() -> Iterator[None]:
+    register("nothing")(Nothing)
     yield
-    del _METHODS["doubled"], jvp_fn_mapping["doubled"]
+    del _METHODS["nothing"], jvp_fn_mapping["nothing"]
 
 
-@pytest.mark.usefixtures("doubled")
+@pytest.mark.usefixtures("nothing")
 def test_a_users_own_method_runs_by_name_and_reports() -> None:
-    engine = toys.program(GRAPHS["two levels"], "doubled")
+    engine = toys.program(GRAPHS["two levels"], {"method": "nothing", "factor": 3.0})
     engine.iterate()
     assert all(not g.any() for g in engine.top.gradient)
     assert "hypergradient/low_seen" in engine.top.metrics
 
 
 def test_a_name_is_given_once() -> None:
-    class Other(Method):
-        method: Literal["identity"] = "identity"
-
     with pytest.raises(ValueError, match="'identity' is registered already"):
-        register(Other)
+        register("identity")(Nothing)
 
 
 def test_the_log_gets_each_paths_norm_and_the_step() -> None:
@@ -79,15 +86,29 @@ def test_the_log_gets_each_paths_norm_and_the_step() -> None:
         "hypergradient/into_low",
         "hypergradient/via_middle",
         "hypergradient/via_low",
-        "hypergradient/middle_step",
-        "hypergradient/low_step",
+        *(
+            f"hypergradient/{level}_{key}"
+            for level in ("middle", "low")
+            for key in ("step", "evaluations", "products", "seconds")
+        ),
     }
-    assert all(float(engine.top.metrics[key]) > 0 for key in reported)
+    none = {"hypergradient/middle_products", "hypergradient/low_products"}
+    assert all(float(engine.top.metrics[key]) > 0 for key in reported - none)
 
 
 def test_a_problems_config_refuses_a_contradiction() -> None:
     """Betty's ``type`` is derived; a method of Betty's must not be dropped in silence."""
     assert Config(hypergradient="identity").type == "identity"
     assert Config(type="identity", hypergradient="identity").type == "identity"
-    with pytest.raises(ValueError, match=r"type 'cg'.*hypergradient"):
+    with pytest.raises(ValueError, match="type 'darts' is no method of mlseg"):
+        Config(type="darts")
+    with pytest.raises(ValueError, match="type 'cg' and hypergradient 'identity' disagree"):
+        Config(type="cg", hypergradient="identity")
+    with pytest.raises(ValueError, match=r"cg_iterations .* 'method': 'cg', 'iterations': \.\.\.}"):
         Config(type="cg", cg_iterations=3)
+
+
+def test_bettys_config_names_bettys_method_where_there_is_one() -> None:
+    assert method_of(betty.configs.Config(type="cg")) is None
+    assert method_of(betty.configs.Config(type="minres")) == MinimalResidual()
+    assert method_of(Config(type="cg")) == ConjugateGradients()

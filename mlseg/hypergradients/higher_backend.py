@@ -1,0 +1,95 @@
+"""Unrolled differentiation by the library ``higher``, on a level's recorded steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import higher
+import torch
+from higher.optim import DifferentiableOptimizer
+from torch import Tensor
+
+from mlseg.errors import UserError
+from mlseg.hypergradients.base import Cotangents, Vector
+from mlseg.hypergradients.optimizer_maps import COUNT
+from mlseg.hypergradients.replay import Replay
+from mlseg.hypergradients.substitution import substituted
+from mlseg.hypergradients.trajectory import Step
+
+if TYPE_CHECKING:
+    from mlseg.problems.base import Problem
+
+
+def check_differentiable(level: Problem, wants_graphs: bool) -> None:
+    """Refuse a level that ``higher`` would differentiate wrongly, or not at all.
+
+    Raises:
+        UserError: with the mend.
+    """
+    why = None
+    if wants_graphs:
+        why = "builds graphs of its own: set store to weights"
+    elif type(level.optimizer) not in higher.optim._opt_mapping:
+        known = sorted(cls.__name__ for cls in higher.optim._opt_mapping)
+        why = f"doesn't know {type(level.optimizer).__name__}, only {', '.join(known)}"
+    elif any(group.get("maximize") for group in level.optimizer.param_groups):
+        why = "doesn't know maximize: set backend to mlseg"
+    elif level.gas > 1 or level.gradient_clipping:
+        why = "takes one batch a step, unclipped, here: set backend to mlseg"
+    elif level.paths:
+        why = "serves levels without lower ones here: set backend to mlseg"
+    if why is not None:
+        raise UserError(f"problem {level.name!r}: the backend higher {why}")
+
+
+def backward_through(replay: Replay, vector: Vector, fresh: bool) -> Cotangents:
+    """``(dw_T / d inputs)^T vector``, the steps taken again from the first on.
+
+    Args:
+        fresh: start with a new optimizer's state.
+    """
+    level = replay.level
+    optimizer = _optimizer(replay, fresh)
+    weights: Sequence[Tensor] = [w.clone().requires_grad_() for w in replay.steps[0].weights]
+    with level.revisiting():
+        for step in replay.steps:
+            (loss,) = replay.losses(step)
+            with substituted(level.module, replay.parameters, weights):
+                value = loss()
+            weights = optimizer.step(value, params=weights, override=_rates(replay, step))
+            replay.hop.products += 1
+    pairs = [
+        (w, v)
+        for w, v in zip(weights, level.spread(vector), strict=True)
+        if w.requires_grad and w.grad_fn is not None
+    ]
+    outputs, along = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, replay.hop.inputs, grad_outputs=along, allow_unused=True)
+
+
+def _optimizer(replay: Replay, fresh: bool) -> DifferentiableOptimizer:
+    first = replay.steps[0]
+    # A stand-in for the level's optimizer as it was at the first step.
+    before = copy.copy(replay.level.optimizer)
+    before.state = {}
+    if not fresh:
+        for p, moments in zip(replay.parameters, first.moments, strict=True):
+            if moments:
+                state: dict[str, Any] = {k: v.clone() for k, v in moments.items()}
+                if COUNT in state:
+                    state[COUNT] = int(state[COUNT])
+                before.state[p] = state
+    return higher.optim.get_diff_optim(before, replay.parameters, track_higher_grads=True)
+
+
+def _rates(replay: Replay, step: Step) -> dict[str, list[Any]]:
+    """The step's learning rate per parameter group."""
+    if replay.rates is not None:
+        return {"lr": list(replay.rates)}
+    rates = [group["lr"] for group in replay.level.optimizer.param_groups]
+    for settings in step.groups:
+        if settings is not None:
+            rates[settings["index"]] = settings["lr"]
+    return {"lr": rates}

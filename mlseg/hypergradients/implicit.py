@@ -1,0 +1,166 @@
+"""The minimiser as the best response, by the implicit function theorem.
+
+At a minimum ``w*`` of a level's objective ``l(w, s)`` the gradient by ``w`` is zero for every
+``s``; differentiating that gives
+
+    (dw*/ds)^T v = -(d2l / ds dw) x,    (H + damping I) x = v,    H = d2l / dw dw
+
+Methods differ in how they solve for ``x``. Here ``H`` is the Hessian of what the level's optimizer
+descends: an L2 weight decay of the optimizer belongs to the objective and is added to the diagonal,
+and an optimizer that maximises has the opposite sign. ``H`` is never formed (``exact`` apart): the
+gradient's graph is built once, each product is a backward pass through it, and the mixed product at
+the end is another one.
+
+Parameters that the loss doesn't use, or that the optimizer doesn't hold, don't respond, and have no
+part in the system.
+
+Source: Bengio: Gradient-based optimization of hyperparameters, Neural Computation 12, 2000;
+Lorraine, Vicol, Duvenaud: Optimizing millions of hyperparameters by implicit differentiation,
+AISTATS 2020.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import NonNegativeFloat
+from torch import Tensor
+
+from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Method, Vector
+from mlseg.hypergradients.second_order import pull_through
+from mlseg.hypergradients.trajectory import Keeps
+from mlseg.hypergradients.update_rules import objective
+from mlseg.hypergradients.vectors import filled, flatten, unflatten
+
+if TYPE_CHECKING:
+    from mlseg.problems.base import Problem
+
+
+class Hessian:
+    """Products with the (damped) Hessian of a level's objective, from one graph of its gradient.
+
+    Vectors are flat: the parameters that respond, in a row.
+
+    Args:
+        loss: the whole loss, with its graph.
+        hop: whose level it is the loss of.
+        damping: added to the diagonal.
+    """
+
+    def __init__(self, loss: Tensor, hop: Hop, damping: float = 0.0) -> None:
+        self.hop = hop
+        self.damping = damping
+        gradient = torch.autograd.grad(loss, hop.parameters, create_graph=True, allow_unused=True)
+        signs, decays = objective(hop.parameters, hop.level.optimizer)
+        self._respond = [
+            g is not None and g.requires_grad and sign != 0
+            for g, sign in zip(gradient, signs, strict=True)
+        ]
+        chosen = [i for i, responds in enumerate(self._respond) if responds]
+        self.parameters = [hop.parameters[i] for i in chosen]
+        self.gradient: list[Tensor] = []
+        for i in chosen:
+            g = gradient[i]
+            assert g is not None
+            self.gradient.append(g if signs[i] > 0 else -g)
+        self._decay: Tensor | None = None
+        if any(isinstance(decays[i], Tensor) or decays[i] for i in chosen):
+            self._decay = flatten([torch.zeros_like(hop.parameters[i]) + decays[i] for i in chosen])
+
+    @property
+    def size(self) -> int:
+        """Parameters that respond."""
+        return sum(p.numel() for p in self.parameters)
+
+    def restrict(self, vector: Vector) -> Tensor:
+        """A vector over all of the hop's parameters, as a flat one over those that respond."""
+        kept = [v for v, responds in zip(vector, self._respond, strict=True) if responds]
+        return flatten(kept) if kept else torch.zeros(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(H + damping I) x``."""
+        self.hop.products += 1
+        product = pull_through(
+            self.gradient, unflatten(x, self.parameters), self.parameters, retain_graph=True
+        )
+        result = flatten(filled(product, self.parameters))
+        if self._decay is not None:
+            result += self._decay * x
+        return result.add_(x, alpha=self.damping) if self.damping else result
+
+    def mixed(self, x: Tensor) -> Cotangents:
+        """``(d2l / d(inputs) dw) x``; the last product, which frees the graph."""
+        return pull_through(self.gradient, unflatten(x, self.parameters), self.hop.inputs)
+
+
+class Implicit(Method):
+    """A hop over the level's minimiser. Subclass it and write :meth:`solve`.
+
+    Attributes:
+        linearise: the weights at which the loss is evaluated again: ``after_step``, those the level
+            has now, or ``before_step``, those that its last step started from.
+        damping: added to the Hessian's diagonal: it keeps the solution small along directions of
+            little curvature, at the price of a bias.
+    """
+
+    linearise: Literal["after_step", "before_step"] = "after_step"
+    damping: NonNegativeFloat = 0.0
+
+    def keeps(self, level: Problem) -> Keeps:
+        """The weights before the last step, to linearise there."""
+        return Keeps(steps=int(self.linearise == "before_step"))
+
+    def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
+        """Solve, then minus the mixed product of the solution."""
+        before = hop.level.at_weights_before_step(self.linearise == "before_step")
+        with before, hop.evaluation(whole=True) as loss:
+            hessian = Hessian(loss(), hop, self.damping)
+            if not hessian.parameters:
+                return [None] * len(hop.inputs), {}
+            solution, diagnostics = self.solve(hessian, hessian.restrict(vector))
+            product = hessian.mixed(solution)
+        return [None if q is None else q.neg() for q in product], diagnostics
+
+    @abstractmethod
+    def solve(self, hessian: Hessian, v: Tensor) -> tuple[Tensor, Diagnostics]:
+        """``x`` with ``hessian(x) = v``, as nearly as the settings ask.
+
+        Args:
+            hessian: the damped Hessian, as a function of flat vectors.
+            v: (n,) the incoming vector.
+        """
+
+
+def over(active: Tensor) -> bool:
+    """Whether a loop may end early because ``active`` is false.
+
+    Only asked on the CPU. On a device reading the answer would make the host wait; there the loop
+    runs on with its values frozen, and ends with the same result.
+    """
+    return active.device.type == "cpu" and not bool(active)
+
+
+def remembered(hop: Hop, key: str, like: Tensor, wanted: bool) -> Tensor | None:
+    """The solution of the hop before, for a warm start; None if there is none that fits."""
+    known = hop.memory.get(key) if wanted else None
+    return known if known is not None and known.shape == like.shape else None
+
+
+def largest_eigenvalue(hessian: Callable[[Tensor], Tensor], v: Tensor, iterations: int) -> Tensor:
+    """The Hessian's eigenvalue of largest modulus, from below, by power iteration.
+
+    It starts from ``v``, where the solution lies, plus as much of a fixed random vector, so that no
+    eigenvector is missed.
+    """
+    generator = torch.Generator(v.device).manual_seed(0)
+    noise = torch.randn(v.shape, generator=generator, device=v.device, dtype=v.dtype)
+    smallest = torch.finfo(v.dtype).tiny
+    x = v / v.norm().clamp_min(smallest) + noise / noise.norm()
+    size = x.norm()
+    for _ in range(iterations):
+        x = hessian(x / size.clamp_min(smallest))
+        size = x.norm()
+    return size

@@ -1,0 +1,299 @@
+"""Optimizers' steps as differentiable maps, per parameter.
+
+A step takes a parameter ``w``, its gradient ``g`` and the optimizer's moments to the next ``w`` and
+moments. These are the maps of ``torch.optim``, operation for operation, but out of place and safe
+where a second moment is zero: the derivative of the square root is infinite there, that of the
+second moment by the gradient zero, and their product, which torch would give as NaN, is taken to be
+zero.
+
+Sources: the update rules in the documentation of ``torch.optim``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mlseg.errors import UserError
+from mlseg.hypergradients.second_order import dual_level
+from mlseg.hypergradients.trajectory import Step
+from mlseg.hypergradients.vectors import filled
+
+Moments = dict[str, Tensor]
+Rule = Callable[[Tensor, Tensor, Moments, Mapping[str, Any], bool], tuple[Tensor, Moments]]
+"""``rule(w, g, moments, settings, hold)``: the next ``w`` and moments, all in the shape of ``w``.
+
+``settings`` are those of ``w``'s group. ``hold`` takes the second moments for constants.
+"""
+
+COUNT = "step"
+"""The moment that counts steps; nothing is differentiated by it."""
+
+
+def rule_of(optimizer: torch.optim.Optimizer, problem: str = "") -> Rule:
+    """The map of an optimizer.
+
+    Raises:
+        UserError: there is none for it.
+    """
+    for cls, rule in _RULES:
+        if isinstance(optimizer, cls):
+            return rule
+    raise UserError(
+        f"problem {problem!r}: the step of {type(optimizer).__name__} can't be differentiated, "
+        "only that of SGD, Adam, AdamW, RMSprop and Adagrad; take one of these, a method that "
+        "doesn't need it (cg, identity), or unrolled with backend: higher"
+    )
+
+
+def sgd(w: Tensor, g: Tensor, moments: Moments, settings: Mapping[str, Any], hold: bool) -> Any:
+    """``torch.optim.SGD``: momentum, dampening, Nesterov, L2 weight decay."""
+    g = _descent(w, g, settings)
+    after: Moments = {}
+    if settings["momentum"]:
+        buffer = g
+        if "momentum_buffer" in moments:
+            fresh = 1.0 - settings["dampening"]
+            buffer = settings["momentum"] * moments["momentum_buffer"] + fresh * g
+        after["momentum_buffer"] = buffer
+        g = g + settings["momentum"] * buffer if settings["nesterov"] else buffer
+    return w - settings["lr"] * g, after
+
+
+def adam(w: Tensor, g: Tensor, moments: Moments, settings: Mapping[str, Any], hold: bool) -> Any:
+    """``torch.optim.Adam`` and ``AdamW``, with AMSGrad."""
+    lr, (beta1, beta2) = settings["lr"], settings["betas"]
+    if settings.get("decoupled_weight_decay"):
+        g = -g if settings.get("maximize") else g
+        w = w * (1.0 - lr * settings["weight_decay"])
+    else:
+        g = _descent(w, g, settings)
+    count = _count(moments) + 1.0
+    zero = torch.zeros_like(w)
+    first = beta1 * moments.get("exp_avg", zero) + (1.0 - beta1) * g
+    second = _held(beta2 * moments.get("exp_avg_sq", zero) + (1.0 - beta2) * g * g, hold)
+    after = {COUNT: count, "exp_avg": first, "exp_avg_sq": second}
+    largest = second
+    if settings["amsgrad"]:
+        largest = torch.maximum(moments.get("max_exp_avg_sq", zero), second)
+        after["max_exp_avg_sq"] = largest
+    # In double precision, as in torch: 1 - beta^t cancels in single precision.
+    correction1, correction2 = 1.0 - beta1**count, 1.0 - beta2**count
+    denominator = safe_sqrt(largest) / correction2.sqrt().to(w) + settings["eps"]
+    return w - lr / correction1.to(w) * first / denominator, after
+
+
+def rmsprop(w: Tensor, g: Tensor, moments: Moments, settings: Mapping[str, Any], hold: bool) -> Any:
+    """``torch.optim.RMSprop``: centred or not, momentum, L2 weight decay."""
+    g = _descent(w, g, settings)
+    alpha, zero = settings["alpha"], torch.zeros_like(w)
+    second = _held(alpha * moments.get("square_avg", zero) + (1.0 - alpha) * g * g, hold)
+    after: Moments = {COUNT: _count(moments) + 1.0, "square_avg": second}
+    spread = second
+    if settings["centered"]:
+        mean = _held(alpha * moments.get("grad_avg", zero) + (1.0 - alpha) * g, hold)
+        after["grad_avg"] = mean
+        spread = second - mean * mean
+    direction = g / (safe_sqrt(spread) + settings["eps"])
+    if settings["momentum"]:
+        direction = settings["momentum"] * moments.get("momentum_buffer", zero) + direction
+        after["momentum_buffer"] = direction
+    return w - settings["lr"] * direction, after
+
+
+def adagrad(w: Tensor, g: Tensor, moments: Moments, settings: Mapping[str, Any], hold: bool) -> Any:
+    """``torch.optim.Adagrad``: decay of the rate, initial accumulator, L2 weight decay."""
+    g = _descent(w, g, settings)
+    count = _count(moments) + 1.0
+    start = torch.full_like(w, settings["initial_accumulator_value"])
+    total = _held(moments.get("sum", start) + g * g, hold)
+    rate = settings["lr"] / (1.0 + (count - 1.0) * settings["lr_decay"]).to(w)
+    return w - rate * g / (safe_sqrt(total) + settings["eps"]), {COUNT: count, "sum": total}
+
+
+_RULES: Sequence[tuple[type[torch.optim.Optimizer], Rule]] = (
+    (torch.optim.SGD, sgd),
+    (torch.optim.Adam, adam),  # AdamW derives from it
+    (torch.optim.RMSprop, rmsprop),
+    (torch.optim.Adagrad, adagrad),
+)
+
+
+class StepMap:
+    """The joint step of all of a level's parameters at one point: its value and derivatives.
+
+    Args:
+        rule: of the level's optimizer.
+        step: where: weights, moments, settings, and which parameters had a gradient.
+        gradients: per parameter, before clipping; what is None or didn't step stays where it is.
+        clip: largest norm that the gradient is scaled down to; 0 for no clipping.
+        rates: learning rates per parameter group in place of the settings'.
+        hold: take second moments for constants.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        step: Step,
+        gradients: Sequence[Tensor | None],
+        clip: float = 0.0,
+        rates: Sequence[Tensor] | None = None,
+        hold: bool = False,
+    ) -> None:
+        self.rule, self.step, self.clip, self.hold = rule, step, clip, hold
+        self.weights = [w.detach() for w in step.weights]
+        self.gradients = [
+            torch.zeros_like(w) if g is None else g.detach()
+            for g, w in zip(gradients, step.weights, strict=True)
+        ]
+        self.moments = [{k: v.detach() for k, v in m.items()} for m in step.moments]
+        self.rates = None if rates is None else [rate.detach() for rate in rates]
+        self._graph: tuple[list[Tensor], list[tuple[Any, Tensor]]] | None = None
+
+    def value(self) -> tuple[list[Tensor], list[Moments]]:
+        """Weights and moments after the step."""
+        return self._apply(self.weights, self.gradients, self.moments, self.rates)
+
+    def pull_back(
+        self, weights: Sequence[Tensor], moments: Sequence[Moments]
+    ) -> tuple[list[Tensor], list[Tensor], list[Moments], list[Tensor]]:
+        """The transposed derivative.
+
+        Args:
+            weights: cotangents of the weights after the step.
+            moments: those of the moments, by name; what is missing is zero.
+
+        Returns:
+            cotangents of the weights before the step, the gradients, the moments before the step,
+            and the rates.
+        """
+        if self._graph is None:
+            self._graph = self._record()
+        leaves, outputs = self._graph
+        chosen, bars = [], []
+        for (place, key), value in outputs:
+            bar = weights[place] if key is None else moments[place].get(key)
+            if bar is not None and value.requires_grad:
+                chosen.append(value)
+                bars.append(bar)
+        found = iter(
+            torch.autograd.grad(
+                chosen, leaves, grad_outputs=bars, allow_unused=True, retain_graph=True
+            )
+        )
+        rest = iter(leaves)
+
+        def take(count: int) -> list[Tensor]:
+            return filled([next(found) for _ in range(count)], [next(rest) for _ in range(count)])
+
+        count = len(self.weights)
+        weights_bar, gradients_bar = take(count), take(count)
+        moments_bar = []
+        for before in self.moments:
+            keys = _differentiable(before)
+            moments_bar.append(dict(zip(keys, take(len(keys)), strict=True)))
+        return weights_bar, gradients_bar, moments_bar, take(len(self.rates or ()))
+
+    def push_forward(
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        moments: Sequence[Moments],
+        rates: Sequence[Tensor] | None,
+    ) -> tuple[list[Tensor], list[Moments]]:
+        """The derivative along tangents of weights, gradients, moments (missing: 0) and rates."""
+        dual = forward_ad.make_dual
+        with dual_level():
+            after, moments_after = self._apply(
+                [dual(w, t) for w, t in zip(self.weights, weights, strict=True)],
+                [dual(g, t) for g, t in zip(self.gradients, gradients, strict=True)],
+                [
+                    {k: dual(v, t[k]) if k in t else v for k, v in m.items()}
+                    for m, t in zip(self.moments, moments, strict=True)
+                ],
+                None
+                if self.rates is None or rates is None
+                else [dual(r, t) for r, t in zip(self.rates, rates, strict=True)],
+            )
+
+            def tangent(value: Tensor) -> Tensor:
+                found = forward_ad.unpack_dual(value).tangent
+                return torch.zeros_like(value) if found is None else found
+
+            return [tangent(w) for w in after], [
+                {k: tangent(m[k]) for k in _differentiable(m)} for m in moments_after
+            ]
+
+    def _record(self) -> tuple[list[Tensor], list[tuple[Any, Tensor]]]:
+        weights = [w.clone().requires_grad_() for w in self.weights]
+        gradients = [g.clone().requires_grad_() for g in self.gradients]
+        moments = [
+            {k: v.clone().requires_grad_(k != COUNT) for k, v in m.items()} for m in self.moments
+        ]
+        rates = None if self.rates is None else [r.clone().requires_grad_() for r in self.rates]
+        leaves = [*weights, *gradients]
+        leaves += [m[k] for m in moments for k in _differentiable(m)]
+        leaves += rates or []
+        with torch.enable_grad():
+            after, moments_after = self._apply(weights, gradients, moments, rates)
+        outputs: list[tuple[Any, Tensor]] = [((i, None), w) for i, w in enumerate(after)]
+        outputs += [((i, k), m[k]) for i, m in enumerate(moments_after) for k in _differentiable(m)]
+        return leaves, outputs
+
+    def _apply(
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        moments: Sequence[Moments],
+        rates: Sequence[Tensor] | None,
+    ) -> tuple[list[Tensor], list[Moments]]:
+        step = self.step
+        used = list(gradients)
+        if self.clip > 0.0:
+            # As torch.nn.utils.clip_grad_norm_ does it.
+            square = sum(
+                (g * g).sum() for g, stepped in zip(used, step.stepped, strict=True) if stepped
+            )
+            factor = (self.clip / (safe_sqrt(torch.as_tensor(square)) + 1e-6)).clamp(max=1.0)
+            used = [g * factor for g in used]
+        after, moments_after = [], []
+        for i, (w, g, m) in enumerate(zip(weights, used, moments, strict=True)):
+            settings = step.groups[i]
+            if settings is None or not step.stepped[i]:
+                after.append(w)
+                moments_after.append(dict(m))
+                continue
+            if rates is not None:
+                settings = {**settings, "lr": rates[settings["index"]]}
+            new, new_moments = self.rule(w, g, m, settings, self.hold)
+            after.append(new)
+            moments_after.append(new_moments)
+        return after, moments_after
+
+
+def _differentiable(moments: Moments) -> list[str]:
+    return sorted(key for key in moments if key != COUNT)
+
+
+def _held(second: Tensor, hold: bool) -> Tensor:
+    return second.detach() if hold else second
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """Square root with derivative 0 at 0 (and 0, with derivative 0, below: rounding's doing)."""
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+
+
+def _descent(w: Tensor, g: Tensor, settings: Mapping[str, Any]) -> Tensor:
+    """The gradient of what is descended: of the negated loss if maximised, plus L2 decay."""
+    g = -g if settings.get("maximize") else g
+    return g + settings["weight_decay"] * w if settings["weight_decay"] else g
+
+
+def _count(moments: Moments) -> Tensor:
+    return torch.as_tensor(moments.get(COUNT, 0.0)).to(torch.float64)

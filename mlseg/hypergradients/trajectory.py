@@ -1,0 +1,203 @@
+"""What a level remembers of its last steps, so that a method can take them again."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlseg.randomness import RandomState
+
+
+@dataclass(frozen=True)
+class Keeps:
+    """What a method wants of each of a level's last steps.
+
+    Attributes:
+        steps: how many of them; 0 for nothing at all.
+        moments: the optimizer's state before the step.
+        gradient: the gradient that it stepped along, all of it: over accumulated batches, with what
+            came from levels below, before clipping.
+        graph: the graph of that gradient, which the step builds for the purpose.
+    """
+
+    steps: int = 0
+    moments: bool = False
+    gradient: bool = False
+    graph: bool = False
+
+
+@dataclass
+class Step:
+    """One step of an optimizer, as it was taken.
+
+    Attributes:
+        weights: of the level's trainable parameters before the step.
+        moments: per parameter, the tensors of the optimizer's state before it, by name; empty where
+            there was none, or none are kept.
+        groups: per parameter, the settings of its group (``lr``, ``betas``, ...) in this step and
+            the group's ``index``; None for one that the optimizer doesn't hold.
+        seen: each accumulated batch and the random state in which it was evaluated.
+        gradient: per parameter; None for one that had no gradient, which the optimizer then left as
+            it was. Empty where it isn't kept.
+        stepped: per parameter, whether it had a gradient.
+        leaves: in place of the parameters in ``graphs``.
+        graphs: per accumulated batch, the gradient by ``leaves`` with its graph.
+    """
+
+    weights: list[Tensor]
+    moments: list[dict[str, Tensor]] = field(default_factory=list)
+    groups: list[dict[str, Any] | None] = field(default_factory=list)
+    seen: list[tuple[Any, RandomState | None]] = field(default_factory=list)
+    gradient: list[Tensor | None] = field(default_factory=list)
+    stepped: list[bool] = field(default_factory=list)
+    leaves: list[Tensor] = field(default_factory=list)
+    graphs: list[Sequence[Tensor | None]] = field(default_factory=list)
+
+
+class Trajectory:
+    """The last steps of a level, oldest first. Storage is reused once all places are taken.
+
+    Args:
+        keeps: how many, and what of each.
+    """
+
+    def __init__(self, keeps: Keeps) -> None:
+        self.keeps = keeps
+        self.steps: deque[Step] = deque()
+        self._open: Step | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a step has begun and not ended: gradients are being accumulated."""
+        return self._open is not None
+
+    def begin(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """A step starts: keep the weights, the moments and the settings that it starts from."""
+        old = self.steps.popleft() if len(self.steps) == self.keeps.steps else None
+        states = [optimizer.state.get(p, {}) for p in parameters] if self.keeps.moments else []
+        self._open = Step(
+            weights=_copy([p.detach() for p in parameters], old.weights if old else None),
+            moments=[
+                _copy_state(state, old.moments[i] if old else {}) for i, state in enumerate(states)
+            ],
+            groups=group_settings(parameters, optimizer),
+        )
+
+    def see(self, batch: Any, random_state: RandomState | None) -> None:
+        """A batch is about to be evaluated."""
+        assert self._open is not None
+        self._open.seen.append((batch, random_state))
+
+    def leaves(self) -> list[Tensor]:
+        """Fresh leaves with the open step's weights, for its graph."""
+        assert self._open is not None
+        if not self._open.leaves:
+            self._open.leaves = [w.clone().requires_grad_() for w in self._open.weights]
+        return self._open.leaves
+
+    def add_graph(self, gradients: Sequence[Tensor | None]) -> None:
+        """The gradient of the batch just seen by :meth:`leaves`, with its graph."""
+        assert self._open is not None
+        self._open.graphs.append(gradients)
+
+    def end(self, parameters: Sequence[Tensor], clipped_later: bool) -> None:
+        """The gradient is complete and the optimizer about to step along it.
+
+        Args:
+            clipped_later: the gradients are about to be scaled in place, so that they are copied.
+        """
+        assert self._open is not None
+        gradient = [p.grad for p in parameters]
+        self._open.stepped = [g is not None for g in gradient]
+        if self.keeps.gradient:
+            self._open.gradient = [
+                g.clone() if clipped_later and g is not None else g for g in gradient
+            ]
+        self.steps.append(self._open)
+        self._open = None
+
+    def drop_graphs(self) -> None:
+        """Free what :meth:`add_graph` keeps."""
+        for step in self.steps:
+            step.leaves, step.graphs = [], []
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it but the graphs."""
+        return {
+            "steps": [_step_state(step) for step in self.steps],
+            "open": None if self._open is None else _step_state(self._open),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | str) -> None:
+        """Restore :meth:`state_dict`."""
+        self.steps = deque(_step_from(values, device) for values in state["steps"])
+        self._open = None if state["open"] is None else _step_from(state["open"], device)
+
+
+_SAVED = ("weights", "moments", "groups", "seen", "gradient", "stepped")
+
+
+def _step_state(step: Step) -> dict[str, Any]:
+    return {name: getattr(step, name) for name in _SAVED}
+
+
+def _step_from(values: dict[str, Any], device: torch.device | str) -> Step:
+    def move(value: Any, key: str = "") -> Any:
+        if isinstance(value, Tensor):
+            return value if key == "step" else value.to(device)
+        if isinstance(value, dict):
+            return {k: move(v, k) for k, v in value.items()}
+        return type(value)(move(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+    seen = [(move(batch), random_state) for batch, random_state in values["seen"]]
+    rest = {name: move(values[name]) for name in _SAVED if name != "seen"}
+    return Step(seen=seen, **rest)
+
+
+def _copy(tensors: list[Tensor], into: list[Tensor] | None) -> list[Tensor]:
+    if into is None or len(into) != len(tensors):
+        return [t.clone() for t in tensors]
+    torch._foreach_copy_(into, tensors)
+    return into
+
+
+def _copy_state(state: dict[str, Any], into: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {k: v.detach() for k, v in state.items() if isinstance(v, Tensor)}
+    if into.keys() != tensors.keys():
+        return {k: v.clone() for k, v in tensors.items()}
+    for key, value in tensors.items():
+        into[key].copy_(value)
+    return into
+
+
+def group_settings(
+    parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
+) -> list[dict[str, Any] | None]:
+    """:attr:`Step.groups`, as they are now."""
+    by_parameter: dict[int, dict[str, Any]] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        settings = {
+            k: v.detach().clone() if isinstance(v, Tensor) else v
+            for k, v in group.items()
+            if k != "params"
+        }
+        by_parameter |= {id(p): {**settings, "index": index} for p in group["params"]}
+    return [by_parameter.get(id(p)) for p in parameters]
+
+
+def present(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> Step:
+    """The step that the optimizer would take next, at its present weights and moments."""
+    return Step(
+        weights=[p.detach() for p in parameters],
+        moments=[
+            {k: v for k, v in optimizer.state.get(p, {}).items() if isinstance(v, Tensor)}
+            for p in parameters
+        ],
+        groups=group_settings(parameters, optimizer),
+        stepped=[True] * len(parameters),
+    )
