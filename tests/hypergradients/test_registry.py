@@ -104,7 +104,7 @@ def test_a_problems_config_refuses_a_contradiction() -> None:
         Config(type="darts")
     with pytest.raises(ValueError, match="type 'cg' and hypergradient 'identity' disagree"):
         Config(type="cg", hypergradient="identity")
-    with pytest.raises(ValueError, match=r"cg_iterations .* 'method': 'cg', 'iterations': \.\.\.}"):
+    with pytest.raises(ValueError, match=r"cg_iterations .*'method': 'cg', 'iterations': "):
         Config(type="cg", cg_iterations=3)
 
 
