@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mlseg.engines.base import Engine
 
 SECONDS_BETWEEN_LINES = 10.0
-_SHOWN_EVENTS = ("early_stop", "rate_change", "nan")
+_SHOWN_EVENTS = ("early_stop", "rate_change", "nan", "hypergradient_diverged")
 
 
 class Progress:

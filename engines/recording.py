@@ -49,6 +49,7 @@ class Recorder:
         self._curves: SummaryWriter | None = None
         self._offsets: dict[str, int] = {METRICS: 0, EVENTS: 0}
         self._resumed_at: int | None = None
+        self._diverged: set[str] = set()
 
     @contextmanager
     def opened(self, engine: Engine) -> Iterator[None]:
@@ -102,11 +103,21 @@ class Recorder:
         for (problem, key), value in values.items():
             lines.setdefault(problem, {})[key] = value
         for problem, line in lines.items():
+            self._warn_of_divergence(step, problem, line)
             if problem in rates:
                 line["learning_rate"] = rates[problem]
             self._write(METRICS, {"step": step, "problem": problem, **line})
             self._curve(problem, line, step)
         self.progress.update(step, {p: line["loss"] for p, line in lines.items() if "loss" in line})
+
+    def _warn_of_divergence(self, step: int, problem: str, line: Mapping[str, float]) -> None:
+        """Say of each hop once that its method's series or iteration has diverged."""
+        for key, value in line.items():
+            name = f"{problem}/{key}"
+            if key.endswith("_diverged") and value > 0.0 and name not in self._diverged:
+                self._diverged.add(name)
+                level = key.removeprefix("hypergradient/").removesuffix("_diverged")
+                self.event("hypergradient_diverged", step, problem=problem, level=level)
 
     def validation(self, step: int, figures: Mapping[str, float]) -> None:
         """A validation's figures, as a line, as an event and as curves."""
@@ -171,12 +182,14 @@ class Recorder:
         for name, file in self._files.items():
             file.flush()
             self._offsets[name] = file.tell()
-        return {"offsets": dict(self._offsets), "step": self.progress.step}
+        diverged = sorted(self._diverged)
+        return {"offsets": dict(self._offsets), "step": self.progress.step, "diverged": diverged}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on writing where :meth:`state_dict` was taken."""
         self._offsets = dict(state["offsets"])
         self._resumed_at = state["step"]
+        self._diverged = set(state["diverged"])
 
 
 @contextmanager
