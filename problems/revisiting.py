@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import betty.problems
@@ -47,6 +48,14 @@ class Revisitable(betty.problems.ImplicitProblem):
     def is_differentiated(self) -> bool:
         """Whether an upper level's gradient passes through this level."""
         return self._is_differentiated
+
+    def sources(self) -> list[betty.problems.Problem]:
+        """The problems to which a hypergradient goes on from here, on any path of any problem."""
+        found: dict[str, betty.problems.Problem] = {}
+        for problem in self._everyone():
+            for path in problem.paths:
+                found |= {after.name: after for at, after in pairwise(path[1:]) if at is self}
+        return list(found.values())
 
     @property
     def unroll_steps(self) -> int:

@@ -182,6 +182,8 @@ class Method(Settings):
 
     name: ClassVar[str] = ""
     """As in a config's ``method:``; ``register`` sets it."""
+    through_interface: ClassVar[bool] = True
+    """Whether a level's interface serves the method; else it sees the sources' own parameters."""
 
     @model_serializer(mode="wrap")
     def _with_name(self, settings: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -200,15 +202,13 @@ class Method(Settings):
             backward pass), ``products`` (Hessian-vector) and ``seconds``.
         """
         watch = Seconds(vector[0].device if vector else "cpu")
-        gradients, diagnostics = self.carry(vector, hop)
+        if not self.through_interface:
+            hop = hop.without_interface()
+        cotangents, diagnostics = self.cotangents(vector, hop)
+        gradients = hop.pull_back(cotangents)
         watch.stop()
         counted = {"evaluations": hop.evaluations, "products": hop.products, "seconds": watch}
         return gradients, {**diagnostics, **counted}
-
-    def carry(self, vector: Vector, hop: Hop) -> tuple[list[Vector], Diagnostics]:
-        """:meth:`cotangents`, carried on to each source."""
-        cotangents, diagnostics = self.cotangents(vector, hop)
-        return hop.pull_back(cotangents), diagnostics
 
     @abstractmethod
     def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -64,6 +64,8 @@ class Evolution(Method):
     directions: Literal["gaussian", "orthogonal"] = "gaussian"
     seed: NonNegativeInt = 0
 
+    through_interface: ClassVar[bool] = False  # it is the sources that are perturbed
+
     def keeps(self, level: Problem) -> Keeps:
         """``T`` steps, and what lower levels added to their gradients."""
         return Keeps(
@@ -73,10 +75,6 @@ class Evolution(Method):
     def check(self, level: Problem) -> None:
         """Refuse optimizers whose step can't be taken again."""
         rule_of(level.optimizer, level.name)
-
-    def carry(self, vector: Vector, hop: Hop) -> tuple[list[Vector], Diagnostics]:
-        """Without the interface: it is the sources that are perturbed."""
-        return super().carry(vector, hop.without_interface())
 
     def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         """See the class."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
@@ -10,6 +12,9 @@ from mlseg.errors import UserError
 from mlseg.hypergradients.base import Diagnostics
 from mlseg.hypergradients.implicit import Hessian, Implicit
 from mlseg.hypergradients.registry import register
+
+if TYPE_CHECKING:
+    from mlseg.problems.base import Problem
 
 
 @register("exact")
@@ -31,14 +36,18 @@ class Exact(Implicit):
 
     limit: PositiveInt = 4096
 
+    def check(self, level: Problem) -> None:
+        """Refuse a level with too many parameters."""
+        n = sum(p.numel() for p in level.trainable_parameters())
+        if n > self.limit:
+            raise UserError(
+                f"problem {level.name!r} has {n} parameters, the hypergradient method exact takes "
+                f"up to {self.limit}: raise its limit, or take cg or minres"
+            )
+
     def solve(self, hessian: Hessian, v: Tensor) -> tuple[Tensor, Diagnostics]:
         """See the class."""
         n = hessian.size
-        if n > self.limit:
-            raise UserError(
-                f"problem {hessian.hop.level.name!r} has {n} parameters, the hypergradient method "
-                f"exact takes up to {self.limit}: raise its limit, or take cg or minres"
-            )
         matrix = torch.stack([hessian(e) for e in torch.eye(n, dtype=v.dtype, device=v.device)])
         matrix = 0.5 * (matrix + matrix.T)
         eigenvalues, vectors = torch.linalg.eigh(matrix)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Method, Vector
 from mlseg.hypergradients.implicit import over
-from mlseg.hypergradients.optimizer_maps import StepMap, rule_of
+from mlseg.hypergradients.optimizer_maps import Moments, StepMap, rule_of
 from mlseg.hypergradients.registry import register
 from mlseg.hypergradients.second_order import pull_through
 from mlseg.hypergradients.trajectory import present
@@ -48,7 +48,8 @@ class FixedPoint(Method):
     convergence of the heavy-ball method for convex optimization, 2015.
 
     Diagnostics: ``residual``, the last change relative to the incoming vector; ``iterations``;
-    ``diverged``, 1 where the changes grew beyond it.
+    ``diverged``, 1 where the changes grew to a thousand times it. The result is that of the
+    iteration with the smallest change.
 
     Attributes:
         iterations: at most.
@@ -72,38 +73,31 @@ class FixedPoint(Method):
             step = present(parameters, level.optimizer)
             step.stepped = [g is not None for g in gradient]
             taken = StepMap(rule_of(level.optimizer), step, gradient, hold=True)
-            weights, moments = start, [dict[str, Tensor]() for _ in parameters]
-            size = norm(start)
+            now = (start, taken.zero_moments())
+            best, size = now, norm(start)
             bound = size.clamp_min(torch.finfo(size.dtype).tiny)
-            change, diverged, count = size, torch.zeros_like(size), torch.zeros_like(size)
-            active = size > 0
+            change = smallest = size
+            active, diverged, count = size > 0, torch.zeros_like(size), torch.zeros_like(size)
             for _ in range(self.iterations):
                 if over(active):
                     break
                 count = count + active
-                before, along, moments_before, _ = taken.pull_back(weights, moments)
+                before, along, moments, _ = taken.pull_back(*now)
                 hop.products += 1
                 product = pull_through(gradient, along, parameters, retain_graph=True)
-                new = [
-                    b + q + s
-                    for b, q, s in zip(before, filled(product, parameters), start, strict=True)
-                ]
-                moved = norm(torch._foreach_sub(new, weights))
+                terms = zip(before, filled(product, parameters), start, strict=True)
+                weights = [b + q + s for b, q, s in terms]
+                moved = norm(torch._foreach_sub(weights, now[0]))
                 change = torch.where(active, moved, change)
                 # Not "larger": NaN must not pass for progress.
                 grown = ~(moved <= 1e3 * bound)
                 diverged = torch.where(active & grown, 1.0, diverged)
                 active = active & ~grown
-                weights = _where(active, new, weights)
-                moments = [
-                    {
-                        k: torch.where(active, m, old.get(k, torch.zeros_like(m)))
-                        for k, m in found.items()
-                    }
-                    for found, old in zip(moments_before, moments, strict=True)
-                ]
+                now = _select(active, (weights, moments), now)
+                closer = active & (moved < smallest)
+                smallest, best = torch.where(closer, moved, smallest), _select(closer, now, best)
                 active = active & (moved > self.tolerance * size)
-            _, along, _, _ = taken.pull_back(weights, moments)
+            _, along, _, _ = taken.pull_back(*best)
             product = pull_through(gradient, along, hop.inputs)
         return product, {
             "residual": change / bound,
@@ -112,5 +106,15 @@ class FixedPoint(Method):
         }
 
 
-def _where(condition: Tensor, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
-    return [torch.where(condition, a, b) for a, b in zip(new, old, strict=True)]
+Cotangent = tuple[list[Tensor], list[Moments]]
+"""Of weights and moments."""
+
+
+def _select(condition: Tensor, new: Cotangent, old: Cotangent) -> Cotangent:
+    """``new`` where the condition holds, else ``old``; on the device."""
+    weights = [torch.where(condition, a, b) for a, b in zip(new[0], old[0], strict=True)]
+    moments = [
+        {key: torch.where(condition, a[key], b[key]) for key in b}
+        for a, b in zip(new[1], old[1], strict=True)
+    ]
+    return weights, moments

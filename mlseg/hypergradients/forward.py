@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import PositiveInt
@@ -51,6 +52,8 @@ class Forward(Method):
     steps: PositiveInt | None = None
     limit: PositiveInt = 64
 
+    through_interface: ClassVar[bool] = False  # the sources' own numbers are what counts
+
     def keeps(self, level: Problem) -> Keeps:
         """``T`` steps; gradients where the last graph's value isn't all of it."""
         return Keeps(
@@ -60,22 +63,22 @@ class Forward(Method):
         )
 
     def check(self, level: Problem) -> None:
-        """Refuse optimizers that can't be differentiated."""
+        """Refuse optimizers that can't be differentiated, and too many hyperparameters."""
         rule_of(level.optimizer, level.name)
+        self._check_count(level, [p for s in level.sources() for p in s.trainable_parameters()])
 
-    def carry(self, vector: Vector, hop: Hop) -> tuple[list[Vector], Diagnostics]:
-        """Without the interface: the sources' own numbers are what counts."""
-        return super().carry(vector, hop.without_interface())
+    def _check_count(self, level: Problem, inputs: Sequence[Tensor]) -> None:
+        count = sum(t.numel() for t in inputs)
+        if count > self.limit:
+            raise UserError(
+                f"problem {level.name!r}: its sources have {count} parameters, the hypergradient "
+                f"method forward takes up to {self.limit}: raise its limit, or take unrolled"
+            )
 
     def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         """See the class."""
+        self._check_count(hop.level, hop.inputs)
         count = sum(t.numel() for t in hop.inputs)
-        if count > self.limit:
-            raise UserError(
-                f"problem {hop.level.name!r}: its sources have {count} parameters, the "
-                f"hypergradient method forward takes up to {self.limit}: raise its limit, or take "
-                "unrolled"
-            )
         replay = Replay(hop, self.steps or hop.level.unroll_steps)
         tangents = [_Tangent(replay, j) for j in range(count)]
         with hop.level.revisiting():

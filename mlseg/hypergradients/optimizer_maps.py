@@ -154,6 +154,10 @@ class StepMap:
         self.rates = None if rates is None else [rate.detach() for rate in rates]
         self._graph: tuple[list[Tensor], list[tuple[Any, Tensor]]] | None = None
 
+    def zero_moments(self) -> list[Moments]:
+        """Zero cotangents of the moments before the step."""
+        return [{k: torch.zeros_like(m[k]) for k in _differentiable(m)} for m in self.moments]
+
     def value(self) -> tuple[list[Tensor], list[Moments]]:
         """Weights and moments after the step."""
         return self._apply(self.weights, self.gradients, self.moments, self.rates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -81,6 +81,8 @@ class Unrolled(Method):
     mode: Mode = "double_backward"
     backend: Literal["mlseg", "higher"] = "mlseg"
 
+    through_interface: ClassVar[bool] = False  # each step has a graph of its own behind its loss
+
     def keeps(self, level: Problem) -> Keeps:
         """``T`` steps; gradients where they can't be had as the last graph's value."""
         gradient = (
@@ -112,10 +114,6 @@ class Unrolled(Method):
                 f"problem {level.name!r}: forward_over_reverse keeps no graphs; set store to "
                 "weights, or mode to double_backward"
             )
-
-    def carry(self, vector: Vector, hop: Hop) -> tuple[list[Vector], Diagnostics]:
-        """Without the interface: each step has a graph of its own behind its loss."""
-        return super().carry(vector, hop.without_interface())
 
     def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         """See the class."""

@@ -260,7 +260,7 @@ def test_a_warm_start_goes_on(method: str) -> None:
     [
         {"method": "unrolled", "steps": 5},
         {"method": "unrolled", "optimizer_state": "fresh"},
-        {"method": "forward", "limit": 500},
+        {"method": "evolution", "pairs": 2},
         {"method": "stochastic", "iterations": 2},
         {"method": "minres", "warm_start": True},
         {"method": "penalty", "warm_start": True},
