@@ -60,7 +60,7 @@ def secant(level: Problem, alphas: Tensor, vector: list[Tensor], shift: float) -
 
     result = torch.zeros_like(alphas)
     flat = result.view(-1)
-    with level.revisiting(), level.at_weights_before_step(True):
+    with level.revisiting(), level.linearised("before_step"):
         for index in range(alphas.numel()):
             place = alphas.data.view(-1)
             kept = place[index].clone()

@@ -14,7 +14,7 @@ from betty.hypergradient import jvp_fn_mapping
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from mlseg.errors import RunError
+from mlseg.errors import RunError, UserError
 from mlseg.hypergradients import Hop, Vector
 from mlseg.hypergradients.substitution import substituted
 from mlseg.problems.config import Config, SchedulerClock, method_of
@@ -87,14 +87,14 @@ class Problem(Revisitable):
         if batch is None:
             self.cur_batch = self.get_batch()
             batch = self.cur_batch
+        self._set_learning_rates()
         if self._is_differentiated:
             self._step_begins(batch)
         metrics = self._take_gradient(batch)
         if self.is_implemented("grad_callback"):
             self.grad_callback()
         if self.gradient_accumulation_boundary():
-            self._gradient_is_complete()
-            self._set_learning_rates()
+            self._gradient_is_complete(batch)
             self.optimizer_step()
             if self.is_implemented("param_callback"):
                 self.param_callback()
@@ -107,10 +107,15 @@ class Problem(Revisitable):
         keeps_graph = self.trajectory.is_open and self.trajectory.keeps.graph
         # With a graph that is to outlive the step, the optimizer must not write into its leaves.
         leaves = self.trajectory.leaves() if keeps_graph else parameters
-        with substituted(self.module, parameters, leaves) if keeps_graph else nullcontext():
+        with substituted(self.all_modules(), parameters, leaves) if keeps_graph else nullcontext():
             loss, metrics = self.get_loss(batch)
             if keeps_graph:
                 gradient = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+                if all(g is None for g in gradient):
+                    raise UserError(
+                        f"problem {self.name!r}: its loss reads no parameter of a module, so that "
+                        "no graph can be kept; set the hypergradient's store to weights"
+                    )
                 self.trajectory.add_graph(gradient)
             if keeps_graph and not self._paths:
                 found: list[Any] = [None if g is None else g.detach() for g in gradient]
@@ -131,9 +136,27 @@ class Problem(Revisitable):
 
     def _set_learning_rates(self) -> None:
         rates = self.learning_rates()
-        for group, rate in zip(self.optimizer.param_groups, rates or (), strict=False):
+        if rates is None:
+            return
+        groups = self.optimizer.param_groups
+        if len(rates) != len(groups):
+            raise UserError(
+                f"problem {self.name!r}: learning_rates gives {len(rates)}, its optimizer has "
+                f"{len(groups)} parameter groups; give one for each"
+            )
+        for group, rate in zip(groups, rates, strict=True):
             # A device's number stays there; torch's optimizers take tensors.
-            group["lr"] = float(rate) if rate.device.type == "cpu" else rate.detach()
+            on_host = rate.device.type == "cpu"
+            group["lr"] = float(rate.detach()) if on_host else rate.detach().clone()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Clip and step; Betty's ``custom_optimizer_step``, if there is one."""
+        if self.is_implemented("custom_optimizer_step"):
+            super().optimizer_step(*args, **kwargs)
+            return
+        if self.gradient_clipping > 0.0:
+            self.clip_grad()
+        self.optimizer.step()
 
     def get_loss(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
         """The loss, divided by the number of accumulated batches, and detached figures."""
@@ -353,7 +376,7 @@ class Problem(Revisitable):
             for p, gradient in zip(self.trainable_parameters(), state["gradients"], strict=True):
                 p.grad = None if gradient is None else gradient.to(p.device)
         if "last_step" in state and state["last_step"]["batch"] is not None:
-            self.cur_batch = _on(self.device, state["last_step"]["batch"])
+            self.cur_batch = self.step_batch = _on(self.device, state["last_step"]["batch"])
         self._recall(state)
 
     def _module_state(self) -> dict[str, Any]:
@@ -370,12 +393,16 @@ def _as_dict(result: Any, name: str) -> dict[str, Any]:
 
 
 def _on(device: torch.device | str, batch: Any) -> Any:
-    """A batch on ``device``: a tensor, or a mapping or sequence of tensors and other things."""
+    """A batch on ``device``: a tensor, or mappings and sequences of tensors and other things."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
-    return tuple(v.to(device) if isinstance(v, Tensor) else v for v in batch)
+        return {key: _on(device, value) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_on(device, value) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return tuple(_on(device, value) for value in batch)
+    return batch
 
 
 def _move_state(optimizer: torch.optim.Optimizer, device: torch.device | str) -> None:

@@ -57,6 +57,9 @@ class Config(betty.configs.Config):
         if self.type not in ("", method.name):
             raise ValueError(f"type {self.type!r} and hypergradient {method.name!r} disagree")
         self.hypergradient, self.type = method, method.name
+        for name in ("unroll_steps", "gradient_accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: at least 1")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision {self.precision!r}: choose fp32 or bf16")
         if self.scheduler_step not in ("iteration", "epoch", "validation"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mlseg import randomness
+from mlseg.errors import UserError
 
 
 class Place:
@@ -145,6 +146,13 @@ class FreshBatches:
                 generator.set_state(kept[key])
 
     def _begin(self, problem: Any) -> None:
+        for place in problem._places:
+            if isinstance(place.loader, Iterator):  # iter() would start a pass of training's
+                raise UserError(
+                    f"problem {problem.name!r}: its loader can be walked through only once, by "
+                    "training; give it one that starts anew with each iter(), such as a DataLoader "
+                    "or a list, or take a hypergradient method that needs no fresh batches (cg)"
+                )
         self._places = [place.apart() for place in problem._places]
         self._iterators = [iter(()) for _ in self._places]
         if self._random_state is None:

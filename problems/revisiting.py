@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import betty.problems
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlseg import randomness
 from mlseg.hypergradients import Interface, Keeps, Method, Trajectory, Vector
@@ -28,6 +28,7 @@ class Revisitable(betty.problems.ImplicitProblem):
         method: by which upper levels' gradients pass through this one; None for Betty's own.
         trajectory: the last steps, as far as the method wants them.
         hop_memory: what the method keeps from one hop to the next, by the upper level's name.
+        step_batch: the (last) batch of the last finished step.
     """
 
     interface: Interface | None
@@ -35,14 +36,19 @@ class Revisitable(betty.problems.ImplicitProblem):
     method: Method | None
     trajectory: Trajectory
     hop_memory: dict[str, dict[str, Tensor]]
+    step_batch: Any
     _is_differentiated: bool
     _random_state: randomness.RandomState | None
+    _step_random_state: randomness.RandomState | None
+    _kept_buffers: list[tuple[dict[str, Any], str, Tensor, Tensor]]
     _fresh: FreshBatches
 
     def _start_remembering(self, method: Method | None) -> None:
         self.interface, self.replaying, self.method = None, False, method
         self.trajectory, self.hop_memory = Trajectory(Keeps()), {}
-        self._is_differentiated, self._random_state = False, None
+        self._is_differentiated, self.step_batch = False, None
+        self._random_state = self._step_random_state = None
+        self._kept_buffers = []
 
     @property
     def is_differentiated(self) -> bool:
@@ -66,9 +72,10 @@ class Revisitable(betty.problems.ImplicitProblem):
         """Learning rates that depend on other problems: a scalar per parameter group, or None.
 
         Override it to make the rates of this level's optimizer a function of an upper problem's
-        parameters. They are set before each step; the methods ``unrolled``, ``forward`` and
-        ``evolution`` differentiate through them (for implicit methods, at a minimum, they have no
-        effect, and one-step methods differentiate the loss alone).
+        parameters. They are set before each step, in place of a scheduler's. The methods
+        ``unrolled``, ``forward`` and ``evolution`` differentiate through them; for implicit
+        methods, at a minimum, they have no effect, and one-step methods differentiate the loss
+        alone.
         """
         return None
 
@@ -83,7 +90,8 @@ class Revisitable(betty.problems.ImplicitProblem):
             self.trajectory.begin(self.trainable_parameters(), self.optimizer)
         self.trajectory.see(batch, self._random_state)
 
-    def _gradient_is_complete(self) -> None:
+    def _gradient_is_complete(self, batch: Any) -> None:
+        self.step_batch, self._step_random_state = batch, self._random_state
         if self.trajectory.is_open:
             self.trajectory.end(self.trainable_parameters(), self.gradient_clipping > 0.0)
 
@@ -102,24 +110,39 @@ class Revisitable(betty.problems.ImplicitProblem):
 
     def restore_step_randomness(self, state: randomness.RandomState | None = None) -> None:
         """Set the generators to ``state``, by default to that at the start of the last step."""
-        state = state if state is not None else self._random_state
+        state = state if state is not None else self._step_random_state or self._random_state
         if state is not None:
             randomness.restore(state, self.device)
 
     @contextmanager
     def revisiting(self) -> Iterator[None]:
         """Within this block evaluations leave no trace: not in buffers, not in random streams."""
-        buffers = [b for p in self._everyone() for b in p.module.buffers()]
-        kept = [b.clone() for b in buffers]
+        holders = {id(m): m for module in self.all_modules() for m in module.modules()}.values()
+        self._kept_buffers = [
+            (holder._buffers, name, buffer, buffer.clone())
+            for holder in holders
+            for name, buffer in holder._buffers.items()
+            if buffer is not None
+        ]
         self.replaying = True
         try:
             with randomness.replayed(None, self.device):
                 yield
         finally:
             self.replaying = False
-            for buffer, value in zip(buffers, kept, strict=True):
-                # Through ``data``: a graph that is still to be walked may have saved the buffer.
-                buffer.data.copy_(value)
+            self.restore_buffers()
+            self._kept_buffers = []
+
+    def restore_buffers(self) -> None:
+        """Within :meth:`revisiting`: put every buffer back, the tensor itself and its values."""
+        for table, name, buffer, value in self._kept_buffers:
+            table[name] = buffer
+            # Through ``data``: a graph that is still to be walked may have saved the buffer.
+            buffer.data.copy_(value)
+
+    def all_modules(self) -> list[nn.Module]:
+        """The modules of all problems of the engine, this one's first."""
+        return [problem.module for problem in self._everyone()]
 
     @contextmanager
     def at_weights(self, weights: Sequence[Tensor]) -> Iterator[None]:
@@ -138,9 +161,11 @@ class Revisitable(betty.problems.ImplicitProblem):
             for p, data in zip(parameters, kept, strict=True):
                 p.data = data
 
-    def at_weights_before_step(self, active: bool) -> Any:
-        """A block with the weights that the last step started from; nothing unless ``active``."""
-        return self.at_weights(self.trajectory.steps[-1].weights) if active else nullcontext()
+    def linearised(self, point: Literal["after_step", "before_step"]) -> Any:
+        """A block with the weights before the last step; or, after it, the present ones."""
+        if point == "after_step":
+            return nullcontext()
+        return self.at_weights(self.trajectory.steps[-1].weights)
 
     def spread(self, vector: Vector) -> Vector:
         """A vector over ``meta_trainable_parameters`` as one over ``trainable_parameters``."""
@@ -179,7 +204,10 @@ class Revisitable(betty.problems.ImplicitProblem):
         if any(any(p.ready) for p in self._everyone()):
             # An upper level waits for another lower one, and will then evaluate this step again:
             # as a whole, even where it declared an interface, whose graph can't be saved.
-            state["last_step"] = {"batch": self.cur_batch, "random_state": self._random_state}
+            state["last_step"] = {
+                "batch": self.step_batch,
+                "random_state": self._step_random_state,
+            }
             state["trajectory"] = self.trajectory.state_dict()
         elif keeps.steps and (keeps.steps > self.unroll_steps or self._count % period):
             # The next hop will want steps of before.
@@ -193,6 +221,6 @@ class Revisitable(betty.problems.ImplicitProblem):
         }
         self._fresh.load_state_dict(state["fresh"])
         if "last_step" in state:
-            self._random_state = state["last_step"]["random_state"]
+            self._random_state = self._step_random_state = state["last_step"]["random_state"]
         if "trajectory" in state:
             self.trajectory.load_state_dict(state["trajectory"], self.device)

@@ -84,7 +84,8 @@ class Hop:
         inputs: what the loss is differentiated by in the end: fresh leaves in place of the
             interface's tensors, or else all the sources' parameters in a row.
         evaluations: evaluations of the level's loss so far, each with one backward pass.
-        products: Hessian-vector products so far.
+        products: second derivatives along a direction so far: Hessian-vector products, mixed
+            products, or both in one.
     """
 
     def __init__(self, level: Problem, sources: Sequence[Problem], upper: str = "") -> None:
@@ -99,7 +100,8 @@ class Hop:
         if self._interface is None:
             self.inputs: Vector = self._flatten_sources()
         else:
-            self.inputs = [z.detach().requires_grad_() for z in self._interface.tensors]
+            # Full precision: gradients by a bfloat16 leaf would be rounded to it.
+            self.inputs = [_full(z.detach()).requires_grad_() for z in self._interface.tensors]
 
     def without_interface(self) -> Hop:
         """The same hop with the sources' parameters as inputs; frees the interface's graph."""
@@ -115,9 +117,9 @@ class Hop:
     def evaluation(self, whole: bool = False) -> Iterator[Callable[[], Tensor]]:
         """Give a function that evaluates the step's loss again, leaving no trace.
 
-        Each call starts from the random state of the step. The generators and every buffer of every
-        problem are put back at the end. Mixed precision is off: the differences that a method takes
-        drown in bfloat16's rounding.
+        Each call starts from the random state of the step and from the present buffers. The
+        generators and every buffer of every problem are put back at the end. Mixed precision is
+        off: the differences that a method takes drown in bfloat16's rounding.
 
         Args:
             whole: the whole loss, for second derivatives by the level's own parameters; else the
@@ -127,9 +129,10 @@ class Hop:
 
         def loss() -> Tensor:
             self.evaluations += 1
+            level.restore_buffers()
             if interface is None:
                 level.restore_step_randomness()
-                return level.loss(level.cur_batch)
+                return level.loss(level.step_batch)
             level.restore_step_randomness(interface.random_state)
             part = interface.loss(self.inputs)
             return part + interface.rest() if whole and interface.rest is not None else part
@@ -167,6 +170,10 @@ class Hop:
         return [p for group in self._source_parameters for p in group]
 
 
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
 class Method(Settings):
     """A hypergradient method with its settings: an immutable value that can be called on a hop.
 
@@ -175,8 +182,10 @@ class Method(Settings):
     methods are shorter as a subclass of :class:`~mlseg.hypergradients.one_step.OneStep` or
     :class:`~mlseg.hypergradients.implicit.Implicit`.
 
-    With gradient accumulation a hop evaluates the last batch of the step, unless its method replays
-    whole steps (``unrolled``, ``forward``, ``evolution``). On CUDA, TF32 stays as torch has it set,
+    With gradient accumulation a hop evaluates the last batch of the last finished step, unless its
+    method replays whole steps (``unrolled``, ``forward``, ``evolution``). Buffers are those of now:
+    a loss whose value depends on buffers that it updates itself (spectral normalisation) is
+    evaluated with later ones than the step saw. On CUDA, TF32 stays as torch has it set,
     within the evaluations as elsewhere.
     """
 
@@ -199,7 +208,7 @@ class Method(Settings):
         Returns:
             for each source the gradient with respect to its trainable parameters, and diagnostics:
             the method's own, and of every method ``evaluations`` (of the level's loss, each with a
-            backward pass), ``products`` (Hessian-vector) and ``seconds``.
+            backward pass), ``products`` (second derivatives along a direction) and ``seconds``.
         """
         watch = Seconds(vector[0].device if vector else "cpu")
         if not self.through_interface:

@@ -7,7 +7,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from mlseg.hypergradients.base import Diagnostics
-from mlseg.hypergradients.implicit import Hessian, Implicit, over, remembered
+from mlseg.hypergradients.implicit import Hessian, Implicit, finished, remember, remembered
 from mlseg.hypergradients.registry import register
 
 
@@ -61,7 +61,7 @@ class ConjugateGradients(Implicit):
         active, count = rr > bound, torch.zeros_like(rr)
         curvature = torch.full_like(rr, torch.inf)
         for k in range(self.iterations):
-            if over(active):
+            if finished(active):
                 break
             hp = hessian(p)
             bend = p.dot(hp)
@@ -79,6 +79,6 @@ class ConjugateGradients(Implicit):
             p = r + (rr / former.clamp_min(smallest)) * p
             active = active & (rr > bound)
         if self.warm_start:
-            hessian.hop.memory["cg"] = x
+            remember(hessian.hop, "cg", x)
         residual = (rr / vv.clamp_min(smallest)).sqrt()
         return x, {"residual": residual, "iterations": count, "curvature": curvature}

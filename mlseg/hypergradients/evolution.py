@@ -10,10 +10,11 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from mlseg.errors import UserError
 from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Method, Vector
 from mlseg.hypergradients.optimizer_maps import Moments, rule_of
 from mlseg.hypergradients.registry import register
-from mlseg.hypergradients.replay import Replay
+from mlseg.hypergradients.replay import Replay, gradient_is_changed
 from mlseg.hypergradients.trajectory import Keeps
 from mlseg.hypergradients.vectors import flatten, unflatten
 from mlseg.randomness import derived
@@ -67,14 +68,21 @@ class Evolution(Method):
     through_interface: ClassVar[bool] = False  # it is the sources that are perturbed
 
     def keeps(self, level: Problem) -> Keeps:
-        """``T`` steps, and what lower levels added to their gradients."""
+        """``T`` steps, and what lower levels or a callback added to their gradients."""
         return Keeps(
-            steps=self.steps or level.unroll_steps, moments=True, gradient=bool(level.paths)
+            steps=self.steps or level.unroll_steps,
+            moments=True,
+            gradient=gradient_is_changed(level),
         )
 
     def check(self, level: Problem) -> None:
-        """Refuse optimizers whose step can't be taken again."""
-        rule_of(level.optimizer, level.name)
+        """Refuse levels whose steps can't be taken again."""
+        rule_of(level)
+        if level.is_implemented("param_callback"):
+            raise UserError(
+                f"problem {level.name!r}: evolution would take its steps again without its "
+                "param_callback; take unrolled, which doesn't need it"
+            )
 
     def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         """See the class."""
@@ -121,7 +129,7 @@ class Evolution(Method):
         return weights
 
     def _offsets(self, replay: Replay) -> list[list[Tensor]]:
-        """What lower levels' hypergradients added to each step's gradient; constant here."""
+        """What lower levels or a callback added to each step's gradient; constant here."""
         offsets = []
         for step in replay.steps:
             if not step.gradient:

@@ -9,7 +9,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Method, Vector
-from mlseg.hypergradients.implicit import over
+from mlseg.hypergradients.implicit import finished
 from mlseg.hypergradients.optimizer_maps import Moments, StepMap, rule_of
 from mlseg.hypergradients.registry import register
 from mlseg.hypergradients.second_order import pull_through
@@ -47,9 +47,9 @@ class FixedPoint(Method):
     section 3 (the fixed-point method); momentum: Ghadimi, Feyzmahdavian, Johansson: Global
     convergence of the heavy-ball method for convex optimization, 2015.
 
-    Diagnostics: ``residual``, the last change relative to the incoming vector; ``iterations``;
-    ``diverged``, 1 where the changes grew to a thousand times it. The result is that of the
-    iteration with the smallest change.
+    Diagnostics: ``residual``, the weights' last change relative to the incoming vector;
+    ``iterations``; ``diverged``, 1 where the changes grew to a thousand times it. The result is
+    that of the iteration with the smallest change.
 
     Attributes:
         iterations: at most.
@@ -61,7 +61,7 @@ class FixedPoint(Method):
 
     def check(self, level: Problem) -> None:
         """Refuse optimizers that can't be differentiated."""
-        rule_of(level.optimizer, level.name)
+        rule_of(level)
 
     def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         """See the class."""
@@ -72,14 +72,14 @@ class FixedPoint(Method):
             gradient = torch.autograd.grad(loss(), parameters, create_graph=True, allow_unused=True)
             step = present(parameters, level.optimizer)
             step.stepped = [g is not None for g in gradient]
-            taken = StepMap(rule_of(level.optimizer), step, gradient, hold=True)
+            taken = StepMap(rule_of(level), step, gradient, hold=True)
             now = (start, taken.zero_moments())
             best, size = now, norm(start)
             bound = size.clamp_min(torch.finfo(size.dtype).tiny)
             change = smallest = size
             active, diverged, count = size > 0, torch.zeros_like(size), torch.zeros_like(size)
             for _ in range(self.iterations):
-                if over(active):
+                if finished(active):
                     break
                 count = count + active
                 before, along, moments, _ = taken.pull_back(*now)
@@ -98,6 +98,7 @@ class FixedPoint(Method):
                 smallest, best = torch.where(closer, moved, smallest), _select(closer, now, best)
                 active = active & (moved > self.tolerance * size)
             _, along, _, _ = taken.pull_back(*best)
+            hop.products += 1
             product = pull_through(gradient, along, hop.inputs)
         return product, {
             "residual": change / bound,

@@ -13,7 +13,7 @@ from mlseg.errors import UserError
 from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Method, Vector
 from mlseg.hypergradients.optimizer_maps import Moments, rule_of
 from mlseg.hypergradients.registry import register
-from mlseg.hypergradients.replay import Replay
+from mlseg.hypergradients.replay import Replay, gradient_is_changed
 from mlseg.hypergradients.trajectory import Keeps, Step
 from mlseg.hypergradients.vectors import filled, flatten
 
@@ -59,12 +59,12 @@ class Forward(Method):
         return Keeps(
             steps=self.steps or level.unroll_steps,
             moments=True,
-            gradient=level.gas > 1 or bool(level.paths),
+            gradient=gradient_is_changed(level),
         )
 
     def check(self, level: Problem) -> None:
         """Refuse optimizers that can't be differentiated, and too many hyperparameters."""
-        rule_of(level.optimizer, level.name)
+        rule_of(level)
         self._check_count(level, [p for s in level.sources() for p in s.trainable_parameters()])
 
     def _check_count(self, level: Problem, inputs: Sequence[Tensor]) -> None:

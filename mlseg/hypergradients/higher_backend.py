@@ -38,6 +38,8 @@ def check_differentiable(level: Problem, wants_graphs: bool) -> None:
         why = "doesn't know maximize: set backend to mlseg"
     elif level.gas > 1 or level.gradient_clipping:
         why = "takes one batch a step, unclipped, here: set backend to mlseg"
+    elif any(map(level.is_implemented, ("param_callback", "grad_callback"))):
+        why = "takes its steps again without param_callback and grad_callback: set backend to mlseg"
     elif level.paths:
         why = "serves levels without lower ones here: set backend to mlseg"
     if why is not None:
@@ -56,7 +58,7 @@ def backward_through(replay: Replay, vector: Vector, fresh: bool) -> Cotangents:
     with level.revisiting():
         for step in replay.steps:
             (loss,) = replay.losses(step)
-            with substituted(level.module, replay.parameters, weights):
+            with substituted(level.all_modules(), replay.parameters, weights):
                 value = loss()
             weights = optimizer.step(value, params=weights, override=_rates(replay, step))
             replay.hop.products += 1
@@ -65,6 +67,11 @@ def backward_through(replay: Replay, vector: Vector, fresh: bool) -> Cotangents:
         for w, v in zip(weights, level.spread(vector), strict=True)
         if w.requires_grad and w.grad_fn is not None
     ]
+    if not pairs:
+        raise UserError(
+            f"problem {level.name!r}: its loss reads no parameter of its module; a parameter kept "
+            "elsewhere can't be differentiated by higher: set backend to mlseg"
+        )
     outputs, along = zip(*pairs, strict=True)
     return torch.autograd.grad(outputs, replay.hop.inputs, grad_outputs=along, allow_unused=True)
 
@@ -73,6 +80,11 @@ def _optimizer(replay: Replay, fresh: bool) -> DifferentiableOptimizer:
     first = replay.steps[0]
     # A stand-in for the level's optimizer as it was at the first step.
     before = copy.copy(replay.level.optimizer)
+    trainable = {id(p) for p in replay.parameters}
+    before.param_groups = [
+        {**group, "params": [p for p in group["params"] if id(p) in trainable]}
+        for group in before.param_groups
+    ]
     before.state = {}
     if not fresh:
         for p, moments in zip(replay.parameters, first.moments, strict=True):

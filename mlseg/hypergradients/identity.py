@@ -34,6 +34,7 @@ class Identity(Scaled):
 
     def mixed_product(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         """See the class."""
+        hop.products += 1
         with hop.evaluation() as loss:
             product = directional(loss, hop.level, hop.parameters, vector, hop.inputs, self.mode)
         return product, {}

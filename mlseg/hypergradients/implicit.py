@@ -93,6 +93,7 @@ class Hessian:
 
     def mixed(self, x: Tensor) -> Cotangents:
         """``(d2l / d(inputs) dw) x``; the last product, which frees the graph."""
+        self.hop.products += 1
         return pull_through(self.gradient, unflatten(x, self.parameters), self.hop.inputs)
 
 
@@ -115,8 +116,7 @@ class Implicit(Method):
 
     def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         """Solve, then minus the mixed product of the solution."""
-        before = hop.level.at_weights_before_step(self.linearise == "before_step")
-        with before, hop.evaluation(whole=True) as loss:
+        with hop.level.linearised(self.linearise), hop.evaluation(whole=True) as loss:
             hessian = Hessian(loss(), hop, self.damping)
             if not hessian.parameters:
                 return [None] * len(hop.inputs), {}
@@ -134,13 +134,18 @@ class Implicit(Method):
         """
 
 
-def over(active: Tensor) -> bool:
+def finished(active: Tensor) -> bool:
     """Whether a loop may end early because ``active`` is false.
 
     Only asked on the CPU. On a device reading the answer would make the host wait; there the loop
     runs on with its values frozen, and ends with the same result.
     """
     return active.device.type == "cpu" and not bool(active)
+
+
+def remember(hop: Hop, key: str, solution: Tensor) -> None:
+    """Keep a solution for :func:`remembered`, but none with a NaN in it."""
+    hop.memory[key] = torch.where(solution.isfinite().all(), solution, 0.0)
 
 
 def remembered(hop: Hop, key: str, like: Tensor, wanted: bool) -> Tensor | None:

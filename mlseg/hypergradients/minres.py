@@ -7,7 +7,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from mlseg.hypergradients.base import Diagnostics
-from mlseg.hypergradients.implicit import Hessian, Implicit, over, remembered
+from mlseg.hypergradients.implicit import Hessian, Implicit, finished, remember, remembered
 from mlseg.hypergradients.registry import register
 
 
@@ -56,7 +56,7 @@ class MinimalResidual(Implicit):
         curvature = torch.full_like(beta, torch.inf)
         beta = zero
         for _ in range(self.iterations):
-            if over(active):
+            if finished(active):
                 break
             count = count + active
             product = hessian(q)
@@ -81,6 +81,6 @@ class MinimalResidual(Implicit):
             exhausted = beta_after <= torch.finfo(v.dtype).eps * diagonal
             active = active & (left.abs() > self.tolerance * size) & ~exhausted
         if self.warm_start:
-            hessian.hop.memory["minres"] = x
+            remember(hessian.hop, "minres", x)
         residual = left.abs() / size.clamp_min(smallest)
         return x, {"residual": residual, "iterations": count, "curvature": curvature}

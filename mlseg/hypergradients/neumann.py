@@ -7,7 +7,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from mlseg.hypergradients.base import Diagnostics
-from mlseg.hypergradients.implicit import Hessian, Implicit, largest_eigenvalue, over
+from mlseg.hypergradients.implicit import Hessian, Implicit, finished, largest_eigenvalue
 from mlseg.hypergradients.registry import register
 
 
@@ -26,7 +26,8 @@ class Neumann(Implicit):
     so: the step size is too large, or ``H`` has a negative eigenvalue.
 
     Cost per hop: 1 forward and 1 backward pass, a Hessian-vector product per term (and
-    ``power_iterations`` where the step size isn't given), 1 mixed product. Memory: the graph of the
+    ``power_iterations`` where the step size isn't given), 1 mixed product: 19 products by default,
+    where ``cg`` takes 11. Memory: the graph of the
     gradient, 3 vectors.
 
     Source: Lorraine, Vicol, Duvenaud: Optimizing millions of hyperparameters by implicit
@@ -59,7 +60,7 @@ class Neumann(Implicit):
         # Below this the terms are rounding errors, whose norms may do what they like.
         noise = 8.0 * torch.finfo(v.dtype).eps * start
         for _ in range(self.terms):
-            if over(active):
+            if finished(active):
                 break
             term = term - a * hessian(term)
             former, size = size, torch.where(active, term.norm(), size)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Method, Vector
 from mlseg.hypergradients.trajectory import Keeps
-from mlseg.hypergradients.update_rules import check_known, one_step_scale
+from mlseg.hypergradients.update_rules import check_known, objective, one_step_scale
 
 if TYPE_CHECKING:
     from mlseg.problems.base import Problem
@@ -33,7 +33,7 @@ class OneStep(Method):
     def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         """Minus the mixed product of the scaled vector."""
         scaled = self.scaled(vector, hop)
-        with hop.level.at_weights_before_step(self.linearise == "before_step"):
+        with hop.level.linearised(self.linearise):
             product, diagnostics = self.mixed_product(scaled, hop)
         return [None if q is None else q.neg() for q in product], diagnostics
 
@@ -68,7 +68,8 @@ class Scaled(OneStep):
     def scaled(self, vector: Vector, hop: Hop) -> Vector:
         """``P vector``."""
         if self.scale == "none":
-            return vector
+            signs, _ = objective(hop.parameters, hop.level.optimizer)
+            return [v if sign else v * 0.0 for v, sign in zip(vector, signs, strict=True)]
         return one_step_scale(
             vector, hop.parameters, hop.level.optimizer, preconditioned=self.scale == "optimizer"
         )

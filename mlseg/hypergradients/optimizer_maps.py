@@ -12,7 +12,7 @@ Sources: the update rules in the documentation of ``torch.optim``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from mlseg.errors import UserError
 from mlseg.hypergradients.second_order import dual_level
 from mlseg.hypergradients.trajectory import Step
 from mlseg.hypergradients.vectors import filled
+
+if TYPE_CHECKING:
+    from mlseg.problems.base import Problem
 
 Moments = dict[str, Tensor]
 Rule = Callable[[Tensor, Tensor, Moments, Mapping[str, Any], bool], tuple[Tensor, Moments]]
@@ -34,19 +37,24 @@ COUNT = "step"
 """The moment that counts steps; nothing is differentiated by it."""
 
 
-def rule_of(optimizer: torch.optim.Optimizer, problem: str = "") -> Rule:
-    """The map of an optimizer.
+def rule_of(level: Problem) -> Rule:
+    """The map of a level's optimizer.
 
     Raises:
-        UserError: there is none for it.
+        UserError: there is none for it, or the level steps in a way of its own.
     """
-    for cls, rule in _RULES:
-        if isinstance(optimizer, cls):
-            return rule
+    optimizer = level.optimizer
+    what = f"the step of {type(optimizer).__name__}"
+    if level.is_implemented("custom_optimizer_step"):
+        what = "a custom_optimizer_step"
+    else:
+        for cls, rule in _RULES:
+            if isinstance(optimizer, cls):
+                return rule
     raise UserError(
-        f"problem {problem!r}: the step of {type(optimizer).__name__} can't be differentiated, "
-        "only that of SGD, Adam, AdamW, RMSprop and Adagrad; take one of these, a method that "
-        "doesn't need it (cg, identity), or unrolled with backend: higher"
+        f"problem {level.name!r}: {what} can't be differentiated, only that of SGD, Adam, AdamW, "
+        "RMSprop and Adagrad; take one of these, a method that doesn't need it (cg, identity), or "
+        "unrolled with backend: higher"
     )
 
 

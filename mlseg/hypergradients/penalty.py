@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from mlseg.errors import UserError
 from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Method, Vector
+from mlseg.hypergradients.implicit import remember, remembered
 from mlseg.hypergradients.registry import register
 from mlseg.hypergradients.update_rules import objective
 from mlseg.hypergradients.vectors import filled, norm
+
+if TYPE_CHECKING:
+    from mlseg.problems.base import Problem
 
 
 @register("penalty")
@@ -55,6 +61,14 @@ class Penalty(Method):
     step_size: PositiveFloat | None = None
     warm_start: bool = False
 
+    def check(self, level: Problem) -> None:
+        """Refuse an optimizer that minimises and maximises at once."""
+        if len({bool(group.get("maximize")) for group in level.optimizer.param_groups}) > 1:
+            raise UserError(
+                f"problem {level.name!r}: some of its parameter groups maximize and some don't; "
+                "the hypergradient method penalty takes one or the other"
+            )
+
     def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         """See the class."""
         parameters = hop.parameters
@@ -78,8 +92,9 @@ class Penalty(Method):
             with _at(parameters, at, shift):
                 above = torch.autograd.grad(loss(), hop.inputs, allow_unused=True)
         if self.warm_start:
-            hop.memory.update({f"penalty_{i}": o for i, o in enumerate(shift)})
-        factor = self.strength * size * (signs[0] if signs else 1)
+            for i, o in enumerate(shift):
+                remember(hop, f"penalty_{i}", o)
+        factor = self.strength * size * (-1.0 if -1 in signs else 1.0)
         product = [
             None if a is None or b is None else factor * (a - b)
             for a, b in zip(above, below, strict=True)
@@ -99,10 +114,10 @@ class Penalty(Method):
         return steps, signs, decays
 
     def _start(self, hop: Hop, parameters: Vector) -> Vector:
-        known = [hop.memory.get(f"penalty_{i}") for i in range(len(parameters))]
-        if self.warm_start and all(k is not None for k in known):
-            return filled(known, parameters)
-        return [torch.zeros_like(p) for p in parameters]
+        return filled(
+            [remembered(hop, f"penalty_{i}", p, self.warm_start) for i, p in enumerate(parameters)],
+            parameters,
+        )
 
 
 @contextmanager

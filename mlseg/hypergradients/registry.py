@@ -29,7 +29,9 @@ def register(name: str) -> Callable[[type[_M]], type[_M]]:
     """
 
     def enter(cls: type[_M]) -> type[_M]:
-        if name in _METHODS and _METHODS[name].__qualname__ != cls.__qualname__:
+        known = _METHODS.get(name)
+        places = [(c.__module__, c.__qualname__) for c in (cls, known) if c is not None]
+        if len(set(places)) > 1:  # the same place: its module was loaded again
             raise ValueError(f"a hypergradient method named {name!r} is registered already")
         cls.name = name
         _METHODS[name] = cls

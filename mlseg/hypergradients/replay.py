@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,14 @@ from mlseg.hypergradients.base import Hop
 from mlseg.hypergradients.optimizer_maps import Moments, StepMap, rule_of
 from mlseg.hypergradients.trajectory import Step
 from mlseg.hypergradients.vectors import accumulate
+
+if TYPE_CHECKING:
+    from mlseg.problems.base import Problem
+
+
+def gradient_is_changed(level: Problem) -> bool:
+    """Whether a level steps along anything but the gradient of one batch's loss."""
+    return level.gas > 1 or bool(level.paths) or level.is_implemented("grad_callback")
 
 
 class Replay:
@@ -52,6 +61,7 @@ class Replay:
 
             def loss() -> Tensor:
                 self.hop.evaluations += 1
+                self.level.restore_buffers()
                 self.level.restore_step_randomness(random_state)
                 return self.level.loss(batch) / len(step.seen)
 
@@ -82,5 +92,6 @@ class Replay:
                 groups=step.groups,
                 stepped=step.stepped,
             )
-        rule = rule_of(self.level.optimizer, self.level.name)
-        return StepMap(rule, step, gradients, self.level.gradient_clipping, self.rates)
+        return StepMap(
+            rule_of(self.level), step, gradients, self.level.gradient_clipping, self.rates
+        )

@@ -30,6 +30,9 @@ class Sama(OneStep):
     ``finite_difference``, this counts how the second moments themselves change with the gradient: a
     step of Adam along a gradient much larger than those before hardly depends on its size.
 
+    With gradient accumulation the Jacobian is that of the whole step, the mixed derivative that of
+    its last batch.
+
     Cost per hop: 2 forward and 2 backward passes of the level's loss, the backward to ``s`` only.
     Memory: copies of the level's weights, moments and gradient, and one of the perturbed weights.
 
@@ -52,13 +55,13 @@ class Sama(OneStep):
 
     def check(self, level: Problem) -> None:
         """Refuse an optimizer whose step can't be differentiated."""
-        rule_of(level.optimizer, level.name)
+        rule_of(level)
 
     def scaled(self, vector: Vector, hop: Hop) -> Vector:
         """``P vector``."""
         level = hop.level
         step = level.trajectory.steps[-1]
-        taken = StepMap(rule_of(level.optimizer), step, step.gradient, level.gradient_clipping)
+        taken = StepMap(rule_of(level), step, step.gradient, level.gradient_clipping)
         spread = level.spread(vector)
         _, along, _, _ = taken.pull_back(spread, [{} for _ in spread])
         return level.gather([a.neg_() for a in along])

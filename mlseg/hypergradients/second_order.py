@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mlseg.checkpoint import one_line
 from mlseg.errors import UserError
 from mlseg.hypergradients.substitution import substituted
 
@@ -63,7 +64,7 @@ def directional(
         ]
         replaced = {id(p): dual for p, dual in zip(parameters, duals, strict=True)}
         try:
-            with substituted(level.module, parameters, duals):
+            with substituted(level.all_modules(), parameters, duals):
                 value = loss()
             if not value.requires_grad:
                 return [None] * len(targets)
@@ -72,8 +73,8 @@ def directional(
             )
         except NotImplementedError as error:
             raise UserError(
-                f"problem {level.name!r}: {str(error).split('.')[0]}; set the hypergradient's "
-                "mode to double_backward"
+                f"problem {level.name!r}: an operation of its loss has no forward-mode derivative "
+                f"({one_line(error)}); set the hypergradient's mode to double_backward"
             ) from error
         return [None if g is None else forward_ad.unpack_dual(g).tangent for g in gradients]
 

@@ -7,7 +7,13 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from mlseg.hypergradients.base import Diagnostics
-from mlseg.hypergradients.implicit import Hessian, Implicit, largest_eigenvalue, remembered
+from mlseg.hypergradients.implicit import (
+    Hessian,
+    Implicit,
+    largest_eigenvalue,
+    remember,
+    remembered,
+)
 from mlseg.hypergradients.registry import register
 
 
@@ -18,7 +24,7 @@ class Stochastic(Implicit):
     .. math:: x_{k+1} = x_k - a \\, (H_k x_k - v)
 
     with ``H_k`` the Hessian on a batch of its own, drawn from the level's data in a stream apart
-    from training's, random draws included. The other implicit methods invert the Hessian of *one*
+    from training's. The other implicit methods invert the Hessian of *one*
     batch, which for small batches is far from the inverse of the mean Hessian; here the mean is
     what the iteration goes to, up to a noise in proportion to ``a``. Started from the last hop's
     solution, a few iterations per hop are enough to follow it while the level trains.
@@ -33,12 +39,17 @@ class Stochastic(Implicit):
     for bilevel optimization that enables stochastic and global variance reduction algorithms,
     NeurIPS 2022 (SOBA).
 
-    Diagnostics: ``residual`` of the last iteration's system, relative to ``v``; ``step_size``.
+    Where the residual of the last system is more than twice ``v``, the iteration diverges: the
+    Hessian is indefinite, or the step too large. The hop then carries one step from zero, ``a v``,
+    and the next one starts there, with half the step where it wasn't given.
+
+    Diagnostics: ``residual`` of the last iteration's system, relative to ``v``; ``step_size``;
+    ``diverged``.
 
     Attributes:
         iterations: batches.
         step_size: ``a``; None takes half of ``1 / lambda_max`` of the level's batch at the first
-            hop, found by power iteration, and keeps it.
+            hop, found by power iteration, and keeps it until it diverges.
         power_iterations: Hessian-vector products for that.
         warm_start: whether to start from the last hop's solution.
     """
@@ -60,10 +71,15 @@ class Stochastic(Implicit):
             fresh = Hessian(hop.level.loss(hop.level.fresh_batch()), hop, self.damping)
             r = v - fresh(x)
             x = x + a * r
-        if self.warm_start:
-            hop.memory["stochastic"] = x
         residual = r.norm() / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
-        return x, {"residual": residual, "step_size": a}
+        # Not "larger": NaN must not pass for progress.
+        diverged = ~(residual <= 2.0)
+        x = torch.where(diverged, a * v, x)
+        if self.warm_start:
+            remember(hop, "stochastic", x)
+        if self.step_size is None:
+            hop.memory["stochastic_step"] = torch.where(diverged, 0.5 * a, a)
+        return x, {"residual": residual, "step_size": a, "diverged": diverged.to(v.dtype)}
 
     def _step(self, hessian: Hessian, v: Tensor) -> Tensor:
         if self.step_size is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -10,17 +10,18 @@ from torch import Tensor, nn
 
 @contextmanager
 def substituted(
-    module: nn.Module, parameters: Sequence[Tensor], by: Sequence[Tensor]
+    modules: Iterable[nn.Module], parameters: Sequence[Tensor], by: Sequence[Tensor]
 ) -> Iterator[None]:
-    """Within this block ``module`` computes with ``by[i]`` where it had ``parameters[i]``.
+    """Within this block the modules compute with ``by[i]`` where they had ``parameters[i]``.
 
-    A parameter that several submodules share is replaced in all of them. The replacements may be
+    A parameter that several (sub)modules share is replaced in all of them; one that is held
+    anywhere but in a module's table of parameters is not. The replacements may be
     any tensors of the same shape: with a history, or dual ones of forward-mode differentiation.
     """
     new = {id(p): replacement for p, replacement in zip(parameters, by, strict=True)}
     places = [
         (holder._parameters, name, p)
-        for holder in module.modules()
+        for holder in _submodules(modules)
         for name, p in holder._parameters.items()
         if p is not None and id(p) in new
     ]
@@ -31,3 +32,7 @@ def substituted(
     finally:
         for table, name, p in places:
             table[name] = p
+
+
+def _submodules(modules: Iterable[nn.Module]) -> Iterable[nn.Module]:
+    return {id(m): m for module in modules for m in module.modules()}.values()

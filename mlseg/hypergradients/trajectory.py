@@ -70,6 +70,7 @@ class Trajectory:
         self.keeps = keeps
         self.steps: deque[Step] = deque()
         self._open: Step | None = None
+        self._spare: Step | None = None
 
     @property
     def is_open(self) -> bool:
@@ -78,7 +79,10 @@ class Trajectory:
 
     def begin(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
         """A step starts: keep the weights, the moments and the settings that it starts from."""
-        old = self.steps.popleft() if len(self.steps) == self.keeps.steps else None
+        if self.steps and not _fits(self.steps[-1].weights, parameters):
+            self.steps.clear()  # parameters were frozen or thawed: another space
+            self._spare = None
+        old, self._spare = self._spare, None
         states = [optimizer.state.get(p, {}) for p in parameters] if self.keeps.moments else []
         self._open = Step(
             weights=_copy([p.detach() for p in parameters], old.weights if old else None),
@@ -120,11 +124,8 @@ class Trajectory:
             ]
         self.steps.append(self._open)
         self._open = None
-
-    def drop_graphs(self) -> None:
-        """Free what :meth:`add_graph` keeps."""
-        for step in self.steps:
-            step.leaves, step.graphs = [], []
+        if len(self.steps) > self.keeps.steps:
+            self._spare = self.steps.popleft()
 
     def state_dict(self) -> dict[str, Any]:
         """All of it but the graphs."""
@@ -157,6 +158,10 @@ def _step_from(values: dict[str, Any], device: torch.device | str) -> Step:
     seen = [(move(batch), random_state) for batch, random_state in values["seen"]]
     rest = {name: move(values[name]) for name in _SAVED if name != "seen"}
     return Step(seen=seen, **rest)
+
+
+def _fits(weights: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
+    return [w.shape for w in weights] == [p.shape for p in parameters]
 
 
 def _copy(tensors: list[Tensor], into: list[Tensor] | None) -> list[Tensor]:

@@ -14,7 +14,7 @@ from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Method, Vect
 from mlseg.hypergradients.higher_backend import backward_through, check_differentiable
 from mlseg.hypergradients.optimizer_maps import Moments, rule_of
 from mlseg.hypergradients.registry import register
-from mlseg.hypergradients.replay import Replay
+from mlseg.hypergradients.replay import Replay, gradient_is_changed
 from mlseg.hypergradients.second_order import Mode, directional, pull_through
 from mlseg.hypergradients.trajectory import Keeps, Step
 from mlseg.hypergradients.vectors import accumulate
@@ -53,8 +53,9 @@ class Unrolled(Method):
     with ``store: graphs``. ``mode: forward_over_reverse`` needs neither second graph.
 
     A level with levels of its own below counts what their hypergradient added to its gradient as
-    constant. Its weights are those that training visited, so that whatever else changed them (a
-    ``param_callback``) is taken as it was, though it isn't differentiated.
+    constant. Its weights and gradients are those that training visited, so that whatever else
+    changed them (``param_callback``, ``grad_callback``) is taken as it was, though it isn't
+    differentiated.
 
     Source: Maclaurin, Duvenaud, Adams: Gradient-based hyperparameter optimization through
     reversible learning, ICML 2015; Franceschi et al.: Forward and reverse gradient-based
@@ -86,8 +87,7 @@ class Unrolled(Method):
     def keeps(self, level: Problem) -> Keeps:
         """``T`` steps; gradients where they can't be had as the last graph's value."""
         gradient = (
-            level.gas > 1
-            or bool(level.paths)
+            gradient_is_changed(level)
             or self.optimizer_state == "fresh"
             or self.mode == "forward_over_reverse"
         )
@@ -103,7 +103,7 @@ class Unrolled(Method):
         if self.backend == "higher":
             check_differentiable(level, self.store == "graphs")
             return
-        rule_of(level.optimizer, level.name)
+        rule_of(level)
         if self.store == "graphs" and level.precision == "bf16":
             raise UserError(
                 f"problem {level.name!r}: store: graphs would keep graphs in bfloat16, too coarse "
@@ -160,8 +160,9 @@ class _Back:
         """Cotangents before the step; those of the inputs are added to ``total``."""
         replay, step, inputs = self.replay, self.step, self.replay.hop.inputs
         with replay.at(step.weights):
-            leaves = step.leaves or replay.parameters
-            graphs: list[Sequence[Tensor | None]] = list(step.graphs)
+            kept = len(step.graphs) == len(step.seen)  # not where a resumed run lacks some
+            graphs: list[Sequence[Tensor | None]] = list(step.graphs) if kept else []
+            leaves = step.leaves if kept else replay.parameters
             losses = replay.losses(step)
             if not graphs and not step.gradient:
                 (loss,) = losses
@@ -174,7 +175,6 @@ class _Back:
             for index, loss in enumerate(losses):
                 replay.hop.products += 1
                 if graphs:
-                    kept = bool(step.graphs)
                     found = _through_kept(replay, graphs[index], along, targets, kept)
                 else:
                     found = directional(

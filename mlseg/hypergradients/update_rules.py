@@ -91,7 +91,7 @@ def objective(
         if decay and _is_decoupled(optimizer, group):
             state = optimizer.state.get(p, {})
             if state:
-                second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+                second = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
                 correction = 1.0 - group["betas"][1] ** _steps(state)
                 decay = decay * ((second / correction).sqrt().to(p.dtype) + group["eps"])
             else:

@@ -229,7 +229,7 @@ def test_frozen_values_end_where_an_early_exit_would(monkeypatch: pytest.MonkeyP
     for method in ("cg", "minres", "neumann"):
         length = {"terms": 200} if method == "neumann" else {"iterations": 60}
         early, first = solve(method, matrix, v, **length)
-        monkeypatch.setattr(f"mlseg.hypergradients.{method}.over", lambda active: False)
+        monkeypatch.setattr(f"mlseg.hypergradients.{method}.finished", lambda active: False)
         late, second = solve(method, matrix, v, **length)
         torch.testing.assert_close(early, late, rtol=1e-12, atol=1e-14)
         assert float(first["iterations"]) == float(second["iterations"])

@@ -58,7 +58,8 @@ def test_what_doesnt_belong_is_refused_before_any_work(
     path = tiny.write_config(tmp_path / "c.yaml", "e2eaug", {"segmentor.channels": 8})
     overrides = [f"problems.segmentor.{o}" for o in override]
     code = run.main([str(path), *overrides, "--out", str(tmp_path / "run")])
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ")
     assert code == 2
     assert words in line
     assert "segmentor" in line
