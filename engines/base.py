@@ -107,6 +107,8 @@ class Engine(betty.engine.Engine):
             dependencies={"u2l": first.u2l, "l2u": first.l2u},
             env=env,
         )
+        for index in reversed(range(len(self.stages))):
+            self.enter_stage(index)  # what a later stage's levels can't do is said now
         self.recorder = Recorder(Path(out) if out else None, self.settings, quiet=quiet)
         self._guard = NanGuard([p.name for p in self.problems], self.device)
 
