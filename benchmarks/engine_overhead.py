@@ -27,11 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import machine
 import torch
 from hand_written import HandWrittenDecay, HandWrittenE2EAug, decay_engine
 
-from mlseg import config, randomness
+from mlseg import config, machine, randomness
 from mlseg.engines.base import Engine
 from mlseg.run import parse_run
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
 
-from mlseg import config
+from mlseg import config, machine
 from mlseg.data import DataSettings, Samples, load_data
 from mlseg.errors import UserError
 from mlseg.metrics import SegmentationMetrics

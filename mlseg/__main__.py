@@ -11,6 +11,7 @@ COMMANDS = {
     "run": ("mlseg.run", "train a system from a config"),
     "evaluate": ("mlseg.evaluate", "score a finished run on any data set"),
     "predict": ("mlseg.predict", "images in, mask PNGs and overlays out"),
+    "compare": ("mlseg.compare", "hypergradient methods side by side"),
     "data": ("mlseg.data.__main__", "fetch a data set, or say where to get it"),
 }
 

@@ -134,6 +134,17 @@ def dump(settings: pydantic.BaseModel) -> str:
     return yaml12.write(settings.model_dump())
 
 
+def differences(before: Any, now: Any, key: str = "") -> list[str]:
+    """Dotted keys at which two configs, as plain values, differ."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [] if before == now else [key]
+    return [
+        found
+        for name in {**before, **now}
+        for found in differences(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+    ]
+
+
 def _path(key: str | yaml12.Path) -> yaml12.Path:
     if isinstance(key, tuple):
         return key

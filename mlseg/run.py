@@ -144,24 +144,13 @@ def _resumed(arguments: argparse.Namespace) -> config.Tree:
         stored = config.Tree(settings.model_dump(mode="json"), given.origins, given.source)
     before = parse_run(original)[0].model_dump(mode="json")
     now = parse_run(stored)[0].model_dump(mode="json")
-    changed = [key for key in _differences(before, now) if key != "engine.iterations"]
+    changed = [key for key in config.differences(before, now) if key != "engine.iterations"]
     if changed:
         raise UserError(
             f"--resume: {changed[0]} differs from the run's own config.yaml; a resumed run may "
             "only change engine.iterations, start a new run for the rest"
         )
     return stored
-
-
-def _differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """Dotted keys at which two configs differ."""
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return [] if before == now else [key]
-    return [
-        found
-        for name in {**before, **now}
-        for found in _differences(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
-    ]
 
 
 def _notice(engine: Engine) -> str | None:

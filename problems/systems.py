@@ -1,12 +1,7 @@
 """The table of systems: whole multilevel programs that a config can name."""
 
-import importlib
-import pkgutil
-import sys
-import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +10,7 @@ from pydantic import NonNegativeInt
 from mlseg.config import Settings
 from mlseg.engines.base import Engine
 from mlseg.engines.settings import EngineSettings
-from mlseg.errors import UserError
+from mlseg.problems.registry import Entry, Registry
 
 
 class RunSettings(Settings):
@@ -37,28 +32,19 @@ class RunSettings(Settings):
 
 
 @dataclass(frozen=True)
-class System:
+class System(Entry):
     """A system: its settings class and the function that builds it.
 
-    Attributes:
-        name: as in a config.
-        summary: one line for ``--help``.
-        settings: class of the whole config.
-        build: makes data, networks, problems, and the engine of them; its second argument is the
-            run directory, or None to write nothing.
+    ``build`` makes data, networks, problems, and the engine of them; its second argument is the
+    run directory, or None to write nothing.
     """
-
-    name: str
-    summary: str
-    settings: type[RunSettings]
-    build: Callable[[Any, Path | None], Engine]
 
     def __call__(self, settings: Any, out: Path | None = None) -> Engine:
         """Build it; with ``out``, the run directory, its records are written there."""
         return self.build(settings, out)
 
 
-_SYSTEMS: dict[str, System] = {}
+_SYSTEMS = Registry(System, "system", __package__, RunSettings, "my_package.games:build")
 
 
 def system(
@@ -71,13 +57,7 @@ def system(
         settings: class of the whole config.
         summary: one line for ``--help``.
     """
-
-    def decorate(build: Callable[[Any, Path | None], Engine]) -> System:
-        made = System(name, summary, settings, build)
-        _SYSTEMS[name] = made
-        return made
-
-    return decorate
+    return _SYSTEMS.register(name, settings, summary)
 
 
 def load_system(name: str) -> System:
@@ -86,55 +66,14 @@ def load_system(name: str) -> System:
     Raises:
         UserError: there is none of that name, or the path leads to something else.
     """
-    if ":" in name:
-        return _from_path(name)
-    _discover()
-    if name not in _SYSTEMS:
-        near = get_close_matches(name, _SYSTEMS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(
-            f"system: there is no {name!r}{hint} (systems: {', '.join(sorted(_SYSTEMS))}, "
-            "or a dotted path such as my_package.games:build)"
-        )
-    return _SYSTEMS[name]
+    return _SYSTEMS.load(name)
 
 
 def all_systems() -> Sequence[System]:
     """Every registered system, by name."""
-    _discover()
-    return [_SYSTEMS[name] for name in sorted(_SYSTEMS)]
+    return _SYSTEMS.all()
 
 
 def system_names() -> list[str]:
     """Names of the registered systems, sorted."""
     return [system.name for system in all_systems()]
-
-
-def _discover() -> None:
-    """Import every module beside this one, so that systems register themselves."""
-    package = sys.modules[__package__ or "mlseg.problems"]
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-
-
-def _from_path(path: str) -> System:
-    module_name, _, attribute = path.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a user's package beside the config, as with python -m
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"system: can't load {path!r} ({error}); it is package.module:function"
-        ) from error
-    if isinstance(found, System):
-        return found
-    hints = typing.get_type_hints(found) if callable(found) else {}
-    hints.pop("return", None)
-    settings = next(iter(hints.values()), None)
-    if not (isinstance(settings, type) and issubclass(settings, RunSettings)):
-        raise UserError(
-            f"system: {path!r} must be a function whose first parameter is annotated with its "
-            "settings, a subclass of mlseg.problems.systems.RunSettings"
-        )
-    return System(path, found.__doc__ or "", settings, found)

@@ -1,0 +1,167 @@
+"""Compare hypergradient methods: against the exact one, and from end to end.
+
+python -m mlseg.compare configs/compare_quadratic.yaml
+python -m mlseg.compare configs/compare_ridge.yaml seeds=[0,1,2,3,4] --out runs/ridge --jobs 2
+python -m mlseg.compare configs/compare_quadratic.yaml tasks.quadratic.condition=1e4
+python -m mlseg.compare --resume runs/ridge
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mlseg import config, machine
+from mlseg.commands import guarded, make_console
+from mlseg.comparison import figures, phases, report
+from mlseg.comparison.cells import Cell, Runner
+from mlseg.comparison.settings import Comparison, parse
+from mlseg.engines.recording import timestamp, write_text
+from mlseg.errors import UserError
+from mlseg.hypergradients import names
+from mlseg.problems.tasks.base import all_tasks
+
+NEEDED = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser().parse_intermixed_args(given)  # overrides may follow options
+    arguments.command = shlex.join(["python", "-m", "mlseg.compare", *given])
+    if arguments.config is not None and "=" in arguments.config:
+        arguments.overrides.insert(0, arguments.config)
+        arguments.config = None
+    return guarded(_compare, arguments)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Its arguments."""
+    tasks = "\n".join(f"  {task.name:<14} {task.summary}" for task in all_tasks())
+    made = argparse.ArgumentParser(
+        prog="mlseg compare",
+        description="Compare hypergradient methods: accuracy, cost, and scores from end to end.",
+        epilog=f"tasks:\n{tasks}\n\nmethods: {', '.join(names())}\n\nexit codes: 0 done, 1 failed "
+        "in mid-run, 2 a mistake in config or command, 130 and 143 interrupted; finished cells are "
+        "kept",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("config", nargs="?", help="YAML file; may be left out with --resume")
+    made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="seeds=[0,1,2]")
+    made.add_argument("--out", type=Path, help="directory (runs/<config>/<time>)")
+    made.add_argument("--resume", type=Path, metavar="DIR", help="keep DIR's finished cells, go on")
+    made.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1)")
+    return made
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    _require_extra()
+    if arguments.jobs < 1:
+        raise UserError(f"--jobs: {arguments.jobs} processes; give 1 or more")
+    tree, directory = _what_and_where(arguments)
+    comparison = parse(tree)
+    if arguments.resume is not None:
+        _refuse_changes(comparison, directory)
+    console = make_console(stderr=True)
+    console.print(f"Writing to {directory}, running on {comparison.device}")
+    write_text(directory / "config.yaml", config.dump(comparison.settings))
+    circumstances = _circumstances(comparison, arguments.jobs)
+    with Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as bar:
+        shown = bar.add_task("comparing", total=phases.count(comparison))
+
+        def on_done(cell: Cell) -> None:
+            bar.update(shown, advance=1, description=f"{cell.phase}: {cell.task}, {cell.method}")
+
+        runner = Runner(comparison, directory, arguments.jobs, circumstances, on_done)
+        results = phases.run(comparison, runner)
+        bar.update(shown, total=bar.tasks[0].completed)
+    _finish(comparison, results, directory, {"command": arguments.command, **circumstances})
+    return 0
+
+
+def _finish(
+    comparison: Comparison, results: phases.Results, directory: Path, head: dict[str, str]
+) -> None:
+    """Write files and print tables."""
+    settings = comparison.settings
+    head["seeds"] = ", ".join(map(str, settings.seeds))
+    pictures = figures.draw(comparison, results, directory)
+    report.write(comparison, results, pictures, directory, head)
+    console = make_console()
+    for made in report.all_tables(comparison, results):
+        table = Table(*made.columns[:1], title=made.title)
+        for column in made.columns[1:]:
+            table.add_column(column, justify="right")
+        for row in made.rows:
+            table.add_row(*row)
+        console.print(table)
+    for cell, found in report.failed(results)[:5]:
+        console.print(f"{cell.phase}, {cell.task}, {cell.method}: failed: {found['reason']}")
+    console.print(f"All of it is in {directory}; read {directory / 'report.md'}")
+
+
+def _what_and_where(arguments: argparse.Namespace) -> tuple[config.Tree, Path]:
+    if arguments.resume is not None:
+        stored = arguments.resume / "config.yaml"
+        if arguments.out is not None:
+            raise UserError("--out: a resumed comparison stays in its directory; drop it")
+        if not stored.is_file():
+            raise UserError(
+                f"--resume: {arguments.resume} is no comparison's directory (it has no config.yaml)"
+            )
+        return config.load(arguments.config or stored, arguments.overrides), arguments.resume
+    if arguments.config is None:
+        raise UserError("name a config, such as configs/compare_quadratic.yaml (see --help)")
+    tree = config.load(arguments.config, arguments.overrides)
+    directory = arguments.out or Path("runs") / Path(arguments.config).stem / timestamp()
+    if (directory / "config.yaml").exists():
+        raise UserError(
+            f"--out: {directory} holds a comparison or run already; go on with it by --resume "
+            f"{directory}, or name another directory"
+        )
+    return tree, directory
+
+
+def _refuse_changes(comparison: Comparison, directory: Path) -> None:
+    before = parse(config.load(directory / "config.yaml")).settings.model_dump(mode="json")
+    now = comparison.settings.model_dump(mode="json")
+    changed = config.differences(before, now)
+    if changed:
+        raise UserError(
+            f"--resume: {changed[0]} differs from {directory / 'config.yaml'}, whose cells would "
+            "not belong to it; start a new comparison with --out"
+        )
+
+
+def _require_extra() -> None:
+    """Raise UserError where what the extra ``compare`` brings is missing."""
+    missing = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(
+            f"mlseg compare needs {' and '.join(missing)}; install the extra: "
+            "uv pip install 'mlseg[compare]' (in the repository: uv pip install '.[compare]')"
+        )
+
+
+def _circumstances(comparison: Comparison, jobs: int) -> dict[str, str]:
+    """What figures may depend on beside the config."""
+    found = machine.describe(comparison.device)
+    return {**found, "threads": str(comparison.settings.threads), "processes": str(jobs)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

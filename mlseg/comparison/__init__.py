@@ -1,0 +1,1 @@
+"""What ``python -m mlseg.compare`` is made of: settings, cells, measuring, figures, report."""

@@ -1,0 +1,231 @@
+"""The figures of a comparison: accuracy against cost, scores against steps and time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlseg.comparison.cells import Cell, Figures
+from mlseg.comparison.phases import Results, of, spread
+from mlseg.comparison.settings import Comparison
+from mlseg.comparison.tables import MIB, score_name
+from mlseg.engines.recording import writing
+
+Style = Mapping[str, Any]
+_MARKERS = "osD^vP*X<>hpd8"
+_SMALLEST = 1e-16
+"""Errors below it, zero included, are drawn here."""
+
+
+def draw(comparison: Comparison, results: Results, directory: Path) -> dict[tuple[str, str], Path]:
+    """Write all figures.
+
+    Returns:
+        the PNG files by task and what they show: a dtype, or ``training``.
+
+    Raises:
+        RunError: one can't be written.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context({"backend": "agg", "font.size": 10, "axes.grid": True}):
+        return _draw(comparison, results, directory)
+
+
+def _draw(comparison: Comparison, results: Results, directory: Path) -> dict[tuple[str, str], Path]:
+    import matplotlib.pyplot as plt
+
+    made: dict[tuple[str, str], Path] = {}
+    styles = _styles(list(comparison.methods))
+    settings = comparison.settings
+    for task in comparison.tasks:
+        for dtype in settings.accuracy.dtypes if settings.accuracy else ():
+            figure = _accuracy(of(results.accuracy, task=task, dtype=dtype), task, dtype, styles)
+            made[task, dtype] = directory / f"accuracy_{_slug(task)}_{dtype}.png"
+            _save(figure, made[task, dtype])
+        if results.training:
+            figure = _training(
+                of(results.training, task=task), task, score_name(results, task), styles
+            )
+            made[task, "training"] = directory / f"training_{_slug(task)}.png"
+            _save(figure, made[task, "training"])
+    plt.close("all")
+    return made
+
+
+def _accuracy(
+    cells: Mapping[str, Sequence[tuple[Cell, Figures]]],
+    task: str,
+    dtype: str,
+    styles: Mapping[str, Style],
+) -> Any:
+    """Three panels: error against time and memory, and angle against time; whiskers over seeds."""
+    import matplotlib.pyplot as plt
+
+    panels = (
+        ("milliseconds", 1.0, "milliseconds per hypergradient", "error"),
+        ("memory_bytes", 1.0 / MIB, "peak extra memory [MiB]", "error"),
+        ("milliseconds", 1.0, "milliseconds per hypergradient", "angle"),
+    )
+    texts = {"error": "relative error", "angle": "1 - cosine"}
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
+    handles: dict[str, Any] = {}
+    for place, (cost, factor, label, quality) in zip(axes, panels, strict=True):
+        for method, measured in cells.items():
+            shown = [
+                (c, {**f, "angle": _angle(f)}) for c, f in measured if f.get("error") is not None
+            ]
+            x, y = spread(shown, cost), spread(shown, quality)
+            if x is None or y is None:
+                continue
+            values = [max(v, _SMALLEST) for v in (y.median, y.least, y.largest)]
+            handles[method] = place.errorbar(
+                x.median * factor,
+                values[0],
+                xerr=[[(x.median - x.least) * factor], [(x.largest - x.median) * factor]],
+                yerr=[[values[0] - values[1]], [values[2] - values[0]]],
+                capsize=2,
+                linewidth=1,
+                **_point(styles[method]),
+            )
+        place.set(xlabel=label, ylabel=texts[quality])
+        _tidy(place)
+        _in_decades(place.xaxis)
+        _in_decades(place.yaxis)
+    exact = {str(f["exact"]) for rows in cells.values() for _, f in rows if "exact" in f}
+    figure.suptitle(
+        f"{task}, {dtype}: against the exact hypergradient ({', '.join(sorted(exact)) or 'none'}); "
+        "median, least and largest over seeds"
+    )
+    if handles:
+        figure.legend(handles.values(), handles, loc="outside right center", frameon=False)
+    return figure
+
+
+def _angle(figures: Figures) -> float | None:
+    return None if figures.get("cosine") is None else 1.0 - float(figures["cosine"])
+
+
+def _training(
+    cells: Mapping[str, Sequence[tuple[Cell, Figures]]],
+    task: str,
+    name: str,
+    styles: Mapping[str, Style],
+) -> Any:
+    """Four panels: validation loss and score, against upper steps and against seconds."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    handles: dict[str, Any] = {}
+    for row, key in enumerate(("objective", "score")):
+        for column, axis in enumerate(("step", "seconds")):
+            place = axes[row][column]
+            values: list[float] = []
+            ends: list[float] = []
+            for method, measured in cells.items():
+                curve = _mean_curve(measured, axis, key)
+                if not curve:
+                    continue
+                x, middle, low, high = zip(*curve, strict=True)
+                values += [*low, *high]
+                ends.append(x[-1])
+                style = styles[method]
+                (handles[method],) = place.plot(
+                    x, middle, color=style["color"], linestyle=style["linestyle"], linewidth=1.6
+                )
+                place.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+            place.set_xlabel("upper steps" if axis == "step" else "seconds of training")
+            place.set_ylabel("upper loss" if key == "objective" else name)
+            _tidy(place)
+            if values and min(values) > 0 and max(values) > 10 * min(values):
+                _in_decades(place.yaxis)
+            # The start, at no time at all, has no place on a logarithmic axis.
+            if axis == "seconds" and ends and max(ends) > 10 * min(ends):
+                _in_decades(place.xaxis)
+    figure.suptitle(f"{task}, from end to end: median, least and largest over seeds")
+    if handles:
+        figure.legend(handles.values(), handles, loc="outside right center", frameon=False)
+    return figure
+
+
+def _mean_curve(
+    measured: Sequence[tuple[Cell, Figures]], axis: str, key: str
+) -> list[tuple[float, float, float, float]]:
+    """(x, median, least, largest) per evaluation, over the seeds that went well."""
+    curves = [f["curve"] for _, f in measured if f.get("status") == "ok"]
+    points = []
+    for at_step in zip(*curves, strict=False):
+        x, values = (
+            spread([(measured[0][0], point) for point in at_step], name) for name in (axis, key)
+        )
+        if x is not None and values is not None:
+            points.append((x.median, values.median, values.least, values.largest))
+    return points
+
+
+def _styles(methods: Sequence[str]) -> dict[str, Style]:
+    """The same colour, marker and line for a method in every figure."""
+    import matplotlib
+
+    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    order = [*range(0, 20, 2), *range(1, 20, 2)]  # the ten strong ones first
+    lines = ("-", "--", "-.", ":")
+    return {
+        method: {
+            "color": colours[order[index % 20]],
+            "marker": _MARKERS[index % len(_MARKERS)],
+            "linestyle": lines[(index // 5) % len(lines)],
+        }
+        for index, method in enumerate(methods)
+    }
+
+
+def _point(style: Style) -> dict[str, Any]:
+    return {
+        "color": style["color"],
+        "marker": style["marker"],
+        "markersize": 8,
+        "markeredgecolor": "black",
+        "markeredgewidth": 0.5,
+        "linestyle": "none",
+    }
+
+
+def _in_decades(axis: Any) -> None:
+    """A logarithmic axis from one power of ten to another, with no numbers between."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    low, high = (math.log10(end) for end in axis.get_data_interval() if end > 0)
+    ends = math.floor(low + 1e-9), math.ceil(high - 1e-9)
+    axis.axes.set(
+        **{
+            f"{axis.axis_name}lim": (
+                10.0 ** ends[0] * 0.8,
+                10.0 ** max(ends[1], ends[0] + 1) * 1.25,
+            )
+        }
+    )
+    axis.set_major_locator(LogLocator(numticks=10))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _tidy(axes: Any) -> None:
+    """A quiet grid, behind everything."""
+    axes.grid(visible=True, which="major", color="0.88", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with writing(path):
+        temporary = path.with_name(f".{path.name}.partial")
+        figure.savefig(temporary, dpi=110, format="png")
+        temporary.replace(path)
+
+
+def _slug(label: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in label)

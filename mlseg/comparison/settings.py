@@ -1,0 +1,216 @@
+"""What a comparison's config says.
+
+    tasks:
+      quadratic: {condition: 100.0}          # the key is the label, and the name if none is given
+      saddle: {name: quadratic, negative: 5}
+    methods:
+      exact: {}
+      neumann: {terms: [10, 100]}            # a list makes one row of each of its values
+      secant: {method: finite_difference, epsilon: 1.0e-4}
+    seeds: [0, 1, 2]
+
+A task or method that is set to null is left out, as on a command line: ``methods.exact=null``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import pydantic
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from mlseg import config
+from mlseg.checkpoint import one_line
+from mlseg.config import Settings
+from mlseg.config_errors import explain, quoted
+from mlseg.engines.settings import choose_device
+from mlseg.errors import UserError
+from mlseg.hypergradients import Method, resolve
+from mlseg.problems.tasks.base import Task, TaskSettings, load_task
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+Seeds = Annotated[list[NonNegativeInt], Field(min_length=1)]
+
+
+class AccuracySettings(Settings):
+    """The phase that compares hypergradients with the exact one.
+
+    Attributes:
+        dtypes: in which everything runs; the exact one is in float64 throughout.
+        repeats: of the timing, each on a program built anew, so that no warm start helps.
+    """
+
+    dtypes: list[Literal["float64", "float32"]] = Field(["float64"], min_length=1)
+    repeats: PositiveInt = 3
+
+
+class TrainingSettings(Settings):
+    """The phase that trains from end to end.
+
+    Attributes:
+        methods: labels of those that take part; None for all.
+        iterations: steps of the upper level.
+        evaluate_every: upper steps between two points of a curve.
+        optimizer: of the upper level.
+        rates: its learning rates, the same grid for every method, of which each gets the one with
+            the lowest mean upper loss on validation data at the end over ``tuning_seeds``.
+        tuning_seeds: other than those that are reported.
+        dtype: in which everything runs.
+    """
+
+    methods: list[str] | None = None
+    iterations: PositiveInt = 100
+    evaluate_every: PositiveInt = 5
+    optimizer: Literal["adam", "sgd"] = "adam"
+    rates: list[PositiveFloat] = Field([0.01, 0.03, 0.1, 0.3], min_length=1)
+    tuning_seeds: Seeds = [1000]
+    dtype: Literal["float64", "float32"] = "float32"
+
+
+class CompareSettings(Settings):
+    """A comparison: tasks x methods x settings x seeds.
+
+    Attributes:
+        tasks: by label; a mapping of ``name`` (the label by default) and that task's settings.
+        methods: by label; a mapping of ``method`` (the label by default) and its settings, where a
+            list of values makes one method of each.
+        imports: modules to import first, which register methods of the user's own.
+        seeds: of every draw, one cell for each.
+        device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
+        threads: of each process; more than one may change the last digits.
+        accuracy: None skips the phase.
+        training: None skips the phase.
+    """
+
+    tasks: dict[str, dict[str, Any] | None]
+    methods: dict[str, dict[str, Any] | None]
+    imports: list[str] = []
+    seeds: Seeds = [0, 1, 2]
+    device: str = "cpu"
+    threads: PositiveInt = 1
+    accuracy: AccuracySettings | None = AccuracySettings()
+    training: TrainingSettings | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> CompareSettings:
+        if self.accuracy is None and self.training is None:
+            raise ValueError("accuracy and training are both null; leave one of them in")
+        if self.training is not None:
+            shared = sorted({*self.seeds} & {*self.training.tuning_seeds})
+            if shared:
+                raise ValueError(
+                    f"training.tuning_seeds: {shared[0]} is among the seeds that are reported; "
+                    "tune on others"
+                )
+        for name in ("seeds", "tasks", "methods"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}: one of them comes twice")
+        return self
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A checked config with what it names.
+
+    Attributes:
+        settings: the config.
+        tasks: by label, the task and its settings.
+        methods: by label, after expanding lists.
+        trained: labels of those that are trained with.
+        device: resolved.
+    """
+
+    settings: CompareSettings
+    tasks: Mapping[str, tuple[Task, TaskSettings]]
+    methods: Mapping[str, Method]
+    trained: tuple[str, ...]
+    device: str
+
+
+def parse(tree: config.Tree) -> Comparison:
+    """Check a config with everything that it names.
+
+    Raises:
+        UserError: a key, task, method or setting is unknown or wrong.
+    """
+    settings = config.parse(CompareSettings, tree)
+    for position, module in enumerate(settings.imports):
+        _import(module, ("imports", position), tree)
+    tasks = {
+        label: _task(label, values, tree)
+        for label, values in settings.tasks.items()
+        if values is not None
+    }
+    methods: dict[str, Method] = {}
+    origin: dict[str, list[str]] = {}
+    for label, values in settings.methods.items():
+        if values is not None:
+            expanded = _methods(label, values, tree)
+            for name in expanded.keys() & methods.keys():
+                raise tree.error(("methods", label), f"makes a second {name!r}; rename one")
+            methods.update(expanded)
+            origin[label] = list(expanded)
+    for kind, found in (("tasks", tasks), ("methods", methods)):
+        if not found:
+            raise tree.error(kind, "none is left; name at least one")
+    trained = tuple(methods)
+    if settings.training is not None and settings.training.methods is not None:
+        wanted = []
+        for position, label in enumerate(settings.training.methods):
+            if label not in origin and label not in methods:
+                known = ", ".join(dict.fromkeys([*origin, *methods]))
+                raise tree.error(
+                    ("training", "methods", position), f"{quoted(label)} is none of {known}"
+                )
+            wanted += origin.get(label, [label])
+        trained = tuple(dict.fromkeys(wanted))
+    return Comparison(settings, tasks, methods, trained, str(choose_device(settings.device)))
+
+
+def _import(module: str, path: tuple[str | int, ...], tree: config.Tree) -> None:
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a user's module beside the config, as with python -m
+    try:
+        importlib.import_module(module)
+    except (ImportError, ValueError) as error:
+        raise tree.error(path, f"can't import {module!r} ({one_line(error)})") from error
+
+
+def _task(label: str, values: Mapping[str, Any], tree: config.Tree) -> tuple[Task, TaskSettings]:
+    name = values.get("name", label)
+    if not isinstance(name, str):
+        raise tree.error(("tasks", label, "name"), f"expected a string, got {quoted(name)}")
+    try:
+        task = load_task(name)
+    except UserError as error:
+        raise tree.error(("tasks", label), str(error)) from None
+    complete = {**values, "name": name}
+    try:
+        return task, task.settings.model_validate(complete)
+    except pydantic.ValidationError as error:
+        path, text, _ = explain(error, task.settings, complete)
+        raise tree.error(("tasks", label, *path), text) from None
+
+
+def _methods(label: str, values: Mapping[str, Any], tree: config.Tree) -> dict[str, Method]:
+    """One method per combination of the settings that are lists."""
+    listed = {key: value for key, value in values.items() if isinstance(value, list)}
+    for key, value in listed.items():
+        if not value:
+            raise tree.error(("methods", label, key), "an empty list; give at least one value")
+    made = {}
+    for combination in itertools.product(*listed.values()):
+        chosen = dict(zip(listed, combination, strict=True))
+        name = " ".join([label, *(f"{key}={value}" for key, value in chosen.items())])
+        try:
+            made[name] = resolve({"method": label, **values, **chosen})
+        except ValueError as error:
+            raise tree.error(("methods", label), str(error)) from None
+    return made
