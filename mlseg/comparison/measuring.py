@@ -15,7 +15,15 @@ from torch.nn import functional
 
 from mlseg.comparison import memory
 from mlseg.engines.recording import read_scalars
-from mlseg.problems.tasks.base import Aim, Conditions, Program, Task, TaskSettings, aim_of
+from mlseg.problems.tasks.base import (
+    Aim,
+    Conditions,
+    Program,
+    Task,
+    TaskSettings,
+    aim_of,
+    default_dtype,
+)
 from mlseg.randomness import replayed, seed_everything
 
 Figures = dict[str, Any]
@@ -76,6 +84,7 @@ def training(
     """
     conditions = replace(conditions, lower_steps=settings.lower_steps)
     with defaults(conditions):
+        seed_everything(conditions.seed)
         program = task(settings, conditions)
         synchronise = _synchroniser(conditions.device)
         program.engine.train()
@@ -125,17 +134,12 @@ def diagnostics(program: Program) -> Figures:
 
 @contextmanager
 def defaults(conditions: Conditions) -> Iterator[None]:
-    """Run the body with the conditions' dtype as torch's default, from their seed; leave no trace.
+    """Run the body with the conditions' dtype as torch's default; leave no trace of either.
 
     On CUDA the generators' states aren't put back.
     """
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(conditions.dtype)
-    try:
-        with replayed(None):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
+    with default_dtype(conditions.dtype), replayed(None):
+        yield
 
 
 def _first_step(

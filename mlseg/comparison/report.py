@@ -36,7 +36,7 @@ _TRAINING = """\
 Every method trains for the same number of upper steps, from the same start, with the same lower
 level. The upper level's learning rate is chosen per method from one grid ({rates}) by the mean
 upper loss after the last step over the tuning seeds ({tuning_seeds}), none of which is reported;
-*(edge)* marks a rate at the end of the grid, beyond which a better one may lie. The score, *{score}*,
+*(edge)* marks a rate at the end of the grid, beyond which a better one may lie. The score, {score},
 is taken {note}; {better} is better. Seconds are those of training alone, without the evaluations
 of the curves."""
 

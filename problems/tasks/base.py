@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -100,6 +101,17 @@ def aim_of(method: str | Mapping[str, Any] | Method, lower_steps: int) -> Aim:
         return Aim(getattr(resolved, "steps", None) or lower_steps)
     one_step = "scale" in fields and getattr(resolved, "scale", None) != "none"
     return ONE_STEP if said == "one_step" or one_step or resolved.method == "sama" else IMPLICIT
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Run the body, or the decorated function, with ``dtype`` as torch's default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Program(ABC):

@@ -1,8 +1,8 @@
 """E2EAug itself, all three levels of it, at a size whose exact hypergradient can be had.
 
 What is measured is the alphas' gradient over both paths, W-A and W-G-A. One step per level and
-iteration, as in the system: so its exact hypergradient is that through one step of the optimizers
-of both lower levels.
+iteration, as in the system: so its exact hypergradient is that through one step of both lower
+levels, which here descend by plain SGD.
 """
 
 from __future__ import annotations
@@ -19,11 +19,17 @@ from mlseg.data import to_float
 from mlseg.engines.segmentation import SegmentationEngine, score
 from mlseg.hypergradients import Method
 from mlseg.problems import e2eaug
+from mlseg.problems.base import Problem
 from mlseg.problems.e2eaug_settings import E2EAugSettings
-from mlseg.problems.tasks.base import ONE_STEP, Aim, Conditions, Program, TaskSettings, task
-
-REFERENCE = {"method": "identity", "linearise": "before_step", "scale": "learning_rate"}
-"""Full double backward through one step of descent, where the optimizers are plain SGD."""
+from mlseg.problems.tasks.base import (
+    ONE_STEP,
+    Aim,
+    Conditions,
+    Program,
+    TaskSettings,
+    default_dtype,
+    task,
+)
 
 
 class E2EAugTinySettings(TaskSettings):
@@ -35,8 +41,7 @@ class E2EAugTinySettings(TaskSettings):
         channels: of generator, discriminator and segmentor.
         pretrain: iterations of the GAN alone, before anything else.
         warmup: iterations of all levels before accuracy is measured.
-        optimizer: of the lower levels.
-        generator_rate, segmentor_rate: their learning rates.
+        generator_rate, segmentor_rate: of the lower levels' gradient descent.
         lower_steps: 1; the system's levels step in turn.
     """
 
@@ -47,7 +52,6 @@ class E2EAugTinySettings(TaskSettings):
     channels: PositiveInt = 4
     pretrain: NonNegativeInt = 20
     warmup: PositiveInt = 2
-    optimizer: Literal["sgd"] = "sgd"
     generator_rate: PositiveFloat = 1e-2
     segmentor_rate: PositiveFloat = 1e-1
     lower_steps: Literal[1] = 1
@@ -75,30 +79,34 @@ class E2EAugTiny(Program):
             self.engine.enter_stage(1)
 
     def settle(self) -> None:
-        """Train for ``warmup`` iterations; nothing is solved."""
+        """Train the lower levels for ``warmup`` iterations; nothing is solved.
+
+        The alphas stay where they are, or every method would be measured at a point of its own.
+        """
+        (group,) = self.upper.optimizer.param_groups
+        group["lr"] = 0.0
         for _ in range(self.settings.warmup):
             self.engine.iterate()
+        group["lr"] = self.conditions.upper_rate
         self._before = copy.deepcopy(self.engine.state_dict())
 
     def truth(self, aim: Aim) -> list[Tensor] | None:
-        """That through one step: the same iteration again, in float64, by double backward."""
+        """That through one step, by double backward in float64 through the same iteration again.
+
+        Nothing of the library's hypergradients has a part in it: each lower level's parameters are
+        replaced by what its step makes of them, as a function of the alphas.
+        """
         if aim != ONE_STEP:
             return None
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        try:
-            engine = _engine(self.settings, self.conditions, REFERENCE, torch.float64)
+        with default_dtype(torch.float64):
+            engine = _engine(self.settings, self.conditions, "identity", torch.float64)
             engine.train()
             engine.load_state_dict(self._before)
-            found: list[Tensor] = []
+            for level in (engine.generator, engine.segmentor):
+                _step_differentiably(level)
             upper = engine.architecture
-            upper.grad_callback = lambda: found.extend(
-                p.grad.clone() for p in upper.trainable_parameters()
-            )
-            engine.iterate()
-        finally:
-            torch.set_default_dtype(default)
-        return found
+            loss = upper.loss(upper.get_batch())
+            return list(torch.autograd.grad(loss, upper.trainable_parameters()))
 
     @torch.no_grad()
     def objective(self) -> float:
@@ -116,6 +124,19 @@ class E2EAugTiny(Program):
         module = self.engine.segmentor_module
         single = _InDtype(module, self.conditions.dtype)
         return score(single, self.engine.data.test, self.engine.device).compute()["jaccard"]
+
+
+def _step_differentiably(level: Problem) -> None:
+    """Put a step of descent, with its graph, in the place of a level's parameters."""
+    batch = level.get_batch()
+    named = dict(level.module.named_parameters())
+    gradients = torch.autograd.grad(level.loss(batch), list(named.values()), create_graph=True)
+    rate = level.optimizer.param_groups[0]["lr"]
+    for (name, p), gradient in zip(named.items(), gradients, strict=True):
+        path, _, last = name.rpartition(".")
+        owner = level.module.get_submodule(path)
+        del owner._parameters[last]
+        setattr(owner, last, p - rate * gradient)
 
 
 class _InDtype(torch.nn.Module):
@@ -154,17 +175,16 @@ def _engine(
     dtype: torch.dtype,
 ) -> SegmentationEngine:
     """The system in ``dtype``, its initial values drawn in float32."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
+    with default_dtype(torch.float32):
         engine = e2eaug.build(_config(settings, conditions, method), None)
-    finally:
-        torch.set_default_dtype(default)
     engine.recorder.progress.quiet = True
     for problem in engine.problems:
         problem.module.to(dtype)
         if problem.train_data_loader:
             problem.set_train_data_loader(_Batches(problem.train_data_loader[0], dtype))
+    # What it draws depends on torch's default; the same masks are wanted in either dtype.
+    augmentation = engine.segmentor.mask_augmentation
+    engine.segmentor.mask_augmentation = default_dtype(torch.float32)(augmentation.__call__)
     return engine
 
 
@@ -174,8 +194,11 @@ def _config(
     channels = settings.channels
 
     def lower(rate: float) -> dict[str, Any]:
-        optimizer = {"name": settings.optimizer, "lr": rate}
-        return {"optimizer": optimizer, "scheduler": None, "hypergradient": method}
+        return {
+            "optimizer": {"name": "sgd", "lr": rate},
+            "scheduler": None,
+            "hypergradient": method,
+        }
 
     upper = {"name": conditions.upper_optimizer, "lr": conditions.upper_rate}
     if conditions.upper_optimizer == "adam":
