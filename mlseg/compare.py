@@ -86,8 +86,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         def on_done(cell: Cell) -> None:
             bar.update(shown, advance=1, description=f"{cell.phase}: {cell.task}, {cell.method}")
 
-        runner = Runner(comparison, directory, arguments.jobs, circumstances, on_done)
-        results = phases.run(comparison, runner)
+        with Runner(comparison, directory, arguments.jobs, circumstances, on_done) as runner:
+            results = phases.run(comparison, runner)
         bar.update(shown, total=bar.tasks[0].completed)
     _finish(comparison, results, directory, {"command": arguments.command, **circumstances})
     return 0

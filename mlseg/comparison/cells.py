@@ -101,7 +101,7 @@ def compute(comparison: Comparison, cell: Cell) -> Figures:
 
 
 class Runner:
-    """Computes cells that aren't on disk yet.
+    """Computes cells that aren't on disk yet; a context, in which its processes live.
 
     Args:
         comparison: the checked config.
@@ -121,6 +121,17 @@ class Runner:
     ) -> None:
         self.comparison, self.directory, self.jobs = comparison, directory / "cells", jobs
         self.machine, self.on_done = dict(machine), on_done
+        self._pool: futures.ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._pool is not None:
+            processes = list((self._pool._processes or {}).values())
+            self._pool.shutdown(wait=kind is None, cancel_futures=True)
+            for process in processes if kind is not None else ():
+                process.terminate()
 
     def __call__(self, cells: Sequence[Cell]) -> dict[Cell, Figures]:
         """Figures of all ``cells``, in their order.
@@ -169,15 +180,15 @@ class Runner:
                 for cell in cells:
                     yield cell, compute(self.comparison, cell)
             return
-        text = config.dump(self.comparison.settings)
-        pool = futures.ProcessPoolExecutor(
-            min(self.jobs, len(cells)),
-            multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(text, threads),
-        )
+        if self._pool is None:
+            self._pool = futures.ProcessPoolExecutor(
+                self.jobs,
+                multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(config.dump(self.comparison.settings), threads),
+            )
         try:
-            waiting = {pool.submit(_compute_in_worker, cell): cell for cell in cells}
+            waiting = {self._pool.submit(_compute_in_worker, cell): cell for cell in cells}
             while waiting and interruption.number is None:
                 done, _ = futures.wait(waiting, 0.2, futures.FIRST_COMPLETED)
                 for future in done:
@@ -187,12 +198,6 @@ class Runner:
                 f"a process of the comparison died (out of memory?): {one_line(error)} Finished "
                 "cells are kept; go on with --resume and fewer --jobs"
             ) from error
-        finally:
-            processes = list((getattr(pool, "_processes", None) or {}).values())
-            pool.shutdown(wait=interruption.number is None, cancel_futures=True)
-            if interruption.number is not None:
-                for process in processes:
-                    process.terminate()
 
 
 _worker: Comparison | None = None

@@ -197,8 +197,11 @@ def _in_decades(axis: Any) -> None:
     """A logarithmic axis from one power of ten to another, with no numbers between."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
+    low, high = axis.get_data_interval()
+    if not 0 < low <= high < math.inf:
+        return  # nothing is drawn
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    low, high = (math.log10(end) for end in axis.get_data_interval() if end > 0)
+    low, high = math.log10(low), math.log10(high)
     ends = math.floor(low + 1e-9), math.ceil(high - 1e-9)
     axis.axes.set(
         **{
