@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlseg.comparison.cells import Cell, Figures
-from mlseg.comparison.phases import Results, of, spread
+from mlseg.comparison.cells import Figures
+from mlseg.comparison.phases import Measured, Results, Spread, of, spread
 from mlseg.comparison.settings import Comparison
 from mlseg.comparison.tables import MIB, score_name
 from mlseg.engines.recording import writing
 
-Style = Mapping[str, Any]
+_LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _MARKERS = "osD^vP*X<>hpd8"
 _SMALLEST = 1e-16
 """Errors below it, zero included, are drawn here."""
@@ -38,17 +38,17 @@ def _draw(comparison: Comparison, results: Results, directory: Path) -> dict[tup
     import matplotlib.pyplot as plt
 
     made: dict[tuple[str, str], Path] = {}
-    styles = _styles(list(comparison.methods))
     settings = comparison.settings
     for task in comparison.tasks:
         for dtype in settings.accuracy.dtypes if settings.accuracy else ():
-            figure = _accuracy(of(results.accuracy, task=task, dtype=dtype), task, dtype, styles)
+            figure = _accuracy(
+                of(results.accuracy, task=task, dtype=dtype), task, dtype, comparison.groups
+            )
             made[task, dtype] = directory / f"accuracy_{_slug(task)}_{dtype}.png"
             _save(figure, made[task, dtype])
         if results.training:
-            figure = _training(
-                of(results.training, task=task), task, score_name(results, task), styles
-            )
+            cells = of(results.training, task=task)
+            figure = _training(cells, task, score_name(results, task), comparison.trained)
             made[task, "training"] = directory / f"training_{_slug(task)}.png"
             _save(figure, made[task, "training"])
     plt.close("all")
@@ -56,12 +56,12 @@ def _draw(comparison: Comparison, results: Results, directory: Path) -> dict[tup
 
 
 def _accuracy(
-    cells: Mapping[str, Sequence[tuple[Cell, Figures]]],
-    task: str,
-    dtype: str,
-    styles: Mapping[str, Style],
+    cells: Mapping[str, Measured], task: str, dtype: str, groups: Mapping[str, Sequence[str]]
 ) -> Any:
-    """Three panels: error against time and memory, and angle against time; whiskers over seeds."""
+    """Three panels: error against time and memory, and angle against time.
+
+    Methods that came of one entry of the config are joined by a line. Whiskers are over seeds.
+    """
     import matplotlib.pyplot as plt
 
     panels = (
@@ -70,26 +70,14 @@ def _accuracy(
         ("milliseconds", 1.0, "milliseconds per hypergradient", "angle"),
     )
     texts = {"error": "relative error", "angle": "1 - cosine"}
-    figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(16, 5.5), layout="constrained")
     handles: dict[str, Any] = {}
     for place, (cost, factor, label, quality) in zip(axes, panels, strict=True):
-        for method, measured in cells.items():
-            shown = [
-                (c, {**f, "angle": _angle(f)}) for c, f in measured if f.get("error") is not None
-            ]
-            x, y = spread(shown, cost), spread(shown, quality)
-            if x is None or y is None:
-                continue
-            values = [max(v, _SMALLEST) for v in (y.median, y.least, y.largest)]
-            handles[method] = place.errorbar(
-                x.median * factor,
-                values[0],
-                xerr=[[(x.median - x.least) * factor], [(x.largest - x.median) * factor]],
-                yerr=[[values[0] - values[1]], [values[2] - values[0]]],
-                capsize=2,
-                linewidth=1,
-                **_point(styles[method]),
-            )
+        for index, (group, methods) in enumerate(groups.items()):
+            points = [_point(cells.get(method, ()), cost, factor, quality) for method in methods]
+            shown = [point for point in points if point is not None]
+            if shown:
+                handles[_legend(group, methods)] = _whiskers(place, shown, index)
         place.set(xlabel=label, ylabel=texts[quality])
         _tidy(place)
         _in_decades(place.xaxis)
@@ -104,16 +92,58 @@ def _accuracy(
     return figure
 
 
+def _point(
+    measured: Measured, cost: str, factor: float, quality: str
+) -> tuple[Spread, Spread] | None:
+    """Where a method lies, and how far it spreads; None where its error isn't known."""
+    known = [(c, {**f, "angle": _angle(f)}) for c, f in measured if f.get("error") is not None]
+    x, y = spread(known, cost), spread(known, quality)
+    if x is None or y is None:
+        return None
+    return (
+        Spread(x.median * factor, x.least * factor, x.largest * factor),
+        Spread(*(max(value, _SMALLEST) for value in (y.median, y.least, y.largest))),
+    )
+
+
+def _whiskers(place: Any, points: Sequence[tuple[Spread, Spread]], index: int) -> Any:
+    """Draw the points of one group; its handle for the legend."""
+
+    def ends(spreads: Sequence[Spread]) -> list[list[float]]:
+        return [[s.median - s.least for s in spreads], [s.largest - s.median for s in spreads]]
+
+    xs, ys = zip(*points, strict=True)
+    return place.errorbar(
+        [x.median for x in xs],
+        [y.median for y in ys],
+        xerr=ends(xs),
+        yerr=ends(ys),
+        capsize=2,
+        elinewidth=1,
+        linestyle=":",
+        linewidth=1,
+        color=_colour(index),
+        marker=_MARKERS[index % len(_MARKERS)],
+        markersize=8,
+        markeredgecolor="black",
+        markeredgewidth=0.5,
+    )
+
+
+def _legend(group: str, methods: Sequence[str]) -> str:
+    """``cg`` or, of several, ``neumann terms=10, 100``."""
+    parts = [method.removeprefix(group).strip() for method in methods]
+    keys = {part.partition("=")[0] for part in parts}
+    if len(parts) > 1 and len(keys) == 1 and not any(" " in part for part in parts):
+        return f"{group} {keys.pop()}=" + ", ".join(part.partition("=")[2] for part in parts)
+    return "\n".join([group, *(f"  {part}" for part in parts if part)])
+
+
 def _angle(figures: Figures) -> float | None:
     return None if figures.get("cosine") is None else 1.0 - float(figures["cosine"])
 
 
-def _training(
-    cells: Mapping[str, Sequence[tuple[Cell, Figures]]],
-    task: str,
-    name: str,
-    styles: Mapping[str, Style],
-) -> Any:
+def _training(cells: Mapping[str, Measured], task: str, name: str, methods: Sequence[str]) -> Any:
     """Four panels: validation loss and score, against upper steps and against seconds."""
     import matplotlib.pyplot as plt
 
@@ -124,18 +154,18 @@ def _training(
             place = axes[row][column]
             values: list[float] = []
             ends: list[float] = []
-            for method, measured in cells.items():
-                curve = _mean_curve(measured, axis, key)
+            for index, method in enumerate(methods):
+                curve = _mean_curve(cells.get(method, ()), axis, key)
                 if not curve:
                     continue
                 x, middle, low, high = zip(*curve, strict=True)
                 values += [*low, *high]
                 ends.append(x[-1])
-                style = styles[method]
+                colour = _colour(index)
                 (handles[method],) = place.plot(
-                    x, middle, color=style["color"], linestyle=style["linestyle"], linewidth=1.6
+                    x, middle, color=colour, linestyle=_LINES[index % len(_LINES)], linewidth=1.6
                 )
-                place.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+                place.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
             place.set_xlabel("upper steps" if axis == "step" else "seconds of training")
             place.set_ylabel("upper loss" if key == "objective" else name)
             _tidy(place)
@@ -150,9 +180,7 @@ def _training(
     return figure
 
 
-def _mean_curve(
-    measured: Sequence[tuple[Cell, Figures]], axis: str, key: str
-) -> list[tuple[float, float, float, float]]:
+def _mean_curve(measured: Measured, axis: str, key: str) -> list[tuple[float, float, float, float]]:
     """(x, median, least, largest) per evaluation, over the seeds that went well."""
     curves = [f["curve"] for _, f in measured if f.get("status") == "ok"]
     points = []
@@ -165,32 +193,12 @@ def _mean_curve(
     return points
 
 
-def _styles(methods: Sequence[str]) -> dict[str, Style]:
-    """The same colour, marker and line for a method in every figure."""
+def _colour(index: int) -> Any:
+    """The same for a group of methods or a method in every figure: the ten strong ones first."""
     import matplotlib
 
     colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
-    order = [*range(0, 20, 2), *range(1, 20, 2)]  # the ten strong ones first
-    lines = ("-", "--", "-.", ":")
-    return {
-        method: {
-            "color": colours[order[index % 20]],
-            "marker": _MARKERS[index % len(_MARKERS)],
-            "linestyle": lines[(index // 5) % len(lines)],
-        }
-        for index, method in enumerate(methods)
-    }
-
-
-def _point(style: Style) -> dict[str, Any]:
-    return {
-        "color": style["color"],
-        "marker": style["marker"],
-        "markersize": 8,
-        "markeredgecolor": "black",
-        "markeredgewidth": 0.5,
-        "linestyle": "none",
-    }
+    return colours[[*range(0, 20, 2), *range(1, 20, 2)][index % 20]]
 
 
 def _in_decades(axis: Any) -> None:

@@ -10,6 +10,9 @@ from typing import Any
 from mlseg.comparison.cells import Cell, Figures, Runner
 from mlseg.comparison.settings import Comparison
 
+Measured = Sequence[tuple[Cell, Figures]]
+"""A method's cells that belong to one row: one per seed."""
+
 
 @dataclass(frozen=True)
 class Results:
@@ -123,7 +126,7 @@ class Spread:
     largest: float
 
 
-def spread(cells: Sequence[tuple[Cell, Figures]], key: str) -> Spread | None:
+def spread(cells: Measured, key: str) -> Spread | None:
     """Of the figure ``key`` over those cells that have it."""
     values = sorted(f[key] for _, f in cells if isinstance(f.get(key), (int, float)))
     if not values:

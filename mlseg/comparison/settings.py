@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -123,6 +123,7 @@ class Comparison:
         settings: the config.
         tasks: by label, the task and its settings.
         methods: by label, after expanding lists.
+        groups: by the config's label, those of the methods that came of it.
         trained: labels of those that are trained with.
         device: resolved.
     """
@@ -130,6 +131,7 @@ class Comparison:
     settings: CompareSettings
     tasks: Mapping[str, tuple[Task, TaskSettings]]
     methods: Mapping[str, Method]
+    groups: Mapping[str, Sequence[str]]
     trained: tuple[str, ...]
     device: str
 
@@ -149,14 +151,14 @@ def parse(tree: config.Tree) -> Comparison:
         if values is not None
     }
     methods: dict[str, Method] = {}
-    origin: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for label, values in settings.methods.items():
         if values is not None:
             expanded = _methods(label, values, tree)
             for name in expanded.keys() & methods.keys():
                 raise tree.error(("methods", label), f"makes a second {name!r}; rename one")
             methods.update(expanded)
-            origin[label] = list(expanded)
+            groups[label] = list(expanded)
     for kind, found in (("tasks", tasks), ("methods", methods)):
         if not found:
             raise tree.error(kind, "none is left; name at least one")
@@ -164,14 +166,15 @@ def parse(tree: config.Tree) -> Comparison:
     if settings.training is not None and settings.training.methods is not None:
         wanted = []
         for position, label in enumerate(settings.training.methods):
-            if label not in origin and label not in methods:
-                known = ", ".join(dict.fromkeys([*origin, *methods]))
+            if label not in groups and label not in methods:
+                known = ", ".join(dict.fromkeys([*groups, *methods]))
                 raise tree.error(
                     ("training", "methods", position), f"{quoted(label)} is none of {known}"
                 )
-            wanted += origin.get(label, [label])
+            wanted += groups.get(label, [label])
         trained = tuple(dict.fromkeys(wanted))
-    return Comparison(settings, tasks, methods, trained, str(choose_device(settings.device)))
+    device = str(choose_device(settings.device))
+    return Comparison(settings, tasks, methods, groups, trained, device)
 
 
 def _import(module: str, path: tuple[str | int, ...], tree: config.Tree) -> None:

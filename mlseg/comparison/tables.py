@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlseg.comparison.cells import Cell, Figures
-from mlseg.comparison.phases import Results, of, spread
+from mlseg.comparison.phases import Measured, Results, of, spread
 from mlseg.comparison.settings import Comparison
 
-Measured = Sequence[tuple[Cell, Figures]]
 NOTHING = "-"
 MIB = 2**20
 
