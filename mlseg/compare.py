@@ -103,7 +103,8 @@ def _finish(
     report.write(comparison, results, pictures, directory, head)
     console = make_console()
     for made in report.all_tables(comparison, results):
-        table = Table(*made.columns[:1], title=made.title)
+        table = Table(title=made.title)
+        table.add_column(made.columns[0], no_wrap=True)
         for column in made.columns[1:]:
             table.add_column(column, justify="right")
         for row in made.rows:

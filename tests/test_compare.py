@@ -30,7 +30,7 @@ CONFIG: dict[str, Any] = {
     "training": {"iterations": 4, "evaluate_every": 2, "rates": [0.1, 0.01]},
 }
 ACCURACY, TUNING, TRAINING = 3 * 2 * 2, 3 * 2, 3 * 2
-TIMES = {"milliseconds", "seconds", "machine", "curve", "traceback", "memory_bytes"}
+TIMES = {"milliseconds", "seconds", "machine", "curve", "traceback", "cell_seconds"}
 """What may differ between two computations of one cell."""
 
 OWN_TASK = '''

@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import re
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,7 +70,24 @@ class Stopped(Interrupted):
 
 
 def compute(comparison: Comparison, cell: Cell) -> Figures:
-    """Measure one cell; what goes wrong in it becomes its ``status``, with the traceback."""
+    """Measure one cell; what goes wrong in it becomes its ``status``, with the traceback.
+
+    Returns:
+        its figures, and ``cell_seconds``, which all of it took.
+    """
+    start = time.perf_counter()
+    try:
+        figures = _measure(comparison, cell)
+    except Exception as error:  # noqa: BLE001, whatever a method or a user's task raises is a row
+        figures = {
+            "status": FAILED,
+            "reason": one_line(error),
+            "traceback": traceback.format_exc(),
+        }
+    return {**figures, "cell_seconds": time.perf_counter() - start}
+
+
+def _measure(comparison: Comparison, cell: Cell) -> Figures:
     task, settings = comparison.tasks[cell.task]
     training = comparison.settings.training
     conditions = Conditions(
@@ -78,26 +96,17 @@ def compute(comparison: Comparison, cell: Cell) -> Figures:
         device=comparison.device,
         seed=cell.seed,
     )
-    try:
-        if cell.phase == "accuracy":
-            assert comparison.settings.accuracy is not None
-            return measuring.accuracy(
-                task, settings, conditions, comparison.settings.accuracy.repeats
-            )
-        assert training is not None
-        assert cell.rate is not None
-        conditions = dataclasses.replace(
-            conditions, upper_rate=cell.rate, upper_optimizer=training.optimizer
-        )
-        return measuring.training(
-            task, settings, conditions, training.iterations, training.evaluate_every
-        )
-    except Exception as error:  # noqa: BLE001, whatever a method or a user's task raises is a row
-        return {
-            "status": FAILED,
-            "reason": one_line(error),
-            "traceback": traceback.format_exc(),
-        }
+    if cell.phase == "accuracy":
+        assert comparison.settings.accuracy is not None
+        return measuring.accuracy(task, settings, conditions, comparison.settings.accuracy.repeats)
+    assert training is not None
+    assert cell.rate is not None
+    conditions = dataclasses.replace(
+        conditions, upper_rate=cell.rate, upper_optimizer=training.optimizer
+    )
+    return measuring.training(
+        task, settings, conditions, training.iterations, training.evaluate_every
+    )
 
 
 class Runner:

@@ -11,8 +11,8 @@ NOTHING = "-"
 MIB = 2**20
 
 _REPORTED = {
-    "evaluations": "forward-backwards",
-    "products": "Hessian products",
+    "evaluations": "evaluations",
+    "products": "products",
     "iterations": "iterations",
     "residual": "residual",
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 from mlseg.config import Settings
 from mlseg.engines.base import Engine
 from mlseg.hypergradients import Method, resolve
+from mlseg.hypergradients.one_step import OneStep
 from mlseg.problems.base import Problem
 from mlseg.problems.registry import Entry, Registry
 
@@ -89,8 +90,8 @@ def aim_of(method: str | Mapping[str, Any] | Method, lower_steps: int) -> Aim:
 
     A class may say so by an attribute ``aim``: ``implicit``, ``one_step`` or ``unrolled``.
     Otherwise, a method with a setting ``steps`` looks back over so many steps (None: all
-    ``lower_steps``), one with a ``scale`` of one step of the optimizer over one, and all others
-    solve for the implicit derivative.
+    ``lower_steps``), a :class:`~mlseg.hypergradients.one_step.OneStep` over one (unless it leaves
+    out the ``scale`` of a step), and all others solve for the implicit derivative.
     """
     resolved = resolve(method)
     fields = type(resolved).model_fields
@@ -99,8 +100,8 @@ def aim_of(method: str | Mapping[str, Any] | Method, lower_steps: int) -> Aim:
         return IMPLICIT
     if said == "unrolled" or (said is None and "steps" in fields):
         return Aim(getattr(resolved, "steps", None) or lower_steps)
-    one_step = "scale" in fields and getattr(resolved, "scale", None) != "none"
-    return ONE_STEP if said == "one_step" or one_step or resolved.method == "sama" else IMPLICIT
+    one_step = isinstance(resolved, OneStep) and getattr(resolved, "scale", None) != "none"
+    return ONE_STEP if said == "one_step" or one_step else IMPLICIT
 
 
 @contextmanager
