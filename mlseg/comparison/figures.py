@@ -210,15 +210,10 @@ def _in_decades(axis: Any) -> None:
         return  # nothing is drawn
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     low, high = math.log10(low), math.log10(high)
-    ends = math.floor(low + 1e-9), math.ceil(high - 1e-9)
-    axis.axes.set(
-        **{
-            f"{axis.axis_name}lim": (
-                10.0 ** ends[0] * 0.8,
-                10.0 ** max(ends[1], ends[0] + 1) * 1.25,
-            )
-        }
-    )
+    first = math.floor(low + 1e-9)
+    last = max(math.ceil(high - 1e-9), first + 1)
+    room = 0.03 * (last - first)  # for a marker that lies on the frame
+    axis.axes.set(**{f"{axis.axis_name}lim": (10.0 ** (first - room), 10.0 ** (last + room))})
     axis.set_major_locator(LogLocator(numticks=10))
     axis.set_minor_formatter(NullFormatter())
 

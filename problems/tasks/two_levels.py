@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import PositiveFloat
@@ -21,6 +21,9 @@ from mlseg.problems.tasks.base import Aim, Conditions, Program, TaskSettings
 Call = Callable[..., Tensor]
 """A network: the problem itself, or a function of it with other parameters in place."""
 Data = tuple[Tensor, ...]
+T = TypeVar("T")
+
+_KEPT: dict[Any, Any] = {}
 
 
 class TwoLevelSettings(TaskSettings):
@@ -88,15 +91,14 @@ class TwoLevels(Program):
         training: Data,
         validation: Data,
     ) -> None:
-        self.conditions = conditions
+        self.settings, self.conditions = settings, conditions
         self.training, self.validation = training, validation
         self.modules = copy.deepcopy(lower), copy.deepcopy(upper)
-        start = parameters(lower)
+        start, top = parameters(lower), parameters(upper)
         if settings.rate is not None:
             self.rate = settings.rate
         else:
-            curvature = torch.linalg.eigvalsh(self.hessian(start, parameters(upper)))
-            self.rate = float(1.0 / curvature.abs().max())
+            self.rate = self._kept("rate", top, lambda: self._safe_rate(start, top))
         dtype = conditions.dtype
         lower.to(dtype)
         upper.to(dtype)
@@ -136,11 +138,25 @@ class TwoLevels(Program):
 
     def settle(self) -> None:
         """Put the lower level where its loss is smallest, to float64's precision."""
-        solution = self.solution()
+        solution = self._kept("solution", self._top, self.solution)
         with torch.no_grad():
             for name, p in self.lower.module.named_parameters():
                 p.copy_(solution[name])
         self._mark()
+
+    def _safe_rate(self, low: Mapping[str, Tensor], top: Mapping[str, Tensor]) -> float:
+        return float(1.0 / torch.linalg.eigvalsh(self.hessian(low, top)).abs().max())
+
+    def _kept(self, what: str, top: Mapping[str, Tensor], compute: Callable[[], T]) -> T:
+        """What depends on data and upper variables alone; a comparison builds the same often."""
+        at = flatten(top).numpy().tobytes()
+        key = (type(self), self.settings, self.conditions.seed, what, at)
+        if key not in _KEPT:
+            if len(_KEPT) >= 64:
+                _KEPT.clear()
+            _KEPT[key] = compute()
+        found: T = _KEPT[key]
+        return found
 
     def solution(self) -> dict[str, Tensor]:
         """The lower level's minimum for the upper level's present variables.
