@@ -106,7 +106,7 @@ def _finish(
         table = Table(title=made.title)
         table.add_column(made.columns[0], no_wrap=True)
         for column in made.columns[1:]:
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=column in ("aim", "status"))
         for row in made.rows:
             table.add_row(*row)
         console.print(table)

@@ -18,6 +18,8 @@ from PIL import Image
 from mlseg import compare
 from mlseg.comparison import cells, measuring, memory
 from mlseg.engines.recording import writing
+from mlseg.hypergradients import resolve
+from mlseg.problems.tasks.base import Conditions, load_task
 
 CONFIG: dict[str, Any] = {
     "tasks": {"small": {"name": "quadratic", "lower": 6, "upper": 2, "condition": 10.0}},
@@ -133,6 +135,30 @@ def test_its_figures_are_right() -> None:
     for cell in whole()["cells"]:
         assert cell["milliseconds"] > 0
         assert cell["memory_bytes"] > 100
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"method": "exact"},
+        {"method": "cg", "iterations": 60, "tolerance": 1e-12},
+        {"method": "minres", "iterations": 60, "tolerance": 1e-12},
+        {"method": "neumann", "terms": 1500},
+        {"method": "fixed_point", "iterations": 1000},
+        {"method": "unrolled", "steps": 1000},
+    ],
+    ids=lambda spec: str(spec["method"]),
+)
+def test_patience_is_rewarded(spec: dict[str, Any]) -> None:
+    """At condition number 100 these come within 1e-6 of the implicit hypergradient."""
+    task = load_task("quadratic")
+    settings = task.settings.model_validate({"name": "quadratic", "lower": 12, "upper": 3})
+    assert settings.condition == 100.0
+    found = measuring.accuracy(task, settings, Conditions(resolve(spec)), 1)
+    assert found["exact"] == "implicit"
+    assert found["error"] < 1e-6
+    assert found["aim_error"] < 1e-6
+    assert found["status"] == "ok"
 
 
 def test_the_rate_with_the_lowest_loss_is_taken() -> None:

@@ -21,7 +21,7 @@ the lower level's solution, where it is measured (norm of the lower gradient the
 *Cosine* and *error* (norm of the difference over the norm of the exact one) are against it, for all
 methods. A method whose *aim* is another derivative, that through the lower level's last step or
 steps, includes the learning rate and leaves out what more steps would add: its *error* can't come
-near zero, however well it works. *Error to its aim* is against the derivative that the method means
+near zero, however well it works. *Aim error* is against the derivative that the method means
 to compute, for those others by double backward through their steps in float64."""
 
 _STEPS = """\
@@ -154,9 +154,9 @@ def _costs(comparison: Comparison) -> str:
         "levels built anew, so that nothing is warm-started, after one that isn't counted. What a "
         "method records during the lower level's steps isn't in it, but is in the seconds from end "
         f"to end. *MiB* is the peak extra memory of the same: {memory}; records kept since earlier "
-        "steps aren't in it. Forward-backwards, Hessian products, iterations and residuals are "
-        "what the methods report, added up over the levels (the residual: the largest); a dash "
-        "where one reports none."
+        "steps aren't in it. *Evals* (of the lower loss, each forward and backward), *HVPs* "
+        "(Hessian-vector products), *iters* and *residual* are what the methods report, added up "
+        "over the levels (the residual: the largest); a dash where one reports none."
     )
 
 

@@ -11,9 +11,9 @@ NOTHING = "-"
 MIB = 2**20
 
 _REPORTED = {
-    "evaluations": "evaluations",
-    "products": "products",
-    "iterations": "iterations",
+    "evaluations": "evals",
+    "products": "HVPs",
+    "iterations": "iters",
     "residual": "residual",
 }
 """Diagnostics that have a column where any method reports them."""
@@ -42,7 +42,7 @@ def accuracy(results: Results, task: str, dtype: str) -> Table:
         for key, title in _REPORTED.items()
         if any(figures.get(key) is not None for rows in cells.values() for _, figures in rows)
     }
-    columns = ["method", "aim", "cosine", "error", "error to its aim", "ms", "MiB"]
+    columns = ["method", "aim", "cosine", "error", "aim error", "ms", "MiB"]
     rows = []
     for method, measured in cells.items():
         aims = dict.fromkeys(str(f["aim"]) for _, f in measured if "aim" in f)

@@ -243,9 +243,27 @@ class TestData:
 
 
 class TestAim:
-    def test_methods(self) -> None:
-        assert aim_of("identity", 5) == ONE_STEP
-        assert aim_of("finite_difference", 5) == ONE_STEP
+    @pytest.mark.parametrize(
+        ("method", "aim"),
+        [
+            ("identity", ONE_STEP),
+            ("finite_difference", ONE_STEP),
+            ("sama", ONE_STEP),
+            ("unrolled", Aim(5)),
+            ({"method": "unrolled", "steps": 7}, Aim(7)),
+            ({"method": "forward", "steps": 2}, Aim(2)),
+            ("evolution", Aim(5)),
+            ("cg", IMPLICIT),
+            ("fixed_point", IMPLICIT),
+            ("penalty", IMPLICIT),
+            ("exact", IMPLICIT),
+        ],
+    )
+    def test_methods(self, method: Any, aim: Aim) -> None:
+        assert aim_of(method, 5) == aim
+
+    def test_words(self) -> None:
+        assert str(ONE_STEP) == "1 step"
         assert str(Aim(7)) == "7 steps"
         assert str(IMPLICIT) == "implicit"
 
