@@ -146,6 +146,7 @@ def _angle(figures: Figures) -> float | None:
 def _training(cells: Mapping[str, Measured], task: str, name: str, methods: Sequence[str]) -> Any:
     """Four panels: validation loss and score, against upper steps and against seconds."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
     handles: dict[str, Any] = {}
@@ -167,6 +168,7 @@ def _training(cells: Mapping[str, Measured], task: str, name: str, methods: Sequ
                 )
                 place.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
             place.set_xlabel("upper steps" if axis == "step" else "seconds of training")
+            place.xaxis.set_major_locator(MaxNLocator(integer=axis == "step"))
             place.set_ylabel("upper loss" if key == "objective" else name)
             _tidy(place)
             if values and min(values) > 0 and max(values) > 10 * min(values):

@@ -54,6 +54,7 @@ def accuracy(task: Task, settings: TaskSettings, conditions: Conditions, repeats
         figures: Figures = {
             "aim": str(aim),
             "exact": str(program.exact),
+            "provenance": program.provenance,
             "norm": float(flat.norm()),
             "memory_bytes": used,
             "lower_residual": program.residual(),

@@ -53,7 +53,7 @@ class E2EAugTinySettings(TaskSettings):
     pretrain: NonNegativeInt = 20
     warmup: PositiveInt = 2
     generator_rate: PositiveFloat = 1e-2
-    segmentor_rate: PositiveFloat = 1e-1
+    segmentor_rate: PositiveFloat = 1e-2
     lower_steps: Literal[1] = 1
 
 
