@@ -32,8 +32,10 @@ CONFIG: dict[str, Any] = {
     "training": {"iterations": 4, "evaluate_every": 2, "rates": [0.1, 0.01]},
 }
 ACCURACY, TUNING, TRAINING = 3 * 2 * 2, 3 * 2, 3 * 2
-TIMES = {"milliseconds", "seconds", "machine", "curve", "traceback", "cell_seconds"}
-"""What may differ between two computations of one cell."""
+TIMES = {
+    "milliseconds", "seconds", "machine", "curve", "traceback", "cell_seconds", "memory_bytes",
+}  # fmt: skip
+"""What may differ between two computations of one cell; memory by the bytes of a scalar or two."""
 
 OWN_TASK = '''
 import math
