@@ -311,7 +311,7 @@ class Problem(Revisitable):
         self._inner_loop_start = True
         self._is_differentiated = any(
             self in path[1:-1] for problem in self._everyone() for path in problem.paths
-        )
+        ) or any(getattr(problem, "revisits", None) == self.name for problem in self._everyone())
         self._forget_steps()
 
     # ------------------------------------------------------------- data and state

@@ -50,6 +50,8 @@ class Exact(Implicit):
         n = hessian.size
         matrix = torch.stack([hessian(e) for e in torch.eye(n, dtype=v.dtype, device=v.device)])
         matrix = 0.5 * (matrix + matrix.T)
+        if not matrix.isfinite().all():
+            return v * torch.nan, {}  # the run's guard against NaN says where it began
         eigenvalues, vectors = torch.linalg.eigh(matrix)
         moduli, tiny = eigenvalues.abs(), torch.finfo(v.dtype).tiny
         curved = moduli > n * torch.finfo(v.dtype).eps * moduli.max()
