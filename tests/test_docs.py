@@ -1,0 +1,228 @@
+"""``docs/define-a-problem.md`` runs from top to bottom, block by block, and does what it says."""
+
+import json
+import math
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from betty.hypergradient import jvp_fn_mapping
+from programs import FAMILIES, SHAPES, Program
+
+from mlseg import checkpoint, run
+from mlseg.errors import UserError
+from mlseg.hypergradients import names, resolve
+from mlseg.hypergradients.registry import _METHODS
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "define-a-problem.md"
+
+
+@cache
+def blocks(language: str) -> list[tuple[str, str, int]]:
+    """All fenced blocks of a language: the section that each is in, its text, its first line."""
+    text = PAGE.read_text(encoding="utf-8")
+    found = []
+    for match in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        above = text[: match.start(1)]
+        section = re.findall(r"^## (.*)$", above, re.MULTILINE)[-1]
+        found.append((section, match.group(1), above.count("\n")))
+    return found
+
+
+def is_file(block: str) -> bool:
+    """Whether a block is the content of the file that its first line names."""
+    return re.match(r"# [\w/]+\.\w+\n", block) is not None
+
+
+@pytest.fixture(scope="module")
+def after() -> Iterator[dict[str, dict[str, Any]]]:
+    """By section, the names that the program has at its end; own methods are forgotten again."""
+    known, at_bettys = set(names()), dict(jvp_fn_mapping)
+    program: dict[str, Any] = {"__name__": "define_a_problem"}
+    found: dict[str, dict[str, Any]] = {}
+    for section, block, line in blocks("python"):
+        if not is_file(block):
+            # Tracebacks point to lines of the page.
+            exec(compile("\n" * line + block, str(PAGE), "exec"), program)
+            found[section] = dict(program)
+    yield found
+    for name in set(names()) - known:
+        del _METHODS[name]
+    jvp_fn_mapping.clear()
+    jvp_fn_mapping.update(at_bettys)
+
+
+Ran = dict[str, dict[str, Any]]
+
+
+def test_two_levels_mend_what_one_level_gets_wrong(after: Ran) -> None:
+    assert after["One level"]["plain_accuracy"] < 0.65
+    assert after["Two levels"]["two_level_accuracy"] > 0.85
+
+
+def test_the_figures_of_the_table_are_in_the_report(after: Ran) -> None:
+    report = after["Choose the method"]["report"]
+    hop = ("residual", "evaluations", "products", "seconds")
+    assert {
+        "loss",
+        "accuracy",
+        "hypergradient/into_classifier",
+        "hypergradient/via_classifier",
+        *(f"hypergradient/classifier_{figure}" for figure in hop),
+    } <= set(report)
+    assert all(map(math.isfinite, report.values()))
+    assert report["hypergradient/classifier_residual"] < 1e-6
+
+
+def test_the_error_is_the_one_that_is_quoted(after: Ran) -> None:
+    message = after["Choose the method"]["message"]
+    assert message in PAGE.read_text(encoding="utf-8")
+
+
+def test_the_third_level_serves_the_student(after: Ran) -> None:
+    ran = after["Three levels"]
+    assert ran["student_accuracy"] > 0.85
+    assert ran["unaided_accuracy"] < 0.65
+    unaided = ran["engine"].weighting.module
+    assert not unaided.weight.any(), "without its edge in u2l the upper level stays where it is"
+
+
+def test_the_learning_rate_is_learned(after: Ran) -> None:
+    ran = after["Learning rates as an upper level"]
+    assert ran["found_rate"] > 10 * 1e-3
+    assert ran["test_loss"] < 2 / 3 * ran["fixed_test_loss"]
+
+
+@pytest.mark.parametrize("method", ["unrolled", "evolution"])
+def test_other_methods_that_learn_rates(after: Ran, method: str) -> None:
+    engine = after["Learning rates as an upper level"]["learned_rate"](method)
+    for _ in range(20):
+        engine.iterate()
+    assert float(engine.rate.module()) > 1.5e-3
+
+
+def test_an_expensive_source_is_passed_once_a_step(after: Ran) -> None:
+    ran = after["Expensive sources"]
+    assert ran["forwards"] == 200
+    assert ran["generated_accuracy"] > 0.85
+
+
+OWN: dict[str, tuple[dict[str, Any], str, float]] = {
+    "chebyshev": ({"iterations": 100}, "minimisers", 1e-6),
+    "one_sided": ({"epsilon": 1e-6}, "one step", 1e-4),
+    "clipped_identity": ({"largest": 1e6}, "one step", 1e-9),
+}
+"""Settings of the page's methods, what they should give, and their relative error."""
+
+
+@pytest.mark.usefixtures("after")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", OWN)
+def test_own_methods_in_every_graph(method: str, shape: str) -> None:
+    made = Program(FAMILIES["ridge"](), SHAPES[shape])
+    rate = made.stable_rate()
+    settings, truth, tolerance = OWN[method]
+    settings = {"method": method, **settings}
+    if method == "chebyshev":
+        spectra = torch.cat([torch.linalg.eigvalsh(made.curvature(name)) for name in made.lowers])
+        settings |= {"lowest": float(spectra.min()), "highest": float(spectra.max())}
+    if method == "clipped_identity":
+        settings["rate"] = rate
+    engine = made.engine(settings, torch.float64, rate, steps=1)
+    engine.iterate()
+    expected = made.exact() if truth == "minimisers" else made.one_step(rate)
+    assert (engine.top.gradient - expected).norm() / expected.norm() < tolerance
+
+
+def test_own_methods_clip_check_and_report(after: Ran) -> None:
+    figures = after["A method of your own"]["own_figures"]
+    clipped = figures["clipped_identity"]
+    assert clipped["hypergradient/classifier_factor"] == pytest.approx(
+        0.1 / clipped["hypergradient/into_classifier"]
+    )
+    assert figures["chebyshev"]["hypergradient/classifier_residual"] < 0.5
+    assert figures["chebyshev"]["hypergradient/classifier_products"] == 20
+    assert figures["one_sided"]["hypergradient/classifier_evaluations"] == 2
+    with pytest.raises(ValueError, match="chebyshev, setting 'lowest': Field required"):
+        resolve("chebyshev")
+    accumulating = type("Level", (), {"name": "low", "gas": 2})()
+    with pytest.raises(UserError, match="'low': clipped_identity takes one batch a step"):
+        resolve("clipped_identity").check(accumulating)
+
+
+def test_the_resumed_run_is_the_uninterrupted_one(after: Ran, tmp_path: Path) -> None:
+    ran = after["Records, checkpoints, resume"]
+    whole = ran["two_levels"]("unrolled", iterations=100, out=tmp_path / "whole")
+    whole.run()
+    assert tiny.same(tiny.weights(whole), tiny.weights(ran["again"]))
+    assert ran["again"].global_step == 100
+    # At 10, 20, 30, 37 (the end of the first part), 40, 50, ..., 100.
+    assert len(ran["norms"]) == 11
+    assert all(norm > 0 for norm in ran["norms"])
+    interrupted = ran["two_levels"]("unrolled", iterations=37, out=tmp_path / "part")
+    interrupted.run()
+    state = checkpoint.load(tmp_path / "part" / "checkpoints" / "last.pt")
+    assert len(state["problems"]["classifier"]["trajectory"]["steps"]) == 5
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with the files of the page, and no module of them loaded."""
+    for language in ("python", "yaml"):
+        for _, block, _ in blocks(language):
+            if is_file(block):
+                path = tmp_path / block.splitlines()[0].removeprefix("# ")
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(block, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    for module in ("games", "games.cleaning"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    return tmp_path
+
+
+def test_the_commands_run_the_system(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ((_, shell, _),) = blocks("sh")
+    commands = [shlex.split(line) for line in shell.splitlines()]
+    assert [command[:3] for command in commands] == [["python", "-m", "mlseg.run"]] * 3
+    for command in commands:
+        assert run.main(command[3:]) == 0
+    cleaning = json.loads((here / "runs/cleaning/results.json").read_text())
+    assert cleaning["steps"] == 600
+    assert cleaning["best"]["value"] > 0.85
+    figures = [json.loads(x) for x in (here / "runs/cg/metrics.jsonl").read_text().splitlines()]
+    assert any("hypergradient/classifier_residual" in line for line in figures)
+
+    capsys.readouterr()
+    assert run.main(["cleaning.yaml", "problems.classifier.hypergradient.iterations=3"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "identity has no setting 'iterations'" in said
+    assert said.count("\n") == 0
+
+
+def test_links_lead_somewhere() -> None:
+    """To files of the repository, and to sections of the page or its neighbour."""
+    pages = sorted(DOCS.glob("*.md"))
+    anchors = {
+        page.name: {
+            re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+            for title in re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        }
+        for page in pages
+    }
+    for page in pages:
+        for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            if "://" in link:
+                continue
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path) if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors[target.name], f"{page.name}: {link}"

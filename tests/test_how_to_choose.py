@@ -1,0 +1,189 @@
+"""What ``docs/how-to-choose.md`` says of methods without measuring them."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from programs import FAMILIES, SHAPES, Program, Variables
+from torch import Tensor
+
+from mlseg.engines.base import Engine
+from mlseg.engines.settings import EngineSettings
+from mlseg.hypergradients import names
+from mlseg.problems.base import Problem
+from mlseg.problems.config import Config
+
+PAGE = (Path(__file__).parent.parent / "docs" / "how-to-choose.md").read_text(encoding="utf-8")
+
+
+TABLES = ("In short", "What they cost")
+
+
+def test_every_method_is_in_the_tables() -> None:
+    short, costs = (PAGE.split(f"## {title}\n")[1].split("\n## ")[0] for title in TABLES)
+    for name in names():
+        assert f"`{name}`" in short, name
+        assert re.search(rf"^\| `{name}` \|", costs, re.MULTILINE), name
+
+
+COSTS: dict[str, tuple[int, int]] = {
+    "finite_difference": (2, 0),
+    "identity": (1, 0),
+    "sama": (2, 0),
+    "neumann": (1, 10 + 8),
+    "cg": (1, 10),
+    "minres": (1, 10),
+    "nystrom": (1, 10 + 1),
+    "fixed_point": (1, 20),
+    "stochastic": (10 + 1, 10 + 8),
+    "penalty": (10 + 3, 0),
+}
+"""Evaluations and Hessian-vector products of the first hop, by default."""
+
+
+@pytest.mark.parametrize("method", COSTS)
+def test_costs_are_those_of_the_table(method: str) -> None:
+    made = Program(FAMILIES["convolutional"](), SHAPES["two levels"])
+    engine = made.engine({"method": method}, torch.float64, made.stable_rate(), steps=1)
+    engine.iterate()
+    figures = engine.top.metrics
+    counted = [figures[f"hypergradient/low_{kind}"] for kind in ("evaluations", "products")]
+    assert tuple(counted) == COSTS[method]
+
+
+# --------------------------------------------------------------------- what they agree on
+
+
+def gradient(made: Program, method: dict[str, Any], rate: float, steps: int = 1) -> Tensor:
+    engine = made.engine(method, torch.float64, rate, steps)
+    for _ in range(steps):
+        engine.iterate()
+    return engine.top.gradient
+
+
+def test_they_meet_where_the_page_says() -> None:
+    made = Program(FAMILIES["logistic"](), SHAPES["two levels"])
+    rate = made.stable_rate()
+
+    def same(a: Tensor, b: Tensor, tolerance: float) -> bool:
+        return float((a - b).norm() / b.norm()) < tolerance
+
+    unrolled = {"method": "unrolled"}
+    one = gradient(made, {"method": "identity", "linearise": "before_step"}, rate)
+    assert same(gradient(made, unrolled, rate), one, 1e-10)
+    series = gradient(made, {"method": "neumann", "terms": 4, "step_size": rate}, rate)
+    assert same(gradient(made, unrolled, rate, steps=5), series, 1e-8)
+    assert not same(gradient(made, unrolled, rate, steps=4), series, 1e-2)
+    damped = gradient(made, {"method": "cg", "damping": 1e6}, rate)
+    unscaled = gradient(made, {"method": "identity", "scale": "none"}, rate)
+    assert same(1e6 * damped, unscaled, 1e-4)
+
+
+# ------------------------------------------------------------------------ detach, no_grad
+
+W, S, RATE = 0.7, 0.2, 0.1
+
+
+class Holding(Problem):
+    """``h(w) w exp(s)`` with a part ``h(w) = w`` that training holds constant."""
+
+    hold: str
+
+    def training_step(self, batch: Any) -> Tensor:
+        w = self.module.value
+        with torch.set_grad_enabled(self.hold == "detach"):
+            held = w * 1.0
+        if self.hold != "no_grad":
+            held = held.detach()
+        return (held * w * self.top.module.value.exp()).sum()
+
+
+class Coupled(Problem):
+    """``w^2 exp(detach(s)) + w s``."""
+
+    hold: str
+
+    def training_step(self, batch: Any) -> Tensor:
+        w, s = self.module.value, self.top.module.value
+        return (w**2 * s.detach().exp() + w * s).sum()
+
+
+class Top(Problem):
+    gradient: float
+
+    def training_step(self, batch: Any) -> Tensor:
+        return self.low.module.value.sum()
+
+    def grad_callback(self) -> None:
+        self.gradient = float(self.module.value.grad)
+
+
+def slope(method: dict[str, Any], cls: type[Any] = Holding, hold: str = "detach") -> float:
+    """The hypergradient of ``w`` after one step, by ``s``."""
+    problems: list[Any] = []
+    for name, kind, value, rate in (("low", cls, W, RATE), ("top", Top, S, 0.0)):
+        module = Variables(torch.tensor([value], dtype=torch.float64))
+        optimizer = torch.optim.SGD(module.parameters(), rate)
+        problems.append(kind(name, module, optimizer, [()], Config(hypergradient=method)))
+    low, top = problems
+    low.hold = hold
+    engine = Engine(
+        problems,
+        EngineSettings(),
+        u2l={top: [low]},
+        l2u={low: [top]},
+        device="cpu",
+        quiet=True,
+    )
+    engine.iterate()
+    return float(top.gradient)
+
+
+BEFORE = {"linearise": "before_step"}
+TRUE = -RATE * W * math.exp(S)
+"""Of the step that training takes, ``w - rate w exp(s)``."""
+
+
+@pytest.mark.parametrize(
+    ("method", "factor"),
+    [
+        ({"method": "identity", **BEFORE}, 1.0),
+        ({"method": "unrolled"}, 1.0),
+        ({"method": "forward"}, 1.0),
+        ({"method": "evolution", "directions": "orthogonal", "sigma": 1e-3}, 1.0),
+        ({"method": "finite_difference", "epsilon": 1e-4, **BEFORE}, 2.0),
+        ({"method": "sama", "epsilon": 1e-4, **BEFORE}, 2.0),
+    ],
+    ids=lambda value: value["method"] if isinstance(value, dict) else str(value),
+)
+def test_detach_of_own_weights(method: dict[str, Any], factor: float) -> None:
+    assert slope(method) == pytest.approx(factor * TRUE, rel=1e-5)
+
+
+def test_detach_of_own_weights_is_invisible_to_penalty() -> None:
+    """The zero of training's gradient ``w exp(s)`` answers by ``-w``, from where ``w`` is now."""
+    found = slope({"method": "penalty", "strength": 1e4, "iterations": 500})
+    assert found == pytest.approx(-2.0 * (W + TRUE), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["identity", "finite_difference", "unrolled", "cg", "evolution"])
+def test_detach_of_the_upper_variables_is_invisible_to_evolution_alone(method: str) -> None:
+    settings = {"evolution": {"directions": "orthogonal", "sigma": 1e-3}}.get(method, {})
+    held, moving = -1.0, -2.0 * W * math.exp(S) - 1.0
+    found = slope({"method": method, **settings}, Coupled)
+    if method == "cg":  # over the curvature in place of the rate
+        assert found == pytest.approx(held / (2.0 * math.exp(S)), rel=1e-5)
+    else:
+        expected = moving if method == "evolution" else held
+        assert found == pytest.approx(RATE * expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("hold", "factor"), [("detach", 1.0), ("no_grad", 2.0), ("both", 1.0)])
+def test_forward_over_reverse_takes_no_note_of_no_grad(hold: str, factor: float) -> None:
+    method = {"method": "identity", **BEFORE}
+    tangents = {**method, "mode": "forward_over_reverse"}
+    assert slope(method, hold=hold) == pytest.approx(TRUE)
+    assert slope(tangents, hold=hold) == pytest.approx(factor * TRUE)
