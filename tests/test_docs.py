@@ -5,7 +5,8 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from betty.hypergradient import jvp_fn_mapping
 from programs import FAMILIES, SHAPES, Program
 
-from mlseg import checkpoint, run
+from mlseg import run
 from mlseg.errors import UserError
 from mlseg.hypergradients import names, resolve
 from mlseg.hypergradients.registry import _METHODS
@@ -42,34 +43,20 @@ def is_file(block: str) -> bool:
     return re.match(r"# [\w/]+\.\w+\n", block) is not None
 
 
-@pytest.fixture(scope="module")
-def after() -> Iterator[dict[str, dict[str, Any]]]:
-    """By section, the names that the program has at its end; own methods are forgotten again."""
-    known, at_bettys = set(names()), dict(jvp_fn_mapping)
-    program: dict[str, Any] = {"__name__": "define_a_problem"}
-    found: dict[str, dict[str, Any]] = {}
-    for section, block, line in blocks("python"):
-        if not is_file(block):
-            # Tracebacks point to lines of the page.
-            exec(compile("\n" * line + block, str(PAGE), "exec"), program)
-            found[section] = dict(program)
-    yield found
-    for name in set(names()) - known:
-        del _METHODS[name]
-    jvp_fn_mapping.clear()
-    jvp_fn_mapping.update(at_bettys)
+Names = dict[str, Any]
+"""What the program has defined so far."""
 
 
-Ran = dict[str, dict[str, Any]]
+def one_level_gets_it_wrong(ran: Names) -> None:
+    assert ran["plain_accuracy"] < 0.65
 
 
-def test_two_levels_mend_what_one_level_gets_wrong(after: Ran) -> None:
-    assert after["One level"]["plain_accuracy"] < 0.65
-    assert after["Two levels"]["two_level_accuracy"] > 0.85
+def two_levels_mend_it(ran: Names) -> None:
+    assert ran["two_level_accuracy"] > 0.85
 
 
-def test_the_figures_of_the_table_are_in_the_report(after: Ran) -> None:
-    report = after["Choose the method"]["report"]
+def report_and_error_are_those_quoted(ran: Names) -> None:
+    report = ran["report"]
     hop = ("residual", "evaluations", "products", "seconds")
     assert {
         "loss",
@@ -80,37 +67,27 @@ def test_the_figures_of_the_table_are_in_the_report(after: Ran) -> None:
     } <= set(report)
     assert all(map(math.isfinite, report.values()))
     assert report["hypergradient/classifier_residual"] < 1e-6
+    assert ran["message"] in PAGE.read_text(encoding="utf-8")
 
 
-def test_the_error_is_the_one_that_is_quoted(after: Ran) -> None:
-    message = after["Choose the method"]["message"]
-    assert message in PAGE.read_text(encoding="utf-8")
-
-
-def test_the_third_level_serves_the_student(after: Ran) -> None:
-    ran = after["Three levels"]
+def the_third_level_serves_the_student(ran: Names) -> None:
     assert ran["student_accuracy"] > 0.85
     assert ran["unaided_accuracy"] < 0.65
     unaided = ran["engine"].weighting.module
     assert not unaided.weight.any(), "without its edge in u2l the upper level stays where it is"
 
 
-def test_the_learning_rate_is_learned(after: Ran) -> None:
-    ran = after["Learning rates as an upper level"]
+def the_rate_is_learned(ran: Names) -> None:
     assert ran["found_rate"] > 10 * 1e-3
     assert ran["test_loss"] < 2 / 3 * ran["fixed_test_loss"]
+    for method in ("unrolled", "evolution"):
+        engine = ran["learned_rate"](method)
+        for _ in range(20):
+            engine.iterate()
+        assert float(engine.rate.module()) > 1.5e-3, method
 
 
-@pytest.mark.parametrize("method", ["unrolled", "evolution"])
-def test_other_methods_that_learn_rates(after: Ran, method: str) -> None:
-    engine = after["Learning rates as an upper level"]["learned_rate"](method)
-    for _ in range(20):
-        engine.iterate()
-    assert float(engine.rate.module()) > 1.5e-3
-
-
-def test_an_expensive_source_is_passed_once_a_step(after: Ran) -> None:
-    ran = after["Expensive sources"]
+def an_expensive_source_is_passed_once_a_step(ran: Names) -> None:
     assert ran["forwards"] == 200
     assert ran["generated_accuracy"] > 0.85
 
@@ -123,10 +100,7 @@ OWN: dict[str, tuple[dict[str, Any], str, float]] = {
 """Settings of the page's methods, what they should give, and their relative error."""
 
 
-@pytest.mark.usefixtures("after")
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("method", OWN)
-def test_own_methods_in_every_graph(method: str, shape: str) -> None:
+def own_method_is_right(method: str, shape: str) -> None:
     made = Program(FAMILIES["ridge"](), SHAPES[shape])
     rate = made.stable_rate()
     settings, truth, tolerance = OWN[method]
@@ -139,11 +113,15 @@ def test_own_methods_in_every_graph(method: str, shape: str) -> None:
     engine = made.engine(settings, torch.float64, rate, steps=1)
     engine.iterate()
     expected = made.exact() if truth == "minimisers" else made.one_step(rate)
-    assert (engine.top.gradient - expected).norm() / expected.norm() < tolerance
+    error = (engine.top.gradient - expected).norm() / expected.norm()
+    assert error < tolerance, (method, shape)
 
 
-def test_own_methods_clip_check_and_report(after: Ran) -> None:
-    figures = after["A method of your own"]["own_figures"]
+def own_methods_are_right_in_every_graph(ran: Names) -> None:
+    for method in OWN:
+        for shape in SHAPES:
+            own_method_is_right(method, shape)
+    figures = ran["own_figures"]
     clipped = figures["clipped_identity"]
     assert clipped["hypergradient/classifier_factor"] == pytest.approx(
         0.1 / clipped["hypergradient/into_classifier"]
@@ -158,19 +136,55 @@ def test_own_methods_clip_check_and_report(after: Ran) -> None:
         resolve("clipped_identity").check(accumulating)
 
 
-def test_the_resumed_run_is_the_uninterrupted_one(after: Ran, tmp_path: Path) -> None:
-    ran = after["Records, checkpoints, resume"]
-    whole = ran["two_levels"]("unrolled", iterations=100, out=tmp_path / "whole")
+def the_resumed_run_is_the_uninterrupted_one(ran: Names) -> None:
+    whole = ran["two_levels"]("unrolled", iterations=100)
     whole.run()
     assert tiny.same(tiny.weights(whole), tiny.weights(ran["again"]))
     assert ran["again"].global_step == 100
     # At 10, 20, 30, 37 (the end of the first part), 40, 50, ..., 100.
     assert len(ran["norms"]) == 11
     assert all(norm > 0 for norm in ran["norms"])
-    interrupted = ran["two_levels"]("unrolled", iterations=37, out=tmp_path / "part")
-    interrupted.run()
-    state = checkpoint.load(tmp_path / "part" / "checkpoints" / "last.pt")
-    assert len(state["problems"]["classifier"]["trajectory"]["steps"]) == 5
+    part = ran["two_levels"]("unrolled", iterations=37)
+    part.run()
+    assert len(part.state_dict()["problems"]["classifier"]["trajectory"]["steps"]) == 5
+
+
+CHECKS: dict[str, Callable[[Names], None]] = {
+    "One level": one_level_gets_it_wrong,
+    "Two levels": two_levels_mend_it,
+    "Choose the method": report_and_error_are_those_quoted,
+    "Three levels": the_third_level_serves_the_student,
+    "Learning rates as an upper level": the_rate_is_learned,
+    "Expensive sources": an_expensive_source_is_passed_once_a_step,
+    "A method of your own": own_methods_are_right_in_every_graph,
+    "Records, checkpoints, resume": the_resumed_run_is_the_uninterrupted_one,
+}
+"""What is claimed, by section."""
+
+
+@pytest.fixture
+def own_methods_are_forgotten() -> Iterator[None]:
+    """Those that the page registers."""
+    known, at_bettys = set(names()), dict(jvp_fn_mapping)
+    yield
+    for name in set(names()) - known:
+        del _METHODS[name]
+    jvp_fn_mapping.clear()
+    jvp_fn_mapping.update(at_bettys)
+
+
+@pytest.mark.usefixtures("own_methods_are_forgotten")
+def test_every_section_does_what_it_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one test: the sections build on each other, and would run again in each worker."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    program: Names = {"__name__": "define_a_problem"}
+    sections = [(s, block, line) for s, block, line in blocks("python") if not is_file(block)]
+    assert list(dict.fromkeys(section for section, _, _ in sections)) == list(CHECKS)
+    for index, (section, block, line) in enumerate(sections):
+        # Tracebacks point to lines of the page.
+        exec(compile("\n" * line + block, str(PAGE), "exec"), program)
+        if section not in [later for later, _, _ in sections[index + 1 :]]:
+            CHECKS[section](program)
 
 
 @pytest.fixture
