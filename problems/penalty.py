@@ -115,18 +115,18 @@ class PenaltyProblem(Problem):
         randomness.restore(after, self.device)  # the next step draws anew
         excess = [a - b for a, b in zip(above, below, strict=False)]
         if self.penalty.barrier is not None:
-            strength = self._barrier(f, [*excess, *above[len(own) :]])
+            strength = self._barrier(f, [*excess, *above[len(own) :]], self.penalty.barrier)
         else:
             self._strength = strength + self.penalty.growth
         self._twin = twin
         self.set_grads(own, [a + strength * q for a, q in zip(f[: len(own)], excess, strict=True)])
         return {**metrics, "strength": strength}
 
-    def _barrier(self, f: Vector, q: Vector) -> Tensor:
+    def _barrier(self, f: Vector, q: Vector, eta: float) -> Tensor:
         square = torch.stack([(b * b).sum() for b in q]).sum()
         along = torch.stack([(a * b).sum() for a, b in zip(f, q, strict=True)]).sum()
         smallest = torch.finfo(square.dtype).tiny
-        strength = (self.penalty.barrier - along / square.clamp_min(smallest)).clamp_min(0.0)
+        strength = (eta - along / square.clamp_min(smallest)).clamp_min(0.0)
         # The twin's descent divides by it.
         self._strength = strength.clamp_min(1e-3)
         return strength
