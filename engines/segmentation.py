@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 from rich.console import RenderableType
-from torch import nn
+from torch import Tensor, nn
 
 from mlseg import checkpoint
 from mlseg.data import Samples, SegmentationData, to_float
 from mlseg.engines.base import Engine
 from mlseg.engines.pictures import comparison
 from mlseg.engines.recording import write_json
+from mlseg.engines.scoring import evaluating, predict, score
 from mlseg.engines.settings import EngineSettings, choose_device
 from mlseg.errors import UserError
-from mlseg.metrics import SCORES, SegmentationMetrics
-from mlseg.nets import SegmentorSettings
+from mlseg.metrics import SCORES
+from mlseg.nets import SegmentorSettings, decide
 from mlseg.problems.base import Problem
 
-SCORING_BATCH = 16
 SPLITS = "splits.json"
 
 
@@ -30,38 +30,6 @@ def require_validation(data: SegmentationData) -> None:
     """Raise UserError for data without a validation split."""
     if len(data.val) == 0:
         raise UserError("data.val: 0 examples; validation chooses the weights, give at least 1")
-
-
-@torch.no_grad()
-def score(
-    segmentor: nn.Module,
-    samples: Samples,
-    device: torch.device | str,
-    batch_size: int = SCORING_BATCH,
-    autocast: bool = False,
-) -> SegmentationMetrics:
-    """Count a segmentor's predictions over ``samples``, at their size, in evaluation mode.
-
-    Args:
-        segmentor: (B, C, H, W) in [-1, 1] to (B, K, H, W) logits; its mode is put back.
-        samples: at least one example.
-        autocast: run in bfloat16 where that is safe.
-    """
-    device = torch.device(device)
-    spec = samples.spec
-    metrics = SegmentationMetrics(spec.num_classes, spec.ignore_index, spec.classes)
-    mode = segmentor.training
-    segmentor.eval()
-    try:
-        for start in range(0, len(samples), batch_size):
-            span = slice(start, start + batch_size)
-            image = to_float(samples.images[span].to(device))
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                logits = segmentor(image)
-            metrics.update(logits.argmax(1), samples.masks[span].to(device), samples.ids[span])
-    finally:
-        segmentor.train(mode)
-    return metrics
 
 
 class SegmentationEngine(Engine):
@@ -75,6 +43,7 @@ class SegmentationEngine(Engine):
         segmentor: the problem whose module is validated.
         architecture: the settings that the module was built from.
         data: its splits.
+        threshold: of the foreground's probability, for two classes.
         summaries: each gives something to print after the final scores.
         on_finish: each writes something more into the run directory at the end.
     """
@@ -87,6 +56,7 @@ class SegmentationEngine(Engine):
         segmentor: Problem,
         architecture: SegmentorSettings,
         data: SegmentationData,
+        threshold: float = 0.5,
         device: str | torch.device = "auto",
         summaries: Sequence[Callable[[], RenderableType]] = (),
         on_finish: Sequence[Callable[[], None]] = (),
@@ -95,6 +65,7 @@ class SegmentationEngine(Engine):
         require_validation(data)
         self.data = data
         self.segmentor_problem = segmentor
+        self.threshold = threshold
         self.summaries = list(summaries)
         self.on_finish = list(on_finish)
         if config.metric is None:
@@ -111,6 +82,8 @@ class SegmentationEngine(Engine):
             "metric": spec.metric,
             "problem": segmentor.name,
             "precision": segmentor.precision,
+            "threshold": threshold,
+            "scoring": config.scoring,
         }
         super().__init__(
             problems,
@@ -128,13 +101,32 @@ class SegmentationEngine(Engine):
 
     def validation(self) -> dict[str, float]:
         """Scores on the validation split, the headline metric first."""
-        figures = self._score(self.data.val)
+        with evaluating(self.segmentor_module):
+            figures = score(
+                self._predict, self.data.val, self.device, threshold=self.threshold
+            ).compute()
         names = [self.settings.metric or SCORES[0], *SCORES, "pooled_jaccard"]
         return {name: figures[name] for name in dict.fromkeys(names)}
 
-    def _score(self, samples: Samples) -> dict[str, float]:
+    def _predict(self, image_BCHW: Tensor) -> Tensor:
         autocast = self.segmentor_problem.precision == "bf16"
-        return score(self.segmentor_module, samples, self.device, autocast=autocast).compute()
+        return predict(self.segmentor_module, image_BCHW, autocast)
+
+    def _score_splits(self) -> dict[str, dict[str, float]]:
+        """All figures of every split by the present weights, at the size that the config says."""
+        native = self.settings.scoring == "native"
+        with evaluating(self.segmentor_module):
+            return {
+                name: score(
+                    self._predict,
+                    samples,
+                    self.device,
+                    threshold=self.threshold,
+                    native=native,
+                    distances=True,
+                ).compute()
+                for name, samples in self.splits().items()
+            }
 
     @torch.no_grad()
     def _illustrate(self, figures: Mapping[str, float]) -> None:
@@ -142,11 +134,10 @@ class SegmentationEngine(Engine):
         if count == 0 or self.recorder.directory is None:
             return
         images = self.data.val.images[:count]
-        module = self.segmentor_module
-        module.eval()
-        predictions = module(to_float(images.to(self.device))).argmax(1).to("cpu", torch.uint8)
-        module.train()
-        picture = comparison(images, self.data.val.masks[:count], predictions, self.data.spec)
+        with evaluating(self.segmentor_module):
+            found = self._predict(to_float(images.to(self.device)))
+        labels = decide(found, self.threshold).to("cpu", torch.uint8)
+        picture = comparison(images, self.data.val.masks[:count], labels, self.data.spec)
         self.recorder.picture("validation", self.global_step, picture)
 
     def best_state_dict(self) -> dict[str, Any]:
@@ -167,7 +158,7 @@ class SegmentationEngine(Engine):
 
         The selected weights are those of ``best.pt``, chosen on validation data alone.
         """
-        scores = {"last": {name: self._score(s) for name, s in self.splits().items()}}
+        scores = {"last": self._score_splits()}
         directory = self.recorder.directory
         if directory is not None and (directory / "checkpoints" / "best.pt").exists():
             last = {k: v.clone() for k, v in self.segmentor_module.state_dict().items()}
@@ -175,13 +166,14 @@ class SegmentationEngine(Engine):
             self.segmentor_module.load_state_dict(
                 state["problems"][self.segmentor_problem.name]["module"]
             )
-            scores["best"] = {name: self._score(s) for name, s in self.splits().items()}
+            scores["best"] = self._score_splits()
             self.segmentor_module.load_state_dict(last)
         for write in self.on_finish:
             write()
         return {
             **super().results(),
             "metric": self.settings.metric,
+            "scored_at": self.settings.scoring,
             "scores": scores,
             "data": self.data.spec.name,
             "provenance": self.data.provenance,

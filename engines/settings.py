@@ -28,6 +28,8 @@ class EngineSettings(Settings):
         metric: the validation figure that chooses ``best.pt``; None: the data set's headline one.
         mode: whether more or less of it is better.
         patience: validations without a new best after which training stops; None: never.
+        scoring: size at which final scores are counted: ``native``, that of each mask's file, or
+            ``trained``, that of the network's images. Validation is always at the latter.
         samples: pictures to write at each validation; 0 for none.
         tensorboard: whether to write curves for TensorBoard.
     """
@@ -39,6 +41,7 @@ class EngineSettings(Settings):
     metric: str | None = None
     mode: Literal["max", "min"] = "max"
     patience: PositiveInt | None = None
+    scoring: Literal["native", "trained"] = "native"
     samples: NonNegativeInt = 4
     tensorboard: bool = True
 

@@ -1,10 +1,13 @@
-"""Score a finished run on any data set.
+"""Score a finished run, or an ensemble of runs, on any data set.
 
     python -m mlseg.evaluate runs/try                          its own test split
+    python -m mlseg.evaluate runs/a runs/b runs/c              the mean of their probabilities
     python -m mlseg.evaluate runs/try --data ph2 dermis        whole sets, out of distribution
     python -m mlseg.evaluate runs/try --data folder --root my/images --out scores.json
 
-Scores are means over images at the size the run was trained at, by the run's selected weights.
+Scores are means over images by the runs' selected weights, counted at each mask's own size
+(``--scale trained``: at the size the run was trained at). What ``mlseg.calibrate`` chose for
+exactly these weights is used, unless ``--k`` or ``--threshold`` say otherwise.
 """
 
 import argparse
@@ -13,18 +16,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from mlseg import config
+from mlseg.calibration import calibrated, describe
 from mlseg.commands import guarded, make_console
-from mlseg.data import DatasetSpec, DataSettings, Samples, load_data, load_examples
+from mlseg.data import DataSettings, SegmentationData, load_data, load_examples
 from mlseg.engines.recording import write_json
-from mlseg.engines.segmentation import check_same_data, score
+from mlseg.engines.scoring import score
+from mlseg.engines.segmentation import check_same_data
 from mlseg.engines.settings import choose_device
 from mlseg.errors import UserError
 from mlseg.metrics import SCORES
 from mlseg.run import parse_run
-from mlseg.trained import Trained, load_trained
+from mlseg.trained import Ensemble, load_runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,11 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Its arguments."""
     made = argparse.ArgumentParser(prog="mlseg evaluate", description="Score a finished run.")
-    made.add_argument("run", type=Path, help="run directory")
+    made.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     made.add_argument("--data", nargs="+", metavar="NAME", help="data sets; default: the run's own")
     made.add_argument("--root", help="folder of the data set, when one is named")
-    made.add_argument("--weights", choices=("best", "last"), default="best")
-    made.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    made.add_argument("--scale", choices=("native", "trained"), help="default: the run's own")
+    add_choices(made)
     made.add_argument("--out", type=Path, help="JSON file for all figures, per image too")
     return made
 
@@ -48,57 +54,95 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.root is not None and len(arguments.data or ()) != 1:
         raise UserError("--root: the folder of one data set; name exactly one with --data")
     device = choose_device(arguments.device)
-    trained = load_trained(arguments.run, device, arguments.weights)
+    ensemble = load_chosen(arguments, device)
+    trained = ensemble.first
     if arguments.data is None:
-        sets = own_splits(arguments.run)
+        data = own_data(arguments.runs)
+        own = {"test": data.test, **data.out_of_distribution}
+        sets = {name: samples for name, samples in own.items() if len(samples)}
     else:
-        spec = describe(trained)
         sets = {
-            name: load_examples(name, arguments.root, trained.image_size, spec)
+            name: load_examples(name, arguments.root, trained.image_size, trained.spec)
             for name in arguments.data
         }
-    shown = list(dict.fromkeys([trained.metric, *SCORES, "pooled_jaccard"]))
-    title = f"{arguments.run}, {arguments.weights} weights (step {trained.step})"
+    scale = arguments.scale or trained.scoring
+    shown = list(dict.fromkeys([trained.spec.metric, *SCORES, "hd95", "pooled_jaccard"]))
+    names = ", ".join(map(str, arguments.runs))
+    steps = ", ".join(str(member.step) for member in ensemble.members)
+    title = f"{names}, {arguments.weights} weights (step {steps}), {describe(ensemble)}, {scale}"
     table = Table("data", "images", *shown, title=title)
     figures: dict[str, Any] = {}
     for name, samples in sets.items():
-        metrics = score(trained.module, samples, device, autocast=trained.autocast)
+        metrics = score(
+            ensemble,
+            samples,
+            device,
+            threshold=ensemble.threshold,
+            native=scale == "native",
+            distances=True,
+        )
         values = metrics.compute()
         figures[name] = {**values, "per_image": metrics.per_image()}
         table.add_row(name, str(len(samples)), *(f"{values[key]:.4f}" for key in shown))
     make_console().print(table)
     if arguments.out is not None:
-        report = {"run": str(arguments.run), "weights": arguments.weights, "step": trained.step}
+        report = {
+            "runs": [str(run) for run in arguments.runs],
+            "weights": arguments.weights,
+            "steps": [member.step for member in ensemble.members],
+            "k": [member.own_k if member.k is None else member.k for member in ensemble.members],
+            "threshold": ensemble.threshold,
+            "scored_at": scale,
+        }
         write_json(arguments.out, {**report, "scores": figures})
     return 0
 
 
-def describe(trained: Trained) -> DatasetSpec:
-    """What data must be like to score ``trained`` on them."""
-    return DatasetSpec(
-        name=trained.data,
-        channels=trained.in_channels,
-        classes=tuple(trained.classes),
-        ignore_index=trained.ignore_index,
-        metric=trained.metric,
-        palette=tuple((r, g, b) for r, g, b in trained.palette),
+def add_choices(parser: argparse.ArgumentParser) -> None:
+    """Arguments about which weights are used, how, and where."""
+    parser.add_argument("--weights", choices=("best", "last"), default="best")
+    parser.add_argument("--k", type=_k, help="steepness; default: the calibrated or the run's own")
+    parser.add_argument(
+        "--threshold", type=_threshold, help="of the foreground's probability; default: the same"
     )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
 
-def own_splits(run: Path) -> dict[str, Samples]:
-    """Test split and out-of-distribution sets of the run's own config.
+def load_chosen(arguments: argparse.Namespace, device: torch.device) -> Ensemble:
+    """The runs' segmentors with the k and threshold that the arguments or a calibration say."""
+    ensemble = load_runs(arguments.runs, device, arguments.weights, arguments.threshold)
+    return calibrated(ensemble, arguments.k, arguments.threshold)
+
+
+def own_data(runs: Sequence[Path]) -> SegmentationData:
+    """The data of runs that share one split.
 
     Raises:
-        UserError: the data are no longer those that the run was split from.
+        UserError: the data are no longer those that the runs were split from, or one run has been
+            trained on what another is to be tested on.
     """
-    settings, _ = parse_run(config.load(run / "config.yaml"))
+    settings, _ = parse_run(config.load(runs[0] / "config.yaml"))
     wanted = getattr(settings, "data", None)
     if not isinstance(wanted, DataSettings):
-        raise UserError(f"{run}: its system has no data of its own; name a data set with --data")
+        raise UserError(f"{runs[0]}: its system has no data of its own; name a data set by --data")
     data = load_data(wanted)
-    check_same_data(run, data)
-    sets = {"test": data.test, **data.out_of_distribution}
-    return {name: samples for name, samples in sets.items() if len(samples)}
+    for run in runs:
+        check_same_data(run, data)
+    return data
+
+
+def _k(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} isn't above 0")
+    return value
+
+
+def _threshold(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} doesn't lie between 0 and 1")
+    return value
 
 
 if __name__ == "__main__":

@@ -12,8 +12,20 @@ import torch
 from torch import Tensor
 
 from mlseg.errors import UserError
+from mlseg.hausdorff import class_hd95
 
-SCORES = ("jaccard", "dice", "accuracy", "sensitivity", "specificity", "precision")
+SCORES = (
+    "jaccard",
+    "dice",
+    "accuracy",
+    "sensitivity",
+    "specificity",
+    "precision",
+    "thresholded_jaccard",
+)
+# The challenge of ISIC 2018 counts a segmentation below this Jaccard as failed (Codella et al.
+# 2019, arXiv 1902.03368).
+ACCEPTED_JACCARD = 0.65
 
 
 def confusion_per_image(
@@ -82,25 +94,50 @@ def class_scores(confusion_NKK: Tensor) -> dict[str, Tensor]:
     }
 
 
+def image_scores(confusion_NKK: Tensor) -> dict[str, Tensor]:
+    """`SCORES` of N images, each with at least one counted pixel, from (N, K, K) counts.
+
+    Returns (N,) float64 tensors: see `SegmentationMetrics`.
+    """
+    of_class = class_scores(confusion_NKK)
+    present = of_class.pop("present").double()
+    two = confusion_NKK.shape[-1] == 2
+    values = {
+        name: score[:, 1] if two else (score * present).sum(1) / present.sum(1)
+        for name, score in of_class.items()
+    }
+    right = confusion_NKK.diagonal(dim1=1, dim2=2).sum(1).double()
+    values["accuracy"] = right / confusion_NKK.sum((1, 2)).double()
+    jaccard = values["jaccard"]
+    values["thresholded_jaccard"] = jaccard.where(jaccard >= ACCEPTED_JACCARD, 0.0)
+    return {name: values[name] for name in SCORES}
+
+
 class SegmentationMetrics:
     """Accumulates confusion counts per image and turns them into scores.
 
     **Per image.** Two classes: the scores of the foreground, class 1. More classes: the mean over
     the classes present in the image's truth or prediction, the background among them. Accuracy: the
-    share of pixels labelled rightly. An image that has no foreground scores jaccard = dice = 1 if
-    none is predicted, else 0; the other scores follow the same rule (see `class_scores`), so none
-    is ever NaN. Ignored pixels count nowhere; an image of nothing else has no score and is left
-    out.
+    share of pixels labelled rightly. Thresholded Jaccard: the image's Jaccard, or 0 where that is
+    below 0.65. An image that has no foreground scores jaccard = dice = 1 if none is predicted, else
+    0; the other scores follow the same rule (see `class_scores`), so none is ever NaN. Ignored
+    pixels count nowhere; an image of nothing else has no score and is left out.
+
+    **Distances**, if wanted: the 95th percentile of the Hausdorff distance per image, in pixels of
+    the maps given; see `mlseg.hausdorff` for its definition and the rule for empty masks. They are
+    computed on the host.
 
     **Over images.** The mean, and the sample standard deviation (0 for a single image).
 
-    **Pooled.** The confusion matrix summed over all images: the Jaccard of the foreground, or the
-    mean over the classes that occur (mIoU), and the Jaccard of every class.
+    **Pooled.** Every score but the thresholded Jaccard and the distance, which mean something for
+    an image only, from the confusion matrix summed over all images: of the foreground, or the mean
+    over the classes that occur (for the Jaccard, mIoU); and the Jaccard of every class.
 
     Args:
         num_classes: K, at least 2.
         ignore_index: label of pixels that don't count, or None.
         classes: K names, for the per-class keys; None names them 0 to K - 1.
+        distances: whether HD95 is computed too; `update` then waits for the device.
     """
 
     def __init__(
@@ -108,6 +145,7 @@ class SegmentationMetrics:
         num_classes: int,
         ignore_index: int | None = None,
         classes: Sequence[str] | None = None,
+        distances: bool = False,
     ) -> None:
         if num_classes < 2:
             raise ValueError(f"metrics need at least 2 classes, not {num_classes}")
@@ -116,6 +154,7 @@ class SegmentationMetrics:
         self.classes = list(classes or map(str, range(num_classes)))
         if len(self.classes) != num_classes:
             raise ValueError(f"{len(self.classes)} class names for {num_classes} classes")
+        self.distances = distances
         self.reset()
 
     def reset(self) -> None:
@@ -123,12 +162,13 @@ class SegmentationMetrics:
         self._counts: list[Tensor] = []
         self._wrong: list[Tensor] = []
         self._ids: list[str] = []
+        self._distances: list[float] = []
 
     @torch.no_grad()
     def update(
         self, prediction_BHW: Tensor, target_BHW: Tensor, ids: Sequence[str] | None = None
     ) -> None:
-        """Count a batch of label maps, without host synchronisation.
+        """Count a batch of label maps, without host synchronisation (but see `distances`).
 
         Args:
             prediction_BHW: (B, H, W) class indices.
@@ -153,6 +193,12 @@ class SegmentationMetrics:
         self._counts.append(counts)
         self._wrong.append(wrong)
         self._ids.extend(ids)
+        if self.distances:
+            maps = (m.cpu().numpy() for m in (prediction_BHW, target_BHW))
+            self._distances += [
+                class_hd95(predicted, true, self.num_classes, self.ignore_index)
+                for predicted, true in zip(*maps, strict=True)
+            ]
 
     def confusion(self) -> Tensor:
         """(N, K, K) int64 counts of every image so far, rows are the truth, on the CPU.
@@ -177,42 +223,37 @@ class SegmentationMetrics:
         if not ids:
             raise UserError("no image to score: every pixel has the ignore index")
         confusion = confusion[scored]
-        of_class = class_scores(confusion)
-        present = of_class.pop("present").double()
-        values = {}
-        for name, score in of_class.items():
-            if self.num_classes == 2:
-                values[name] = score[:, 1]
-            else:
-                values[name] = (score * present).sum(1) / present.sum(1)
-        right = confusion.diagonal(dim1=1, dim2=2).sum(1).double()
-        values["accuracy"] = right / total[scored].double()
+        values = image_scores(confusion)
+        if self.distances:
+            values["hd95"] = torch.tensor(self._distances, dtype=torch.float64)[scored]
         return ids, values, confusion
 
     def per_image(self) -> dict[str, dict[str, float]]:
         """Scores of every image by id: {"ISIC_0000001": {"jaccard": 0.7, ...}, ...}."""
         ids, values, _ = self._scores()
-        columns = {name: values[name].tolist() for name in SCORES}
+        columns = {name: value.tolist() for name, value in values.items()}
         return {
-            image: {name: columns[name][row] for name in SCORES} for row, image in enumerate(ids)
+            image: {name: columns[name][row] for name in columns} for row, image in enumerate(ids)
         }
 
     def compute(self) -> dict[str, float]:
-        """Every figure as a finite float in [0, 1], besides "images", their number.
+        """Every figure as a finite float in [0, 1], besides "images", their number, and "hd95".
 
-        Keys: each of `SCORES` (mean over images) and with "_std"; "pooled_jaccard"; "iou_<class>"
-            for each class of the pooled confusion matrix (1 for a class that never occurs).
+        Keys: each of `SCORES` (mean over images) and with "_std"; "hd95" and "hd95_std" in pixels,
+            where wanted; "pooled_<score>"; "iou_<class>" for each class of the pooled confusion
+            matrix (1 for a class that never occurs).
         """
         _, values, confusion = self._scores()
         images = len(confusion)
         result: dict[str, float] = {"images": float(images)}
-        for name in SCORES:
-            result[name] = float(values[name].mean())
-            result[f"{name}_std"] = float(values[name].std()) if images > 1 else 0.0
-        pooled = class_scores(confusion.sum(0)[None])
-        iou, present = pooled["jaccard"][0], pooled["present"][0].double()
-        mean = iou[1] if self.num_classes == 2 else (iou * present).sum() / present.sum()
-        result["pooled_jaccard"] = float(mean)
-        for name, value in zip(self.classes, iou.tolist(), strict=True):
-            result[f"iou_{name}"] = value
+        for name, value in values.items():
+            result[name] = float(value.mean())
+            result[f"{name}_std"] = float(value.std()) if images > 1 else 0.0
+        pooled = confusion.sum(0)[None]
+        for name, value in image_scores(pooled).items():
+            if name != "thresholded_jaccard":
+                result[f"pooled_{name}"] = float(value)
+        iou = class_scores(pooled)["jaccard"][0]
+        for name, share in zip(self.classes, iou.tolist(), strict=True):
+            result[f"iou_{name}"] = share
         return result

@@ -1,11 +1,13 @@
-"""Segment images with a finished run.
+"""Segment images with a finished run, or an ensemble of runs.
 
     python -m mlseg.predict runs/try images/ --out masks/
     python -m mlseg.predict runs/try lesion.jpg --out masks/
     python -m mlseg.predict runs/try 'images/*_left.png' --out masks/
+    python -m mlseg.predict runs/a runs/b runs/c images/ --out masks/
 
 For each image two PNGs at its own size: ``<name>.png``, the mask (0 and 255 for two classes, else
-class indices with the classes' colours as palette), and ``<name>_overlay.png``.
+class indices with the classes' colours as palette), and ``<name>_overlay.png``. Several runs: the
+mean of their probabilities. What ``mlseg.calibrate`` chose for exactly these weights is used.
 """
 
 import argparse
@@ -20,13 +22,15 @@ from PIL import Image
 from rich.progress import track
 
 from mlseg.commands import guarded, make_console
-from mlseg.data import to_float
+from mlseg.data import DatasetSpec, to_float
 from mlseg.data.decode import read_image
 from mlseg.engines.pictures import overlay
 from mlseg.engines.recording import writing
 from mlseg.engines.settings import choose_device
 from mlseg.errors import EXIT_USER_ERROR, UserError
-from mlseg.trained import Trained, load_trained
+from mlseg.evaluate import add_choices, load_chosen
+from mlseg.nets import decide
+from mlseg.trained import Ensemble
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp"}
 
@@ -39,32 +43,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Its arguments."""
     made = argparse.ArgumentParser(prog="mlseg predict", description="Segment images with a run.")
-    made.add_argument("run", type=Path, help="run directory")
+    made.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     made.add_argument("images", help="a folder, a file, or a glob in quotes")
     made.add_argument("--out", type=Path, required=True, help="folder for masks and overlays")
-    made.add_argument("--weights", choices=("best", "last"), default="best")
-    made.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_choices(made)
     return made
 
 
 def _run(arguments: argparse.Namespace) -> int:
     paths = find_images(arguments.images)
-    trained = load_trained(arguments.run, choose_device(arguments.device), arguments.weights)
+    ensemble = load_chosen(arguments, choose_device(arguments.device))
+    spec = ensemble.first.spec
     with writing(arguments.out):
         arguments.out.mkdir(parents=True, exist_ok=True)
     console = make_console(stderr=True)
     failed = 0
     for path in track(paths, "Segmenting", console=console, disable=not console.is_terminal):
         try:
-            image = read_image(path, trained.in_channels)
+            image = read_image(path, spec.channels)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             failed += 1
             continue
-        mask = segment(trained, image)
+        mask = segment(ensemble, image)
         with writing(arguments.out):
-            _mask_image(mask, trained).save(arguments.out / f"{path.stem}.png")
-            shown = overlay(_rgb(image), mask, trained.palette)
+            _mask_image(mask, spec).save(arguments.out / f"{path.stem}.png")
+            shown = overlay(_rgb(image), mask, spec.palette)
             Image.fromarray(shown).save(arguments.out / f"{path.stem}_overlay.png")
     console.print(f"{len(paths) - failed} masks and overlays in {arguments.out}")
     return EXIT_USER_ERROR if failed else 0
@@ -97,10 +101,10 @@ def find_images(where: str) -> list[Path]:
     return sorted(found)
 
 
-def segment(trained: Trained, image_CHW: np.ndarray) -> np.ndarray:
+def segment(ensemble: Ensemble, image_CHW: np.ndarray) -> np.ndarray:
     """Label map of one image, at its own size.
 
-    The image is resized to the size the network was trained at (bilinear, antialiased, as in
+    The image is resized to the size the networks were trained at (bilinear, antialiased, as in
     training), and the class probabilities back to the image's size.
 
     Args:
@@ -109,11 +113,12 @@ def segment(trained: Trained, image_CHW: np.ndarray) -> np.ndarray:
     Returns:
         (H, W) uint8 class indices.
     """
-    device = next(trained.module.parameters()).device
+    device = next(ensemble.first.module.parameters()).device
     size = image_CHW.shape[1:]
-    tensor = torch.from_numpy(_resized(image_CHW, trained.image_size)).unsqueeze(0).to(device)
-    found = trained.probabilities(to_float(tensor), (size[0], size[1]))
-    return found.argmax(1)[0].to("cpu", torch.uint8).numpy()
+    resized = _resized(image_CHW, ensemble.first.image_size)
+    tensor = torch.from_numpy(resized).unsqueeze(0).to(device)
+    found = ensemble.probabilities(to_float(tensor), (size[0], size[1]))
+    return decide(found, ensemble.threshold)[0].to("cpu", torch.uint8).numpy()
 
 
 def _resized(image_CHW: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -131,11 +136,11 @@ def _rgb(image_CHW: np.ndarray) -> np.ndarray:
     return np.broadcast_to(image_CHW, (3, *image_CHW.shape[1:])).transpose(1, 2, 0)
 
 
-def _mask_image(mask: np.ndarray, trained: Trained) -> Image.Image:
-    if len(trained.classes) == 2:
+def _mask_image(mask: np.ndarray, spec: DatasetSpec) -> Image.Image:
+    if spec.num_classes == 2:
         return Image.fromarray(mask * 255)
     image = Image.fromarray(mask).convert("P")
-    image.putpalette([value for colour in trained.palette for value in colour])
+    image.putpalette([value for colour in spec.palette for value in colour])
     return image
 
 

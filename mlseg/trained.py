@@ -1,16 +1,19 @@
-"""A run's segmentor, rebuilt from its checkpoint alone."""
+"""Runs' segmentors, rebuilt from their checkpoints alone, by themselves or as an ensemble."""
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mlseg import checkpoint
+from mlseg.data import DatasetSpec
+from mlseg.engines.scoring import resized
 from mlseg.errors import UserError
-from mlseg.nets import SegmentorSettings, build_segmentor
+from mlseg.nets import SegmentorSettings, build_segmentor, class_probabilities
 
 
 @dataclass(frozen=True)
@@ -18,44 +21,129 @@ class Trained:
     """A trained segmentor and what is known of it.
 
     Attributes:
+        run: its run directory.
         module: (B, C, H, W) in [-1, 1] to (B, K, H, W) logits, in evaluation mode.
-        in_channels: C.
-        classes: K names.
-        palette: an RGB triple per class.
+        spec: what its training data were.
         image_size: (H, W) it was trained at, pixels.
-        ignore_index: of its training data, or None.
-        metric: headline metric of its training data.
-        data: name of its training data.
         step: at which the weights were taken.
         autocast: whether the run computed in bfloat16.
+        threshold: of the foreground's probability, as the run's config has it.
+        scoring: the size at which the run's config counts scores.
+        digest: SHA-256 of the checkpoint file, by which a calibration knows its runs.
+        k: steepness in place of the network's own; see :meth:`probabilities`.
     """
 
+    run: Path
     module: nn.Module
-    in_channels: int
-    classes: list[str]
-    palette: list[list[int]]
+    spec: DatasetSpec
     image_size: tuple[int, int]
-    ignore_index: int | None
-    metric: str
-    data: str
     step: int
     autocast: bool
+    threshold: float
+    scoring: Literal["native", "trained"]
+    digest: str
+    k: float | None = None
+
+    @property
+    def own_k(self) -> float:
+        """The k of the network's adaptive logistic; 1 for a network without one."""
+        logistic = getattr(self.module, "logistic", None)
+        return 1.0 if logistic is None else float(logistic.k)
 
     @torch.no_grad()
-    def probabilities(self, image: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Class probabilities of images, at their size or another.
+    def logits(self, image_BCHW: Tensor) -> Tensor:
+        """(B, K, H, W) float32, divided by the network's own k."""
+        with torch.autocast(image_BCHW.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.module(image_BCHW).float()
+
+    def probabilities(self, image_BCHW: Tensor) -> Tensor:
+        """Class probabilities of images in [-1, 1], at their size, with `k` or the own one."""
+        logits = self.logits(image_BCHW)
+        if self.k is not None:
+            logits = logits * (self.own_k / self.k)
+        return class_probabilities(self.module, logits)
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """One or more trained segmentors whose class probabilities are averaged.
+
+    Attributes:
+        members: of one kind of data and one image size.
+        threshold: of the mean probability.
+    """
+
+    members: tuple[Trained, ...]
+    threshold: float
+
+    @property
+    def first(self) -> Trained:
+        """Any member: what they have in common."""
+        return self.members[0]
+
+    def with_choice(self, k: float | None, threshold: float | None) -> "Ensemble":
+        """The same networks with another steepness or threshold; None keeps what is there."""
+        members = self.members if k is None else tuple(replace(m, k=k) for m in self.members)
+        return Ensemble(members, self.threshold if threshold is None else threshold)
+
+    def __call__(self, image_BCHW: Tensor) -> Tensor:
+        """(B, C, H, W) images in [-1, 1] to (B, K, H, W) class probabilities."""
+        return self.probabilities(image_BCHW)
+
+    @torch.no_grad()
+    def probabilities(self, image_BCHW: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Mean class probabilities of images, at their size or another.
 
         Args:
-            image: (B, C, H, W) in [-1, 1].
+            image_BCHW: in [-1, 1].
             size: (H', W') to upsample the probabilities to, bilinearly.
 
         Returns:
             (B, K, H', W').
         """
-        found = self.module(image).float().softmax(1)
-        if size is None or tuple(found.shape[-2:]) == tuple(size):
-            return found
-        return functional.interpolate(found, size, mode="bilinear", align_corners=False)
+        total = self.members[0].probabilities(image_BCHW)
+        for member in self.members[1:]:
+            total = total + member.probabilities(image_BCHW)
+        mean = total / len(self.members)
+        return mean if size is None else resized(mean, size)
+
+
+def load_runs(
+    runs: Sequence[Path],
+    device: torch.device,
+    weights: str = "best",
+    threshold: float | None = None,
+) -> Ensemble:
+    """The segmentors of one or more run directories.
+
+    Args:
+        runs: the directories.
+        weights: ``best`` (chosen on validation data) or ``last``.
+        threshold: in place of the runs' own.
+
+    Raises:
+        UserError: a run can't be loaded, or the runs don't fit together.
+    """
+    members = tuple(load_trained(run, device, weights) for run in runs)
+    first = members[0]
+    for other in members[1:]:
+        for what, mine, its in (
+            ("classes", ", ".join(first.spec.classes), ", ".join(other.spec.classes)),
+            ("channels", first.spec.channels, other.spec.channels),
+            ("ignore_index", first.spec.ignore_index, other.spec.ignore_index),
+            ("image_size", first.image_size, other.image_size),
+        ):
+            if mine != its:
+                raise UserError(
+                    f"{other.run}: its {what} are {its}, those of {first.run} {mine}; an ensemble "
+                    "needs runs of the same kind of data"
+                )
+        if threshold is None and other.threshold != first.threshold:
+            raise UserError(
+                f"{other.run}: its threshold is {other.threshold}, that of {first.run} "
+                f"{first.threshold}; choose one with --threshold"
+            )
+    return Ensemble(members, first.threshold if threshold is None else threshold)
 
 
 def load_trained(run: Path, device: torch.device, weights: str = "best") -> Trained:
@@ -72,22 +160,28 @@ def load_trained(run: Path, device: torch.device, weights: str = "best") -> Trai
         raise UserError(f"{run}: no such run directory")
     path = run / "checkpoints" / f"{weights}.pt"
     state = checkpoint.load(path)
-    description: dict[str, Any] | None = state.get("segmentor")
-    if description is None:
+    found: dict[str, Any] | None = state.get("segmentor")
+    if found is None:
         raise UserError(f"{path}: this run has no segmentor to load")
-    settings = SegmentorSettings.model_validate(description["settings"])
-    module = build_segmentor(settings, description["in_channels"], description["num_classes"])
-    module.load_state_dict(state["problems"][description["problem"]]["module"])
-    height, width = description["image_size"]
+    settings = SegmentorSettings.model_validate(found["settings"])
+    module = build_segmentor(settings, found["in_channels"], found["num_classes"])
+    module.load_state_dict(state["problems"][found["problem"]]["module"])
+    height, width = found["image_size"]
     return Trained(
-        module.to(device).eval(),
-        description["in_channels"],
-        description["classes"],
-        description["palette"],
-        (height, width),
-        description["ignore_index"],
-        description["metric"],
-        state["data"],
-        state["engine"]["global_step"],
-        description["precision"] == "bf16",
+        run=run,
+        module=module.to(device).eval(),
+        spec=DatasetSpec(
+            name=state["data"],
+            channels=found["in_channels"],
+            classes=tuple(found["classes"]),
+            ignore_index=found["ignore_index"],
+            metric=found["metric"],
+            palette=tuple((r, g, b) for r, g, b in found["palette"]),
+        ),
+        image_size=(height, width),
+        step=state["engine"]["global_step"],
+        autocast=found["precision"] == "bf16",
+        threshold=found.get("threshold", 0.5),
+        scoring=found.get("scoring", "native"),
+        digest=hashlib.sha256(path.read_bytes()).hexdigest(),
     )

@@ -43,20 +43,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mlseg.data import Augmentation, AugmentationSettings, BatchLoader, load_data
+from mlseg.data import Augmentation, load_data
 from mlseg.engines.segmentation import SegmentationEngine, require_validation
-from mlseg.engines.settings import Stage, choose_device
+from mlseg.engines.settings import Stage
 from mlseg.errors import UserError
 from mlseg.hypergradients import Interface
 from mlseg.losses import SegmentationLoss, gan_loss
-from mlseg.nets import build_segmentor
 from mlseg.nets.architecture import Architecture as ArchitectureModule
 from mlseg.nets.patchgan import PatchGAN
 from mlseg.nets.pix2pix import SearchableGenerator
 from mlseg.problems import e2eaug_records as records
 from mlseg.problems.base import Problem
+from mlseg.problems.building import Builder
 from mlseg.problems.e2eaug_settings import E2EAugSettings
-from mlseg.problems.settings import ProblemSettings
 from mlseg.problems.systems import system
 from mlseg.randomness import derived, seeded
 
@@ -239,9 +238,7 @@ def build(settings: E2EAugSettings, out: Path | None) -> SegmentationEngine:
     require_validation(data)
     spec, size, seed = data.spec, data.train.image_size, settings.seed
     channels = 1 if spec.num_classes == 2 else spec.num_classes
-    with seeded(seed, "segmentor"):
-        network = build_segmentor(settings.segmentor, spec.channels, spec.num_classes)
-    network.to(memory_format=torch.channels_last)  # the layout CPUs and tensor cores like
+    make, levels = Builder(settings, spec), settings.problems
     with seeded(seed, "generator"):
         maker = SearchableGenerator(
             channels, spec.channels, size, **settings.generator.model_dump()
@@ -254,29 +251,14 @@ def build(settings: E2EAugSettings, out: Path | None) -> SegmentationEngine:
             f"data.image_size is {min(size)}; lower the layers"
         )
 
-    device, levels, mode = choose_device(settings.device), settings.problems, settings.engine.mode
     criterion = SegmentationLoss(settings.loss, spec.ignore_index)
 
-    def problem(cls: type[Problem], name: str, module: Any, samples: Any, augmentation: Any) -> Any:
-        chosen: ProblemSettings = getattr(levels, name)
-        optimizer, scheduler = chosen.build(module.parameters(), mode)
-        loader = None
-        if samples is not None:
-            loader = BatchLoader(
-                samples,
-                chosen.batch_size,
-                device,
-                seed=derived(seed, name),
-                augmentation=Augmentation(augmentation, spec.ignore_index),
-            )
-        config = chosen.config(settings.precision)
-        return cls(name, module, optimizer, loader, config, scheduler)
-
-    off = AugmentationSettings.off()
-    generator = problem(Generator, "generator", maker, data.train, settings.gan.augmentation)
+    loader = make.loader("generator", levels.generator, data.train, settings.gan.augmentation)
+    generator = make.problem(Generator, "generator", levels.generator, maker, loader)
     generator.l1, generator.num_classes = settings.gan.l1, spec.num_classes
-    discriminator = problem(Discriminator, "discriminator", critic, None, off)
-    segmentor = problem(Segmentor, "segmentor", network, data.train, settings.augmentation)
+    discriminator = make.problem(Discriminator, "discriminator", levels.discriminator, critic)
+    loader = make.loader("segmentor", levels.segmentor, data.train, settings.augmentation)
+    segmentor = make.problem(Segmentor, "segmentor", levels.segmentor, make.segmentor(), loader)
     segmentor.criterion, segmentor.num_classes = criterion, spec.num_classes
     segmentor.synthetic_weight = settings.synthetic_weight
     segmentor.frozen_generator = settings.gan.frozen
@@ -288,7 +270,9 @@ def build(settings: E2EAugSettings, out: Path | None) -> SegmentationEngine:
         spread = settings.architecture.spread if settings.architecture.mode == "random" else 1e-3
         with seeded(seed, "architecture"):
             alphas = ArchitectureModule(maker.num_cells, spread)
-        architecture = problem(Architecture, "architecture", alphas, data.val, off)
+        level = levels.architecture
+        loader = make.loader("architecture", level, data.val)
+        architecture = make.problem(Architecture, "architecture", level, alphas, loader)
         architecture.criterion = criterion
         problems.append(architecture)
 
@@ -297,10 +281,8 @@ def build(settings: E2EAugSettings, out: Path | None) -> SegmentationEngine:
         problems,
         settings.engine,
         segmentor=segmentor,
-        architecture=settings.segmentor,
         data=data,
-        device=device,
-        out=out,
+        **make.engine_options(out),
         stages=_stages(settings, gan, generator, discriminator, segmentor, architecture),
     )
     gan.prepare()

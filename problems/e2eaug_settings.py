@@ -114,6 +114,9 @@ class E2EAugSettings(RunSettings):
                 "generator.search: none leaves no architecture to learn; search decoder or both, "
                 "or set architecture.mode to frozen"
             )
+        parts = (self.augmentation, self.mask_augmentation, self.gan.augmentation)
+        if any(part.window is not None for part in parts):
+            raise ValueError("augmentation.window: the generator makes images of one size; drop it")
         if self.gan.frozen and not self.gan.pretrain and self.gan.pretrained is None:
             raise ValueError("gan.frozen: an untrained generator; set gan.pretrain or pretrained")
         return self

@@ -12,11 +12,13 @@ from pydantic import (
     PositiveInt,
     SerializeAsAny,
     Strict,
+    model_validator,
 )
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from mlseg.config import Settings
+from mlseg.errors import UserError
 from mlseg.hypergradients import Method, resolve
 from mlseg.problems.config import Config, SchedulerClock
 
@@ -106,7 +108,9 @@ class ReduceOnPlateau(_Scheduler):
     threshold: NonNegativeFloat = 1e-4
     min_lr: NonNegativeFloat = 0.0
 
-    def build(self, optimizer: torch.optim.Optimizer, mode: Literal["max", "min"]) -> LRScheduler:
+    def build(
+        self, optimizer: torch.optim.Optimizer, mode: Literal["max", "min"], steps: int | None
+    ) -> LRScheduler:
         """The torch scheduler; ``mode`` is the engine's."""
         values = self.model_dump(exclude={"name", "step"})
         return lr_scheduler.ReduceLROnPlateau(optimizer, mode=mode, **values)
@@ -119,7 +123,7 @@ class MultiStep(_Scheduler):
     milestones: list[PositiveInt]
     factor: PositiveFloat = 0.1
 
-    def build(self, optimizer: torch.optim.Optimizer, mode: str) -> LRScheduler:
+    def build(self, optimizer: torch.optim.Optimizer, mode: str, steps: int | None) -> LRScheduler:
         """The torch scheduler."""
         return lr_scheduler.MultiStepLR(optimizer, self.milestones, self.factor)
 
@@ -130,21 +134,33 @@ class Exponential(_Scheduler):
     name: Literal["exponential"] = "exponential"
     factor: PositiveFloat
 
-    def build(self, optimizer: torch.optim.Optimizer, mode: str) -> LRScheduler:
+    def build(self, optimizer: torch.optim.Optimizer, mode: str, steps: int | None) -> LRScheduler:
         """The torch scheduler."""
         return lr_scheduler.ExponentialLR(optimizer, self.factor)
 
 
 class Linear(_Scheduler):
-    """From the full rate to ``end`` times it over ``length`` steps, in a straight line."""
+    """From the full rate to ``end`` times it over ``length`` steps, in a straight line.
+
+    Without a length it takes the whole of ``engine.iterations``.
+    """
 
     name: Literal["linear"] = "linear"
-    length: PositiveInt
-    end: NonNegativeFloat = 0.0
+    length: PositiveInt | None = None
+    end: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
 
-    def build(self, optimizer: torch.optim.Optimizer, mode: str) -> LRScheduler:
+    @model_validator(mode="after")
+    def _check_length(self) -> "Linear":
+        if self.length is None and self.step != "iteration":
+            raise ValueError(f"length: how many steps of the clock {self.step!r} the decay takes")
+        return self
+
+    def build(self, optimizer: torch.optim.Optimizer, mode: str, steps: int | None) -> LRScheduler:
         """The torch scheduler."""
-        return lr_scheduler.LinearLR(optimizer, 1.0, self.end, self.length)
+        length = self.length if self.length is not None else steps
+        if length is None:
+            raise UserError("scheduler.length: needed here; the number of steps of the decay")
+        return lr_scheduler.LinearLR(optimizer, 1.0, self.end, length)
 
 
 class Cosine(_Scheduler):
@@ -154,7 +170,7 @@ class Cosine(_Scheduler):
     length: PositiveInt
     min_lr: NonNegativeFloat = 0.0
 
-    def build(self, optimizer: torch.optim.Optimizer, mode: str) -> LRScheduler:
+    def build(self, optimizer: torch.optim.Optimizer, mode: str, steps: int | None) -> LRScheduler:
         """The torch scheduler."""
         return lr_scheduler.CosineAnnealingLR(optimizer, self.length, self.min_lr)
 
@@ -204,8 +220,16 @@ class ProblemSettings(Settings):
         )
 
     def build(
-        self, parameters: Iterable[torch.Tensor], mode: Literal["max", "min"]
+        self,
+        parameters: Iterable[torch.Tensor],
+        mode: Literal["max", "min"],
+        steps: int | None = None,
     ) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
-        """Optimizer and scheduler over ``parameters``; ``mode`` is the monitored metric's."""
+        """Optimizer and scheduler over ``parameters``.
+
+        Args:
+            mode: the monitored metric's.
+            steps: iterations of the run, for a scheduler that goes by them.
+        """
         optimizer = self.optimizer.build(parameters)
-        return optimizer, self.scheduler.build(optimizer, mode) if self.scheduler else None
+        return optimizer, self.scheduler.build(optimizer, mode, steps) if self.scheduler else None

@@ -10,18 +10,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mlseg.config import Settings
-from mlseg.data import Augmentation, AugmentationSettings, BatchLoader, DataSettings, load_data
+from mlseg.data import AugmentationSettings, DataSettings, load_data
 from mlseg.engines.segmentation import SegmentationEngine
-from mlseg.engines.settings import Stage, choose_device
+from mlseg.engines.settings import Stage
 from mlseg.losses import LossSettings, SegmentationLoss
-from mlseg.nets import SegmentorSettings, build_segmentor
+from mlseg.nets import SegmentorSettings
 from mlseg.problems.base import Problem
+from mlseg.problems.building import Builder
 from mlseg.problems.settings import ProblemSettings
 from mlseg.problems.systems import RunSettings, system
-from mlseg.randomness import derived, seeded
 
 
 class Segmentor(Problem):
@@ -58,29 +56,17 @@ class SupervisedSettings(RunSettings):
 @system("supervised", SupervisedSettings, "a segmentor alone, with or without augmentation")
 def build(settings: SupervisedSettings, out: Path | None) -> SegmentationEngine:
     """Data, network, the problem, the engine."""
-    data, device = load_data(settings.data), choose_device(settings.device)
-    spec, level = data.spec, settings.problems.segmentor
-    with seeded(settings.seed, "segmentor"):
-        network = build_segmentor(settings.segmentor, spec.channels, spec.num_classes)
-    network.to(memory_format=torch.channels_last)  # the layout CPUs and tensor cores like
-    optimizer, scheduler = level.build(network.parameters(), settings.engine.mode)
-    loader = BatchLoader(
-        data.train,
-        level.batch_size,
-        device,
-        seed=derived(settings.seed, "segmentor"),
-        augmentation=Augmentation(settings.augmentation, spec.ignore_index),
-    )
-    config = level.config(settings.precision)
-    segmentor = Segmentor("segmentor", network, optimizer, loader, config, scheduler)
-    segmentor.criterion = SegmentationLoss(settings.loss, spec.ignore_index)
+    data = load_data(settings.data)
+    settings.augmentation.output_size(data.train.image_size)  # an impossible window, told at once
+    build, level = Builder(settings, data.spec), settings.problems.segmentor
+    loader = build.loader("segmentor", level, data.train, settings.augmentation)
+    segmentor = build.problem(Segmentor, "segmentor", level, build.segmentor(), loader)
+    segmentor.criterion = SegmentationLoss(settings.loss, data.spec.ignore_index)
     return SegmentationEngine(
         [segmentor],
         settings.engine,
         segmentor=segmentor,
-        architecture=settings.segmentor,
         data=data,
-        device=device,
-        out=out,
         stages=[Stage("training", settings.engine.iterations)],
+        **build.engine_options(out),
     )

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlseg.config import Settings
+from mlseg.errors import UserError
 
 # An image or None, and the same comes back.
 ImageT = TypeVar("ImageT", Tensor, None)
@@ -44,6 +45,8 @@ class AugmentationSettings(Settings):
         shear: degrees, drawn for the x axis from [-shear, shear]; below 90.
         crop: fraction of height and width by which each of the four sides is cropped or, where the
             draw is negative, padded: from [-crop, crop]. Below 0.5.
+        window: pixels, one number or [height, width], of a window cut out of the image at a place
+            drawn for every sample, before all else; None keeps the whole image.
         fill: what comes in from outside: "black" (and background, or the ignore index where the
             loader knows one, in the mask), "border" (the nearest pixel) or "reflection".
         brightness, contrast, saturation: factor from [1 - x, 1 + x], of the image in [0, 1].
@@ -58,6 +61,7 @@ class AugmentationSettings(Settings):
     scale: Annotated[list[float], pydantic.Field(min_length=2, max_length=2)] = [1.0, 1.0]
     shear: Annotated[float, pydantic.Field(ge=0.0, lt=90.0)] = 0.0
     crop: Annotated[float, pydantic.Field(ge=0.0, lt=0.5)] = 0.0
+    window: int | list[int] | None = None
     fill: Literal["black", "border", "reflection"] = "black"
     brightness: Fraction = 0.0
     contrast: Fraction = 0.0
@@ -76,12 +80,37 @@ class AugmentationSettings(Settings):
             raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
         return PRESETS[name] | {key: given for key, given in value.items() if key != "preset"}
 
+    @pydantic.field_validator("window")
+    @classmethod
+    def _check_window(cls, value: int | list[int] | None) -> int | list[int] | None:
+        numbers = [value] if isinstance(value, int) else value or [1]
+        if len(numbers) > 2 or min(numbers) < 1:
+            raise ValueError("a number of pixels, or [height, width], each at least 1")
+        return value
+
     @pydantic.field_validator("scale")
     @classmethod
     def _check_scale(cls, value: list[float]) -> list[float]:
         if not 0.0 < value[0] <= value[1]:
             raise ValueError("two factors, the lower first, both above 0")
         return value
+
+    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) of what comes out, for images of ``size``.
+
+        Raises:
+            UserError: the window is larger than the image.
+        """
+        if self.window is None:
+            return size
+        window = [self.window] if isinstance(self.window, int) else self.window
+        height, width = window[0], window[-1]
+        if height > size[0] or width > size[1]:
+            raise UserError(
+                f"augmentation.window: {height}x{width} pixels don't fit into images of "
+                f"{size[0]}x{size[1]}; lower it, or raise data.image_size"
+            )
+        return height, width
 
     @classmethod
     def preset(cls, name: str) -> "AugmentationSettings":
@@ -134,10 +163,12 @@ class Draw:
             `affine_grid` (align_corners=False); None where no geometric operation is on.
         colour: (B, 4) float32 on the CPU: factors of brightness, contrast and saturation, turn of
             hue in radians; None where no colour operation is on.
+        windows: (top, left, height, width) of every sample's window; None where none is cut.
     """
 
     theta: Tensor | None
     colour: Tensor | None
+    windows: list[tuple[int, int, int, int]] | None = None
 
 
 class Augmentation:
@@ -163,22 +194,28 @@ class Augmentation:
             generator: on the CPU; the only source of randomness.
 
         Returns:
-            image and mask of the same shapes, types and device.
+            image and mask of the same types and device, of the same shapes but for a window.
         """
         batch, height, width = mask.shape
         return self.apply(image, mask, self.draw(batch, height, width, generator))
 
     def draw(self, batch: int, height: int, width: int, generator: torch.Generator) -> Draw:
         """Draw for a batch; takes the same random numbers whatever the image's size."""
+        windows = self._windows(batch, height, width, generator)
+        if windows is not None:
+            _, _, height, width = windows[0]
         operations = self._operations(batch, height, width, generator)
         theta = None
         if operations:
             matrix = compose(torch.stack(operations, 1), generator)
             theta = to_theta(matrix, height, width)
-        return Draw(theta, self._colour(batch, generator))
+        return Draw(theta, self._colour(batch, generator), windows)
 
     def apply(self, image: ImageT, mask: Tensor, draw: Draw) -> tuple[ImageT, Tensor]:
         """Apply a draw: see `__call__`. Differentiable with respect to the image."""
+        if draw.windows is not None:
+            mask = _cut(mask, draw.windows)
+            image = image if image is None else _cut(image, draw.windows)
         if draw.theta is not None:
             theta = _to(draw.theta, mask.device)
             size = [len(mask), 1, *mask.shape[-2:]]
@@ -199,6 +236,19 @@ class Augmentation:
         if value.is_floating_point():
             return sampled
         return sampled.round().to(value.dtype)
+
+    def _windows(
+        self, batch: int, height: int, width: int, generator: torch.Generator
+    ) -> list[tuple[int, int, int, int]] | None:
+        """A window for each sample, uniform over its places."""
+        if self.settings.window is None:
+            return None
+        high, wide = self.settings.output_size((height, width))
+        draw = torch.rand(batch, 2, generator=generator)
+        # The draw is on the host, so these are plain numbers there.
+        last = torch.tensor([height - high, width - wide])
+        places = torch.minimum((draw * (last + 1)).int(), last).tolist()
+        return [(top, left, high, wide) for top, left in places]
 
     def _operations(
         self, batch: int, height: int, width: int, generator: torch.Generator
@@ -249,6 +299,16 @@ class Augmentation:
             return None
         draw = torch.rand(batch, 4, generator=generator) * 2 - 1
         return torch.tensor([1.0, 1.0, 1.0, 0.0]) + draw * ranges
+
+
+def _cut(value: Tensor, windows: list[tuple[int, int, int, int]]) -> Tensor:
+    """A window of each sample, (B, ..., H, W) -> (B, ..., h, w)."""
+    return torch.stack(
+        [
+            sample[..., top : top + height, left : left + width]
+            for sample, (top, left, height, width) in zip(value, windows, strict=True)
+        ]
+    )
 
 
 def compose(operations: Tensor, generator: torch.Generator) -> Tensor:

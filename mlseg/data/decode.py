@@ -132,11 +132,17 @@ def decode(
         RunError: the cache can't be written.
     """
     ids = [example.id for example in examples]
+
+    def native(index: int) -> torch.Tensor:
+        return torch.from_numpy(_read_masks(examples[index], entry, spec, None))
+
     shapes = (len(ids), spec.channels, *size), (len(ids), *size)
     if cache is None or not ids:
         images, masks = (np.empty(shape, np.uint8) for shape in shapes)
         _fill(examples, entry, spec, images, masks)
-        return Samples(ids, torch.from_numpy(images), torch.from_numpy(masks), spec)
+        return Samples(
+            ids, torch.from_numpy(images), torch.from_numpy(masks), spec, native_mask=native
+        )
     folder = cache / f"{spec.name}-{_key(examples, entry, spec, size)}"
     if not folder.is_dir():
         try:
@@ -145,7 +151,20 @@ def decode(
             raise RunError(f"{cache}: can't keep decoded images here ({error})") from None
     # Mode "c" gives writable pages that never reach the file; torch wants writable memory.
     images, masks = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("images", "masks"))
-    return Samples(ids, torch.from_numpy(images), torch.from_numpy(masks), spec, mapped=True)
+    return Samples(
+        ids, torch.from_numpy(images), torch.from_numpy(masks), spec, True, native_mask=native
+    )
+
+
+def _read_masks(
+    example: Example, entry: Entry, spec: DatasetSpec, size: tuple[int, int] | None
+) -> NDArray[np.uint8]:
+    """The union of an example's masks, at `size` or their own."""
+    parts = [
+        read_mask(path, entry.masks, spec.num_classes, spec.ignore_index, size)
+        for path in example.masks
+    ]
+    return np.maximum.reduce(parts)
 
 
 def _fill(
@@ -161,11 +180,7 @@ def _fill(
         example = examples[position]
         _check_sizes(example, entry)
         images[position] = read_image(example.image, spec.channels, size, entry.raw)
-        parts = [
-            read_mask(path, entry.masks, spec.num_classes, spec.ignore_index, size)
-            for path in example.masks
-        ]
-        masks[position] = np.maximum.reduce(parts)
+        masks[position] = _read_masks(example, entry, spec, size)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         done: Iterable[None] = pool.map(one, range(len(examples)))

@@ -1,6 +1,9 @@
 """Decoded examples as two uint8 tensors, in memory or memory-mapped."""
 
-from collections.abc import Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -42,6 +45,8 @@ class Samples:
         masks: (N, H, W) uint8, class indices or the ignore index.
         spec: of the data set they come from.
         mapped: whether the tensors are memory-mapped files, larger than should be held in memory.
+        native_mask: reads the mask of one example, by its place, at its own size, (H', W') uint8;
+            None where the masks have no other size than that of `masks`.
     """
 
     ids: list[str]
@@ -49,6 +54,7 @@ class Samples:
     masks: Tensor
     spec: DatasetSpec
     mapped: bool = False
+    native_mask: Callable[[int], Tensor] | None = field(default=None, repr=False, compare=False)
     _copies: dict[torch.device, tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -70,8 +76,35 @@ class Samples:
     def subset(self, indices: Sequence[int]) -> "Samples":
         """The examples at `indices`, copied, in that order."""
         chosen = torch.as_tensor(list(indices), dtype=torch.int64)
-        ids = [self.ids[index] for index in chosen.tolist()]
-        return Samples(ids, self.images[chosen], self.masks[chosen], self.spec)
+        places = chosen.tolist()
+        ids = [self.ids[index] for index in places]
+        read = self.native_mask
+        return Samples(
+            ids,
+            self.images[chosen],
+            self.masks[chosen],
+            self.spec,
+            native_mask=None if read is None else lambda index: read(places[index]),
+        )
+
+    def native_masks(self) -> Iterator[Tensor]:
+        """The masks at their own sizes, in order, (H', W') uint8; read ahead on several threads.
+
+        Raises:
+            UserError: a file can't be read any more.
+        """
+        if self.native_mask is None:
+            yield from self.masks
+            return
+        workers = min(8, os.cpu_count() or 1)
+        waiting: deque[Future[Tensor]] = deque()
+        with ThreadPoolExecutor(workers) as pool:
+            for index in range(len(self)):
+                waiting.append(pool.submit(self.native_mask, index))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """`images` and `masks` on a device; copied there once, however many loaders share them."""

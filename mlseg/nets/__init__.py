@@ -1,23 +1,26 @@
 """Networks, a file each, and the segmentors by name.
 
 `SegmentorSettings` is what a config says about a segmentor, `build_segmentor` makes it, and
-`segmentor_names` lists what can be named. Generator, discriminator and architecture of E2EAug are
+`segmentor_names` lists what can be named; `class_probabilities` and `decide`
+turn its logits into a prediction. Generator, discriminator and architecture of E2EAug are
 in `pix2pix`, `patchgan` and `architecture`.
 """
 
 from typing import Any
 
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from mlseg.config import Settings
 from mlseg.errors import UserError
 from mlseg.nets.deeplab import DeepLabV3
+from mlseg.nets.segan import SegAN
 from mlseg.nets.unet import UNet
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "unet": {"channels": 64, "levels": 4},
     "deeplabv3": {},
+    "segan": {"channels": 64, "levels": 6, "expansion": 0.25, "global_kernel": 7},
 }
 # segmentation-models-pytorch has a U-Net and a DeepLabV3 of its own; these are their names here.
 _PREFIX = "smp_"
@@ -54,6 +57,7 @@ class SegmentorSettings(Settings):
     |---|---|
     | `unet` | `channels`: width of the first level (64); `levels`: number of downsamplings (4) |
     | `deeplabv3` | none: torchvision's DeepLabV3 with a ResNet-50 |
+    | `segan` | `channels` (64); `levels`: 2 to 6 (6); `expansion`, `global_kernel`: see `SegAN` |
     | others | `encoder`: `resnet34`, `mit_b0`, ...; `options`: keywords of the architecture |
 
     The others are the architectures of segmentation-models-pytorch (`unetplusplus`, `fpn`,
@@ -66,6 +70,8 @@ class SegmentorSettings(Settings):
     name: str = "unet"
     channels: int | None = Field(default=None, ge=1)
     levels: int | None = Field(default=None, ge=1, le=8)
+    expansion: float | None = Field(default=None, gt=0)
+    global_kernel: int | None = Field(default=None, ge=1)
     encoder: str | None = None
     options: dict[str, Any] | None = None
 
@@ -124,6 +130,9 @@ def build_segmentor(settings: SegmentorSettings, in_channels: int, num_classes: 
         return UNet(in_channels, num_classes, settings.channels, settings.levels)
     if settings.name == "deeplabv3":
         return DeepLabV3(in_channels, num_classes)
+    if settings.name == "segan":
+        own = settings.model_dump(exclude={"name"}, exclude_none=True)
+        return SegAN(in_channels, num_classes, **own)
     from mlseg.nets.smp import SmpSegmentor
 
     return SmpSegmentor(
@@ -131,4 +140,31 @@ def build_segmentor(settings: SegmentorSettings, in_channels: int, num_classes: 
     )
 
 
-__all__ = ["SegmentorSettings", "build_segmentor", "segmentor_names"]
+def class_probabilities(segmentor: nn.Module, logits_BKHW: Tensor) -> Tensor:
+    """(B, K, H, W) logits -> probability of every class, in float32: the softmax over the classes.
+
+    A network with a method ``probabilities`` says itself what they are (SegAN's logistic per map).
+    """
+    own = getattr(segmentor, "probabilities", None)
+    logits = logits_BKHW.float()
+    return logits.softmax(1) if own is None else own(logits)
+
+
+def decide(probabilities_BKHW: Tensor, threshold: float = 0.5) -> Tensor:
+    """(B, K, H, W) class probabilities -> (B, H, W) class indices.
+
+    Two classes: the foreground where its probability exceeds `threshold`. More: the most probable
+    one, whatever the threshold.
+    """
+    if probabilities_BKHW.shape[1] == 2:
+        return (probabilities_BKHW[:, 1] > threshold).long()
+    return probabilities_BKHW.argmax(1)
+
+
+__all__ = [
+    "SegmentorSettings",
+    "build_segmentor",
+    "class_probabilities",
+    "decide",
+    "segmentor_names",
+]
