@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": ("mlseg.evaluate", "score a finished run on any data set"),
     "predict": ("mlseg.predict", "images in, mask PNGs and overlays out"),
     "compare": ("mlseg.compare", "hypergradient methods side by side"),
+    "calibrate": ("mlseg.calibrate", "choose k and threshold on validation images"),
     "data": ("mlseg.data.__main__", "fetch a data set, or say where to get it"),
 }
 

@@ -101,9 +101,11 @@ def _run(arguments: argparse.Namespace) -> int:
 def add_choices(parser: argparse.ArgumentParser) -> None:
     """Arguments about which weights are used, how, and where."""
     parser.add_argument("--weights", choices=("best", "last"), default="best")
-    parser.add_argument("--k", type=_k, help="steepness; default: the calibrated or the run's own")
     parser.add_argument(
-        "--threshold", type=_threshold, help="of the foreground's probability; default: the same"
+        "--k", type=above_zero, help="steepness; default: the calibrated or the run's own"
+    )
+    parser.add_argument(
+        "--threshold", type=probability, help="of the foreground's probability; default: the same"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
@@ -131,14 +133,16 @@ def own_data(runs: Sequence[Path]) -> SegmentationData:
     return data
 
 
-def _k(text: str) -> float:
+def above_zero(text: str) -> float:
+    """A number above 0, for argparse."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} isn't above 0")
     return value
 
 
-def _threshold(text: str) -> float:
+def probability(text: str) -> float:
+    """A number between 0 and 1, for argparse."""
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} doesn't lie between 0 and 1")

@@ -34,15 +34,18 @@ class GlobalConvolution(nn.Module):
         self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, bias: bool = False
     ) -> None:
         super().__init__()
-        tall = {"kernel_size": (kernel, 1), "padding": (kernel // 2, 0), "stride": (stride, 1)}
-        wide = {"kernel_size": (1, kernel), "padding": (0, kernel // 2), "stride": (1, stride)}
-        self.tall_wide, self.wide_tall = (
-            nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, **first, bias=False),
-                nn.Conv2d(out_channels, out_channels, **second, bias=bias),
-            )
-            for first, second in ((tall, wide), (wide, tall))
-        )
+        pad = kernel // 2
+
+        def tall(channels: int, last: bool) -> nn.Module:
+            size, by = (kernel, 1), (stride, 1)
+            return nn.Conv2d(channels, out_channels, size, by, (pad, 0), bias=bias and last)
+
+        def wide(channels: int, last: bool) -> nn.Module:
+            size, by = (1, kernel), (1, stride)
+            return nn.Conv2d(channels, out_channels, size, by, (0, pad), bias=bias and last)
+
+        self.tall_wide = nn.Sequential(tall(in_channels, False), wide(out_channels, True))
+        self.wide_tall = nn.Sequential(wide(in_channels, False), tall(out_channels, True))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""

@@ -3,6 +3,8 @@
 Source: Xue, Xu and Huang, ISBI 2018, section 2.2, figure 1.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from mlseg.errors import UserError
@@ -75,7 +77,7 @@ class ClassCritics(nn.Module):
         settings: of each `Critic`.
     """
 
-    def __init__(self, in_channels: int, maps: int, stacked: bool, **settings: int | None) -> None:
+    def __init__(self, in_channels: int, maps: int, stacked: bool, **settings: Any) -> None:
         super().__init__()
         number, each = (1, maps) if stacked else (maps, 1)
         self.critics = nn.ModuleList(Critic(in_channels * each, **settings) for _ in range(number))
