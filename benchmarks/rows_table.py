@@ -62,11 +62,11 @@ def write(out: Path) -> None:
         raise UserError(f"{path} is missing; run the rows first, without --table")
     asked = json.loads(path.read_text(encoding="utf-8"))
     names = [PRETRAINING, *asked["rows"]]
-    runs = {name: found for name in names if (found := _finished(out / name))}
+    runs = {name: found for name in names if (found := finished(out / name))}
     shared = runs.pop(PRETRAINING, {})
     if not runs:
         raise UserError(f"no run below {out} has finished yet")
-    notes = _check(runs)
+    notes = check(runs)
     some = [run for seeds in runs.values() for run in seeds.values()]
     report: dict[str, Any] = {
         "provenance": some[0].results["provenance"],
@@ -77,7 +77,7 @@ def write(out: Path) -> None:
         "commands": asked["commands"],
         "overrides": {name: asked["rows"][name]["overrides"] for name in runs},
         "notes": notes,
-        "seconds_shared_pretraining": _spread([r.results["seconds"] for r in shared.values()]),
+        "seconds_shared_pretraining": spread([r.results["seconds"] for r in shared.values()]),
         "splits": {},
     }
     # The runs' versions, which need not be those of today; the commands say the revision.
@@ -94,7 +94,7 @@ def write(out: Path) -> None:
     print(text)
 
 
-def _finished(folder: Path) -> dict[int, Run]:
+def finished(folder: Path) -> dict[int, Run]:
     runs = {}
     for path in folder.glob("seed_*/results.json"):
         settings = parse_run(config.load(path.parent / "config.yaml"))[0].model_dump(mode="json")
@@ -103,7 +103,7 @@ def _finished(folder: Path) -> dict[int, Run]:
     return dict(sorted(runs.items()))
 
 
-def _check(runs: Runs) -> list[str]:
+def check(runs: Runs) -> list[str]:
     """Refuse what can't be compared; return remarks on what differs."""
     some = [run for seeds in runs.values() for run in seeds.values()]
     for key in ("provenance", "data", "metric"):
@@ -142,16 +142,16 @@ def _of_split(runs: Runs, split: str) -> dict[str, Any]:
         metric = f"{next(iter(have.values())).results['metric']}_std"
         rows[name] = {
             "seeds": list(have),
-            "best": _spread([run.score("best", split) for run in have.values()]),
-            "last": _spread([run.score("last", split) for run in have.values()]),
+            "best": spread([run.score("best", split) for run in have.values()]),
+            "last": spread([run.score("last", split) for run in have.values()]),
             "per_seed": {
                 s: [r.score("best", split), r.score("last", split)] for s, r in have.items()
             },
-            "within": _spread(
+            "within": spread(
                 [run.results["scores"]["best"][split][metric] for run in have.values()]
             ),
-            "best_step": _spread([float(run.best_step) for run in have.values()]),
-            "seconds": _spread([run.results["seconds"] for run in have.values()]),
+            "best_step": spread([float(run.best_step) for run in have.values()]),
+            "seconds": spread([run.results["seconds"] for run in have.values()]),
         }
     differences: dict[str, dict[str, Any]] = {}
     for name, seeds in runs.items():
@@ -164,7 +164,7 @@ def _of_split(runs: Runs, split: str) -> dict[str, Any]:
             ]
             if values:
                 differences.setdefault(name, {})[weights] = {
-                    **_spread(values),
+                    **spread(values),
                     "seeds": len(values),
                     "wins": sum(value > 0 for value in values),
                 }
@@ -186,7 +186,7 @@ def _constant(runs: Runs, split: str) -> dict[str, dict[str, float]]:
         for index, name in enumerate(samples.spec.classes):
             score = _score_constant(samples, index)[run.results["metric"]]
             values.setdefault(f"all {name}", []).append(score)
-    return {name: _spread(found) for name, found in values.items()}
+    return {name: spread(found) for name, found in values.items()}
 
 
 def _score_constant(samples: Samples, index: int) -> dict[str, float]:
@@ -211,14 +211,14 @@ def _search(runs: Runs) -> dict[str, Any]:
         if records:
             moved = [max(max(cell) for cell in record["moved"]) for record in records]
             found[name] = {
-                "entropy": _spread([record["entropy"] for record in records]),
-                "largest_move": _spread(moved),
+                "entropy": spread([record["entropy"] for record in records]),
+                "largest_move": spread(moved),
                 "choices": [record["choice"] for record in records],
             }
     return found
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
     """Mean and sample standard deviation (0 for a single value)."""
     if not values:
         return {}
@@ -239,36 +239,36 @@ def _markdown(report: dict[str, Any]) -> str:
     lines += [f"- **not comparable:** {note}" for note in report["notes"]]
     for split, found in report["splits"].items():
         lines += ["", f"## {metric}, {split}: mean ± standard deviation over seeds", ""]
-        lines += _table(
+        lines += table(
             ["row", "seeds", "selected step", "last step", "over images", "best step", "seconds"],
             [
                 [
                     name,
                     str(len(row["seeds"])),
-                    _show(row["best"], 3),
-                    _show(row["last"], 3),
+                    show(row["best"], 3),
+                    show(row["last"], 3),
                     f"{row['within']['mean']:.3f}",
-                    _show(row["best_step"], 0),
-                    _show(row["seconds"], 0),
+                    show(row["best_step"], 0),
+                    show(row["seconds"], 0),
                 ]
                 for name, row in found["rows"].items()
             ]
             + [
-                [name, "", _show(row, 3), _show(row, 3), "", "", ""]
+                [name, "", show(row, 3), show(row, 3), "", "", ""]
                 for name, row in found["constant"].items()
             ],
         )
         if found["ours_minus"]:
             lines += ["", f"Ours minus each row, {split}, the same seed and split:", ""]
-            lines += _table(
+            lines += table(
                 ["row", "seeds", "selected step", "above 0", "last step", "above 0"],
                 [
                     [
                         name,
                         str(row["best"]["seeds"]),
-                        _show(row["best"], 3, sign="+"),
+                        show(row["best"], 3, sign="+"),
                         str(row["best"]["wins"]),
-                        _show(row["last"], 3, sign="+"),
+                        show(row["last"], 3, sign="+"),
                         str(row["last"]["wins"]),
                     ]
                     for name, row in found["ours_minus"].items()
@@ -283,18 +283,18 @@ def _markdown(report: dict[str, Any]) -> str:
     ]
     shared = report["seconds_shared_pretraining"]
     if shared:
-        lines.append(f"The pre-training that rows share took {_show(shared, 0)} s beside that.")
+        lines.append(f"The pre-training that rows share took {show(shared, 0)} s beside that.")
     for name, row in report["search"].items():
         lines.append(
-            f"\n{name}: entropy of the alphas {_show(row['entropy'], 3)} nats (undecided: 1.099), "
-            f"largest move of a selection weight {_show(row['largest_move'], 3)}."
+            f"\n{name}: entropy of the alphas {show(row['entropy'], 3)} nats (undecided: 1.099), "
+            f"largest move of a selection weight {show(row['largest_move'], 3)}."
         )
     return "\n".join(lines) + "\n"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def _show(spread: dict[str, float], digits: int, sign: str = "") -> str:
+def show(spread: dict[str, float], digits: int, sign: str = "") -> str:
     return f"{spread['mean']:{sign}.{digits}f} ± {spread['std']:.{digits}f}"
