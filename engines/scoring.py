@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from mlseg.data import Samples, to_float
 from mlseg.metrics import SegmentationMetrics
-from mlseg.nets import class_probabilities, decide
+from mlseg.nets import decide
 
 SCORING_BATCH = 16
 
@@ -20,15 +20,50 @@ Predict = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def predict(segmentor: nn.Module, image_BCHW: Tensor, autocast: bool = False) -> Tensor:
-    """Class probabilities by a network as it is, in float32.
+def predict_logits(
+    segmentor: nn.Module,
+    image_BCHW: Tensor,
+    window: tuple[int, int] | None = None,
+    autocast: bool = False,
+) -> Tensor:
+    """Logits by a network as it is, (B, K, H, W), in float32 or wider.
+
+    A network that was trained on windows of its images has only ever seen that size, and does badly
+    on another (``docs/segan.md`` has by how much). Larger images pass in as few windows as cover
+    them, evenly spaced; where these overlap, their logits are averaged.
 
     Args:
+        image_BCHW: in [-1, 1].
+        window: (h, w) in pixels, no larger than the image; None: the whole image at once.
         autocast: run in bfloat16 where that is safe.
     """
-    with torch.autocast(image_BCHW.device.type, torch.bfloat16, enabled=autocast):
-        logits = segmentor(image_BCHW)
-    return class_probabilities(segmentor, logits)
+
+    def passed(part: Tensor) -> Tensor:
+        with torch.autocast(part.device.type, torch.bfloat16, enabled=autocast):
+            logits = segmentor(part)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    height, width = image_BCHW.shape[-2:]
+    if window is None or window == (height, width):
+        return passed(image_BCHW)
+    total: Tensor | None = None
+    number = torch.zeros(height, width, device=image_BCHW.device)
+    for top in _starts(height, window[0]):
+        for left in _starts(width, window[1]):
+            rows, columns = slice(top, top + window[0]), slice(left, left + window[1])
+            logits = passed(image_BCHW[..., rows, columns])
+            if total is None:
+                total = logits.new_zeros(*logits.shape[:2], height, width)
+            total[..., rows, columns] += logits
+            number[rows, columns] += 1
+    assert total is not None
+    return total / number
+
+
+def _starts(side: int, window: int) -> list[int]:
+    """First pixels of the fewest windows that cover a side."""
+    last = -(-side // window) - 1
+    return [round(index * (side - window) / max(last, 1)) for index in range(last + 1)]
 
 
 @contextmanager

@@ -16,11 +16,11 @@ from mlseg.data import Samples, SegmentationData, to_float
 from mlseg.engines.base import Engine
 from mlseg.engines.pictures import comparison
 from mlseg.engines.recording import write_json
-from mlseg.engines.scoring import evaluating, predict, score
+from mlseg.engines.scoring import evaluating, predict_logits, score
 from mlseg.engines.settings import EngineSettings, choose_device
 from mlseg.errors import UserError
 from mlseg.metrics import SCORES
-from mlseg.nets import SegmentorSettings, decide
+from mlseg.nets import SegmentorSettings, class_probabilities, decide
 from mlseg.problems.base import Problem
 
 SPLITS = "splits.json"
@@ -44,6 +44,7 @@ class SegmentationEngine(Engine):
         architecture: the settings that the module was built from.
         data: its splits.
         threshold: of the foreground's probability, for two classes.
+        window: (H, W) of what the segmentor is trained on; None: whole images.
         summaries: each gives something to print after the final scores.
         on_finish: each writes something more into the run directory at the end.
     """
@@ -57,6 +58,7 @@ class SegmentationEngine(Engine):
         architecture: SegmentorSettings,
         data: SegmentationData,
         threshold: float = 0.5,
+        window: tuple[int, int] | None = None,
         device: str | torch.device = "auto",
         summaries: Sequence[Callable[[], RenderableType]] = (),
         on_finish: Sequence[Callable[[], None]] = (),
@@ -66,6 +68,7 @@ class SegmentationEngine(Engine):
         self.data = data
         self.segmentor_problem = segmentor
         self.threshold = threshold
+        self.window = window
         self.summaries = list(summaries)
         self.on_finish = list(on_finish)
         if config.metric is None:
@@ -83,6 +86,7 @@ class SegmentationEngine(Engine):
             "problem": segmentor.name,
             "precision": segmentor.precision,
             "threshold": threshold,
+            "window": None if window is None else list(window),
             "scoring": config.scoring,
         }
         super().__init__(
@@ -110,7 +114,10 @@ class SegmentationEngine(Engine):
 
     def _predict(self, image_BCHW: Tensor) -> Tensor:
         autocast = self.segmentor_problem.precision == "bf16"
-        return predict(self.segmentor_module, image_BCHW, autocast)
+        module = self.segmentor_module
+        return class_probabilities(
+            module, predict_logits(module, image_BCHW, self.window, autocast)
+        )
 
     def _score_splits(self) -> dict[str, dict[str, float]]:
         """All figures of every split by the present weights, at the size that the config says."""

@@ -125,6 +125,10 @@ def gan_loss(logits: Tensor, real: bool) -> Tensor:
 Reduction = Literal["layer_mean", "concat", "sum"]
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def multi_scale_l1(
     predicted: Sequence[Tensor], true: Sequence[Tensor], reduction: Reduction = "layer_mean"
 ) -> Tensor:
@@ -146,7 +150,11 @@ def multi_scale_l1(
     Returns:
         A scalar, float32 or wider.
     """
-    distances = [(a.float() - b.float()).abs() for a, b in zip(predicted, true, strict=True)]
+    distances = [
+        # Never in bfloat16: the difference of near features would be its rounding.
+        (a.to(_wide(a)) - b.to(_wide(b))).abs()
+        for a, b in zip(predicted, true, strict=True)
+    ]
     if reduction == "layer_mean":
         return torch.stack([distance.mean() for distance in distances]).mean()
     sums = torch.stack([distance.sum() for distance in distances])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mlseg import checkpoint
 from mlseg.data import DatasetSpec
-from mlseg.engines.scoring import resized
+from mlseg.engines.scoring import predict_logits, resized
 from mlseg.errors import UserError
 from mlseg.nets import SegmentorSettings, build_segmentor, class_probabilities
 
@@ -25,6 +25,7 @@ class Trained:
         module: (B, C, H, W) in [-1, 1] to (B, K, H, W) logits, in evaluation mode.
         spec: what its training data were.
         image_size: (H, W) it was trained at, pixels.
+        window: (H, W) of the windows that it was trained on; None: whole images.
         step: at which the weights were taken.
         autocast: whether the run computed in bfloat16.
         threshold: of the foreground's probability, as the run's config has it.
@@ -37,6 +38,7 @@ class Trained:
     module: nn.Module
     spec: DatasetSpec
     image_size: tuple[int, int]
+    window: tuple[int, int] | None
     step: int
     autocast: bool
     threshold: float
@@ -50,11 +52,9 @@ class Trained:
         logistic = getattr(self.module, "logistic", None)
         return 1.0 if logistic is None else float(logistic.k)
 
-    @torch.no_grad()
     def logits(self, image_BCHW: Tensor) -> Tensor:
         """(B, K, H, W) float32, divided by the network's own k."""
-        with torch.autocast(image_BCHW.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.module(image_BCHW).float()
+        return predict_logits(self.module, image_BCHW, self.window, self.autocast)
 
     def probabilities(self, image_BCHW: Tensor) -> Tensor:
         """Class probabilities of images in [-1, 1], at their size, with `k` or the own one."""
@@ -167,6 +167,7 @@ def load_trained(run: Path, device: torch.device, weights: str = "best") -> Trai
     module = build_segmentor(settings, found["in_channels"], found["num_classes"])
     module.load_state_dict(state["problems"][found["problem"]]["module"])
     height, width = found["image_size"]
+    window = found.get("window")
     return Trained(
         run=run,
         module=module.to(device).eval(),
@@ -179,6 +180,7 @@ def load_trained(run: Path, device: torch.device, weights: str = "best") -> Trai
             palette=tuple((r, g, b) for r, g, b in found["palette"]),
         ),
         image_size=(height, width),
+        window=None if window is None else (window[0], window[1]),
         step=state["engine"]["global_step"],
         autocast=found["precision"] == "bf16",
         threshold=found.get("threshold", 0.5),

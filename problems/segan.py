@@ -243,7 +243,7 @@ def build(settings: SegANSettings, out: Path | None) -> SegmentationEngine:
     make, levels, spec = Builder(settings, data.spec), settings.problems, data.spec
     network = make.segmentor()
     loader = make.loader("segmentor", levels.critic, data.train, settings.augmentation)
-    check_input(settings, data, network, loader)
+    window = check_input(settings, data, network, loader)
     own = settings.critic
     with seeded(settings.seed, "critic"):
         judge = ClassCritics(
@@ -276,6 +276,7 @@ def build(settings: SegANSettings, out: Path | None) -> SegmentationEngine:
         segmentor=segmentor,
         data=data,
         threshold=settings.threshold,
+        window=window,
         stages=[*stages, game],
         **make.engine_options(out),
     )
@@ -283,8 +284,11 @@ def build(settings: SegANSettings, out: Path | None) -> SegmentationEngine:
 
 def check_input(
     settings: SegANSettings, data: SegmentationData, network: nn.Module, loader: BatchLoader
-) -> None:
+) -> tuple[int, int]:
     """Refuse sizes, batches and labels that the game can't be played with.
+
+    Returns:
+        (H, W) of what the players see.
 
     Raises:
         UserError: one line that names the key and the mend.
@@ -312,3 +316,4 @@ def check_input(
             f"data: labels {', '.join(map(str, sorted(strange)))} in the training masks are none "
             f"of the {data.spec.num_classes} classes; check data.classes and data.ignore_index"
         )
+    return size

@@ -57,7 +57,7 @@ class SupervisedSettings(RunSettings):
 def build(settings: SupervisedSettings, out: Path | None) -> SegmentationEngine:
     """Data, network, the problem, the engine."""
     data = load_data(settings.data)
-    settings.augmentation.output_size(data.train.image_size)  # an impossible window, told at once
+    window = settings.augmentation.output_size(data.train.image_size)
     build, level = Builder(settings, data.spec), settings.problems.segmentor
     loader = build.loader("segmentor", level, data.train, settings.augmentation)
     segmentor = build.problem(Segmentor, "segmentor", level, build.segmentor(), loader)
@@ -67,6 +67,7 @@ def build(settings: SupervisedSettings, out: Path | None) -> SegmentationEngine:
         settings.engine,
         segmentor=segmentor,
         data=data,
+        window=window,
         stages=[Stage("training", settings.engine.iterations)],
         **build.engine_options(out),
     )

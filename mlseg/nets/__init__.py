@@ -8,6 +8,7 @@ in `pix2pix`, `patchgan` and `architecture`.
 
 from typing import Any
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -141,12 +142,12 @@ def build_segmentor(settings: SegmentorSettings, in_channels: int, num_classes: 
 
 
 def class_probabilities(segmentor: nn.Module, logits_BKHW: Tensor) -> Tensor:
-    """(B, K, H, W) logits -> probability of every class, in float32: the softmax over the classes.
+    """(B, K, H, W) logits -> probability of every class: the softmax; in float32 or wider.
 
     A network with a method ``probabilities`` says itself what they are (SegAN's logistic per map).
     """
     own = getattr(segmentor, "probabilities", None)
-    logits = logits_BKHW.float()
+    logits = logits_BKHW.to(torch.promote_types(logits_BKHW.dtype, torch.float32))
     return logits.softmax(1) if own is None else own(logits)
 
 
