@@ -52,8 +52,8 @@ def test_binary_scores_agree_with_torchmetrics(seed: int, ignored: float) -> Non
             assert math.isclose(per_image[image][name], value, abs_tol=1e-6)
         assert math.isclose(result[name], sum(values) / 3, abs_tol=1e-6)
         assert math.isclose(result[f"{name}_std"], float(torch.tensor(values).std()), abs_tol=1e-6)
-    pooled = float(reference.binary_jaccard_index(prediction, target, ignore_index=IGNORE))
-    assert math.isclose(result["pooled_jaccard"], pooled, abs_tol=1e-6)
+        pooled = float(function(prediction, target, ignore_index=IGNORE))
+        assert math.isclose(result[f"pooled_{name}"], pooled, abs_tol=1e-6)
 
 
 @given(seed=st.integers(0, 10_000), classes=st.integers(3, 5), ignored=st.sampled_from([0.0, 0.3]))
@@ -85,6 +85,33 @@ def test_multiclass_scores_agree_with_torchmetrics(seed: int, classes: int, igno
     assert math.isclose(result["jaccard"], sum(images) / len(images), abs_tol=1e-6)
 
 
+@pytest.mark.parametrize(("hit", "expected"), [(65, 0.65), (64, 0.0), (100, 1.0), (0, 0.0)])
+def test_thresholded_jaccard_is_zero_below_0_65(hit: int, expected: float) -> None:
+    """The challenge's rule, per image; the mean over images comes after it."""
+    target, prediction = torch.zeros(2, 1, 10, 10).long()
+    target[:] = 1
+    prediction.view(-1)[:hit] = 1
+    metrics = SegmentationMetrics(2)
+    metrics.update(prediction, target, ["a"])
+    metrics.update(target, target, ["b"])
+    assert metrics.per_image()["a"]["thresholded_jaccard"] == expected
+    assert metrics.compute()["thresholded_jaccard"] == pytest.approx((expected + 1) / 2)
+    assert "pooled_thresholded_jaccard" not in metrics.compute()
+
+
+def test_distances_when_they_are_wanted() -> None:
+    target = torch.zeros(2, 20, 20).long()
+    target[:, 5:15, 5:15] = 1
+    prediction = target.roll(3, 2)
+    metrics = SegmentationMetrics(2, IGNORE, distances=True)
+    metrics.update(prediction, target, ["a", "b"])
+    metrics.update(torch.ones_like(target), torch.full_like(target, IGNORE), ["c", "d"])
+    assert {image: v["hd95"] for image, v in metrics.per_image().items()} == {"a": 3, "b": 3}
+    assert metrics.compute()["hd95"] == 3
+    assert metrics.compute()["hd95_std"] == 0
+    assert "hd95" not in _scores(prediction, target)
+
+
 EMPTY, FULL = torch.zeros(1, 2, 2, dtype=torch.long), torch.ones(1, 2, 2, dtype=torch.long)
 HALF = torch.tensor([[[0, 1], [0, 1]]])
 
@@ -92,13 +119,13 @@ HALF = torch.tensor([[[0, 1], [0, 1]]])
 @pytest.mark.parametrize(
     ("prediction", "target", "expected"),
     [
-        (EMPTY, EMPTY, (1, 1, 1, 1, 1, 1)),
-        (HALF, EMPTY, (0, 0, 0.5, 0, 0.5, 0)),
-        (EMPTY, HALF, (0, 0, 0.5, 0, 1, 0)),
-        (FULL, FULL, (1, 1, 1, 1, 1, 1)),
-        (HALF, FULL, (0.5, 2 / 3, 0.5, 0.5, 0, 1)),
-        (FULL, EMPTY, (0, 0, 0, 0, 0, 0)),
-        (HALF, HALF, (1, 1, 1, 1, 1, 1)),
+        (EMPTY, EMPTY, (1, 1, 1, 1, 1, 1, 1)),
+        (HALF, EMPTY, (0, 0, 0.5, 0, 0.5, 0, 0)),
+        (EMPTY, HALF, (0, 0, 0.5, 0, 1, 0, 0)),
+        (FULL, FULL, (1, 1, 1, 1, 1, 1, 1)),
+        (HALF, FULL, (0.5, 2 / 3, 0.5, 0.5, 0, 1, 0)),
+        (FULL, EMPTY, (0, 0, 0, 0, 0, 0, 0)),
+        (HALF, HALF, (1, 1, 1, 1, 1, 1, 1)),
     ],
 )
 def test_rules_for_empty_and_full_masks(

@@ -36,6 +36,7 @@ _SHARED: dict[str, Any] = {
     },
 }
 _RMSPROP = {"name": "rmsprop", "lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-3}
+_ADAM = {"name": "adam", "lr": 3e-3}
 _SYSTEMS: dict[str, dict[str, Any]] = {
     "supervised": {
         **_SHARED,
@@ -55,6 +56,17 @@ _SYSTEMS: dict[str, dict[str, Any]] = {
             "architecture": {"optimizer": {"lr": 1e-2}},
         },
     },
+    "segan": {
+        **_SHARED,
+        "system": "segan",
+        "segmentor": {"name": "segan", "channels": 4, "levels": 3},
+        "critic": {"channels": 4, "layers": 3},
+        "logistic": {"every": 1},
+        "problems": {
+            "critic": {"optimizer": _ADAM, "batch_size": 3},
+            "segmentor": {"optimizer": _ADAM},
+        },
+    },
 }
 
 
@@ -62,7 +74,7 @@ def values(system: str = "e2eaug", changes: Changes | None = None) -> dict[str, 
     """A config's content.
 
     Args:
-        system: "e2eaug" or "supervised".
+        system: "e2eaug", "segan" or "supervised".
         changes: by dotted key, as on the command line: ``{"gan.pretrain": 0}``.
     """
     result = copy.deepcopy(_SYSTEMS[system])

@@ -1,7 +1,5 @@
 """Data sets of a few tiny files, and the real ones where $MLSEG_DATA says they are."""
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,16 +27,3 @@ def samples() -> Samples:
     masks = torch.zeros(10, 8, 6, dtype=torch.uint8)
     masks[:, 0, 0] = torch.arange(10) % 2
     return Samples([f"e{index}" for index in range(10)], images, masks, SPEC)
-
-
-@pytest.fixture
-def real() -> Callable[[str], Path]:
-    """The folder of a real data set; skips the test where there is none."""
-
-    def find(name: str) -> Path:
-        root = Path(os.environ.get("MLSEG_DATA", "")) / name
-        if not os.environ.get("MLSEG_DATA") or not root.is_dir():
-            pytest.skip(f"$MLSEG_DATA has no {name}")
-        return root
-
-    return find

@@ -44,7 +44,8 @@ def test_published_sizes(name: str, millions: float) -> None:
 SMALL = [
     {"name": "unet", "channels": 4, "levels": 3},
     {"name": "deeplabv3"},
-    *({"name": name, "encoder": "resnet18"} for name in segmentor_names()[2:] if name != "dpt"),
+    {"name": "segan", "channels": 4, "levels": 4},
+    *({"name": name, "encoder": "resnet18"} for name in segmentor_names()[3:] if name != "dpt"),
     {"name": "segformer", "encoder": "mit_b0"},
     {
         "name": "smp_unet",

@@ -35,13 +35,23 @@ def no_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("system", ["e2eaug", "supervised"])
-def test_13_no_step_waits_for_the_device(system: str, no_reads: list[str]) -> None:
-    changes = {"problems.segmentor.clip": 1.0, "loss": {"cross_entropy": 1.0, "dice": 1.0}}
-    changes |= {"gan.pretrain": 0} if system == "e2eaug" else {}
-    engine = tiny.build(system, changes)
+LOSS = {"loss": {"cross_entropy": 1.0, "dice": 1.0}}
+SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "e2eaug": ("e2eaug", {"gan.pretrain": 0, **LOSS}),
+    "supervised": ("supervised", LOSS),
+    "segan": ("segan", {"augmentation": {"window": 24, "hue": 0.1}, "loss.dice_weight": 1.0}),
+    "stackelberg": ("segan", {"game": "stackelberg"}),
+    "scenes": ("segan", {"data.name": "synthetic_scenes", "problems.critic.unroll_steps": 2}),
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_13_no_step_waits_for_the_device(name: str, no_reads: list[str]) -> None:
+    system, changes = SYSTEMS[name]
+    engine = tiny.build(system, {"problems.segmentor.clip": 1.0, **changes})
     del no_reads[:]
-    engine.iterate()
+    for _ in range(3):  # past an epoch of SegAN's
+        engine.iterate()
     engine._watch()
     assert no_reads == []
 
@@ -52,11 +62,10 @@ def test_13_the_watch_on_reads_works(no_reads: list[str]) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("system", ["e2eaug", "supervised"])
-def test_13_no_step_waits_for_the_gpu(system: str) -> None:
-    changes: dict[str, Any] = {"device": "cuda", "problems.segmentor.clip": 1.0}
-    changes |= {"gan.pretrain": 0} if system == "e2eaug" else {}
-    engine = tiny.build(system, changes)
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_13_no_step_waits_for_the_gpu(name: str) -> None:
+    system, changes = SYSTEMS[name]
+    engine = tiny.build(system, {"device": "cuda", "problems.segmentor.clip": 1.0, **changes})
     for _ in range(4):
         engine.iterate()  # past the first epoch, and past what is only set up once
     torch.cuda.set_sync_debug_mode("error")
