@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from mlseg.config import Settings
 from mlseg.data import AugmentationSettings, DataSettings
@@ -90,3 +97,27 @@ class SegANSettings(RunSettings):
     threshold: Open = 0.4
     warmup_epochs: NonNegativeInt = 0
     problems: LevelSettings
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_batch(cls, values: Any) -> Any:
+        """The segmentor's batch size is the critic's, so that the resolved config says so."""
+        levels = values.get("problems") if isinstance(values, dict) else None
+        if not isinstance(levels, dict):
+            return values
+        critic, segmentor = levels.get("critic"), levels.get("segmentor")
+        if not (isinstance(critic, dict) and isinstance(segmentor, dict)):
+            return values
+        if "batch_size" not in critic:
+            return values
+        filled = {"batch_size": critic["batch_size"], **segmentor}
+        return {**values, "problems": {**levels, "segmentor": filled}}
+
+    @model_validator(mode="after")
+    def _check(self) -> SegANSettings:
+        if self.problems.segmentor.batch_size != self.problems.critic.batch_size:
+            raise ValueError(
+                "problems.segmentor.batch_size: the segmentor takes the critic's batch; set "
+                "problems.critic.batch_size alone"
+            )
+        return self

@@ -48,6 +48,7 @@ def test_labels_outside_the_classes_are_refused(monkeypatch: pytest.MonkeyPatch)
     ("changes", "words"),
     [
         ({"threshold": 1.0}, "threshold"),
+        ({"problems.segmentor.batch_size": 5}, "the segmentor takes the critic's batch"),
         ({"game": "alternate"}, "alternating"),
         ({"loss.reduction": "mean"}, "layer_mean"),
         ({"critic.class": "each"}, "did you mean 'critic.classes'"),
