@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/segan_clamp.py --steps 200
 
 The same game three times from the same start: every parameter clamped (the paper), all but
-BatchNorm's, none. After the last step, on one batch: the mean |gamma| of each layer, the mean
+BatchNorm's, none. After the last step, on one batch: the mean size of gamma in each layer, the mean
 distance |f_i - f'_i| of each feature map, and each map's share of the gradient that the segmentor
 gets (the norm of d L_i / d S(x), L_i the term of map i, over the sum of these norms).
 """
@@ -80,7 +80,7 @@ def main() -> None:
         for name, more in VARIANTS.items()
     }
     for key, title in (
-        ("gamma", "mean |gamma| of the layer's BatchNorm"),
+        ("gamma", "mean size of gamma in the layer's BatchNorm"),
         ("distance", "mean distance of the feature map"),
         ("share", "share of the segmentor's gradient"),
     ):

@@ -1,6 +1,6 @@
 """How a segmentor that was trained on windows should be shown a whole image.
 
-    python benchmarks/segan_views.py runs/segan_rows/segan/seed_0 runs/segan_rows/cross_entropy/seed_0
+    cd runs/segan_rows && python ../../benchmarks/segan_views.py segan/seed_0 cross_entropy/seed_0
 
 Scores on the validation images of each run, by its selected weights and threshold, the image
 
