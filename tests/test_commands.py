@@ -57,14 +57,16 @@ def test_a_run_leaves_its_whole_directory(
     assert "encoder.0" in said.out
 
 
-def test_evaluate_gives_what_the_run_gave(tmp_path: Path) -> None:
-    out = train(tmp_path, system="supervised")
+@pytest.mark.parametrize("system", ["supervised", "segan"])
+def test_evaluate_gives_what_the_run_gave(system: str, tmp_path: Path) -> None:
+    out = train(tmp_path, system=system)
     scores = tmp_path / "scores.json"
     assert evaluate.main([str(out), "--out", str(scores)]) == 0
     evaluated = json.loads(scores.read_text())["scores"]["test"]
     reported = json.loads((out / "results.json").read_text())["scores"]["best"]["test"]
     per_image = evaluated.pop("per_image")
     assert evaluated == reported
+    assert {"thresholded_jaccard", "hd95", "pooled_dice", "pooled_sensitivity"} <= set(reported)
     mean = sum(image["jaccard"] for image in per_image.values()) / len(per_image)
     assert mean == pytest.approx(reported["jaccard"])
 
@@ -131,6 +133,15 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "MiB" in said
 
 
+def test_a_dry_run_of_the_game(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml", "segan", {"warmup_epochs": 2})
+    assert run.main([str(config), "game=stackelberg", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "stage warmup, 4 iterations" in said
+    assert "segmentor → critic → segmentor" in said
+    assert "critic (Critic)" in said
+
+
 def test_resume_takes_the_runs_own_config(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,6 +173,8 @@ def test_resume_takes_the_runs_own_config(
         ("device=abacus", "abacus"),
         ("discriminator.layers=5", "discriminator.layers"),
         ("generator.search=none", "no architecture to learn"),
+        ("augmentation.window=16", "the generator makes images of one size"),
+        ("engine.scoring=own", "engine.scoring"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -185,6 +198,7 @@ def test_help_lists_the_systems(capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped.value.code == 0
     said = capsys.readouterr().out
     assert "e2eaug" in said
+    assert "segan" in said
     assert "supervised" in said
 
 
@@ -234,7 +248,7 @@ def test_predictions_that_would_overwrite_each_other(
     assert "x_overlay.png" in one_line(capsys)
 
 
-@pytest.mark.parametrize("system", ["e2eaug", "supervised"])
+@pytest.mark.parametrize("system", ["e2eaug", "segan", "supervised"])
 def test_without_validation_data_nothing_starts(
     system: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,8 +83,8 @@ class AugmentationSettings(Settings):
     @pydantic.field_validator("window")
     @classmethod
     def _check_window(cls, value: int | list[int] | None) -> int | list[int] | None:
-        numbers = [value] if isinstance(value, int) else value or [1]
-        if len(numbers) > 2 or min(numbers) < 1:
+        numbers = [1] if value is None else [value] if isinstance(value, int) else value
+        if len(numbers) not in (1, 2) or min(numbers) < 1:
             raise ValueError("a number of pixels, or [height, width], each at least 1")
         return value
 

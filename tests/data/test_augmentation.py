@@ -10,6 +10,7 @@ from torchvision.transforms import functional as tv
 
 from mlseg.data import Augmentation, AugmentationSettings
 from mlseg.data.augmentation import PRESETS, Draw, compose, jitter, to_theta
+from mlseg.errors import UserError
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -241,6 +242,58 @@ def test_colour_leaves_masks_and_grey_images_work() -> None:
     assert image.abs().max() <= 1
     assert torch.equal(found, mask)
     assert Augmentation(settings)(None, mask, seeded())[0] is None
+
+
+def test_a_window_is_cut_out_of_image_and_mask_at_one_place() -> None:
+    """Every pixel of the image says where it is."""
+    height, width = 6, 7
+    places = torch.arange(height * width).reshape(height, width)
+    image = (places / 42).expand(500, 1, height, width)
+    mask = places.expand(500, height, width)
+    augmentation = Augmentation(AugmentationSettings(window=[4, 5]))
+    cut, labels = augmentation(image, mask, seeded())
+    assert labels.shape == (500, 4, 5)
+    torch.testing.assert_close(cut[:, 0] * 42, labels.float())
+    corners = labels[:, 0, 0]
+    expected = corners[:, None, None] + places[:4, :5]
+    assert torch.equal(labels, expected)
+    counts = torch.bincount(corners, minlength=42)
+    assert set(counts.nonzero().flatten().tolist()) == {0, 1, 2, 7, 8, 9, 14, 15, 16}
+    assert int(counts[counts > 0].min()) > 500 / 9 / 2, "every place, about as often"
+
+
+def test_a_window_comes_before_all_else() -> None:
+    image, mask = smooth_image(height=24, width=32), label_map(height=24, width=32)
+    plain = AugmentationSettings(window=16)
+    flipped = AugmentationSettings(window=16, flip_horizontal=1.0)
+    (cut, labels), (turned, other) = (
+        Augmentation(s)(image, mask, seeded()) for s in (plain, flipped)
+    )
+    torch.testing.assert_close(turned, cut.flip(3))
+    assert torch.equal(other, labels.flip(2))
+    draw = Augmentation(flipped).draw(3, 24, 32, seeded())
+    again, _ = Augmentation(flipped).apply(image, mask, draw)
+    assert torch.equal(again, turned)
+    masks_alone = Augmentation(flipped)(None, mask, seeded())[1]
+    assert torch.equal(masks_alone, other)
+
+
+def test_a_window_of_the_images_size_is_the_image() -> None:
+    image, mask = smooth_image(), label_map()
+    same, labels = Augmentation(AugmentationSettings(window=[24, 32]))(image, mask, seeded())
+    assert torch.equal(same, image)
+    assert torch.equal(labels, mask)
+
+
+def test_a_window_that_is_too_large_or_no_size() -> None:
+    settings = AugmentationSettings(window=[30, 20])
+    with pytest.raises(UserError, match=r"augmentation.window: 30x20 pixels don't fit into"):
+        Augmentation(settings)(smooth_image(), label_map(), seeded())
+    assert settings.output_size((30, 40)) == (30, 20)
+    assert AugmentationSettings().output_size((30, 40)) == (30, 40)
+    for wrong in (0, [3, 4, 5], [], [8, 0]):
+        with pytest.raises(pydantic.ValidationError):
+            AugmentationSettings.model_validate({"window": wrong})
 
 
 def test_presets() -> None:

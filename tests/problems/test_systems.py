@@ -33,7 +33,7 @@ def untyped(settings, out):
 
 
 def test_registered_systems_are_found_by_themselves() -> None:
-    assert {"e2eaug", "supervised"} <= set(system_names())
+    assert {"e2eaug", "segan", "supervised"} <= set(system_names())
     assert load_system("supervised").name == "supervised"
 
 
@@ -105,6 +105,24 @@ def test_schedulers_step_when_they_should(name: str) -> None:
     default = "validation" if name == "reduce_on_plateau" else "iteration"
     assert settings.config("fp32").scheduler_step == values.get("step", default)
     assert getattr(scheduler, "mode", "min") == "min"
+
+
+def test_a_linear_decay_takes_the_runs_length_unless_it_has_its_own() -> None:
+    for length, expected in ((None, 10), (4, 4)):
+        values = {"name": "linear", "length": length}
+        settings = ProblemSettings.model_validate(
+            {"optimizer": {"name": "sgd", "lr": 1.0}, "scheduler": values}
+        )
+        optimizer, scheduler = settings.build(nn.Linear(2, 1).parameters(), "max", 10)
+        assert scheduler is not None
+        for _ in range(2):
+            optimizer.step()
+            scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(1 - 2 / expected)
+    with pytest.raises(UserError, match=r"scheduler.length"):
+        ProblemSettings.model_validate(
+            {"optimizer": {"name": "sgd", "lr": 1.0}, "scheduler": {"name": "linear"}}
+        ).build(nn.Linear(2, 1).parameters(), "max")
 
 
 def test_a_problems_settings_reach_its_config() -> None:
