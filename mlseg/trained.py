@@ -166,6 +166,8 @@ def load_trained(run: Path, device: torch.device, weights: str = "best") -> Trai
     settings = SegmentorSettings.model_validate(found["settings"])
     module = build_segmentor(settings, found["in_channels"], found["num_classes"])
     module.load_state_dict(state["problems"][found["problem"]]["module"])
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     height, width = found["image_size"]
     window = found.get("window")
     return Trained(
@@ -185,5 +187,5 @@ def load_trained(run: Path, device: torch.device, weights: str = "best") -> Trai
         autocast=found["precision"] == "bf16",
         threshold=found.get("threshold", 0.5),
         scoring=found.get("scoring", "native"),
-        digest=hashlib.sha256(path.read_bytes()).hexdigest(),
+        digest=digest,
     )
