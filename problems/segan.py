@@ -82,15 +82,17 @@ class Critic(Problem):
         image, label, counted = batch
         if self.replaying:
             return {"loss": -self.distance(image, self.segmentor.maps(image, counted), label)}
-        turn = self.is_segmentors_turn
-        maps = self.segmentor.predict(image, counted, keep=turn)
-        if self.is_differentiated and turn:
+        maps = self.segmentor.predict(image, counted, keep=self.is_segmentors_turn)
+        if self.is_differentiated:
             self.interface = Interface(
                 [maps],
                 lambda tensors: -self.distance(image, tensors[0], label),
                 self.random_state(),
+                rest=None,
             )
-        distance = self.distance(image, maps.detach(), label)
+        # A method that unrolls this step follows its graph into the segmentor.
+        seen = maps if self.is_differentiated else maps.detach()
+        distance = self.distance(image, seen, label)
         return {"loss": -distance, "distance": distance}
 
     def distance(
@@ -184,12 +186,12 @@ class Segmentor(Problem):
 
         Args:
             keep: the segmentor steps on this batch next and will take the same forward pass, which
-                therefore has a graph and counts in the BatchNorm statistics. Otherwise neither.
+                therefore counts in its BatchNorm statistics. Others don't.
         """
         if keep:
             self._kept = self.maps(image, counted)
             return self._kept
-        with torch.no_grad(), untracked(self.module):
+        with torch.set_grad_enabled(self.critic.is_differentiated), untracked(self.module):
             return self.maps(image, counted)
 
 
