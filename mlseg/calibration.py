@@ -78,10 +78,22 @@ def keep(ensemble: Ensemble, choice: Choice) -> list[Path]:
 
 
 def calibrated(ensemble: Ensemble, k: float | None, threshold: float | None) -> Ensemble:
-    """The ensemble with the k and threshold given, or else those chosen for it, or else its own."""
+    """The ensemble with the k and threshold given, or else those chosen for it, or else its own.
+
+    Raises:
+        UserError: nothing says which of the runs' different thresholds to take.
+    """
     choice = find(ensemble) if k is None and threshold is None else None
     if choice is not None:
-        k, threshold = choice.k, choice.threshold
+        return ensemble.with_choice(choice.k, choice.threshold)
+    if threshold is None:
+        for member in ensemble.members:
+            if member.threshold != ensemble.threshold:
+                raise UserError(
+                    f"{member.run}: its threshold is {member.threshold:g}, that of "
+                    f"{ensemble.first.run} {ensemble.threshold:g}; choose one with --threshold or "
+                    "by mlseg.calibrate"
+                )
     return ensemble.with_choice(k, threshold)
 
 

@@ -112,7 +112,7 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
 
 def load_chosen(arguments: argparse.Namespace, device: torch.device) -> Ensemble:
     """The runs' segmentors with the k and threshold that the arguments or a calibration say."""
-    ensemble = load_runs(arguments.runs, device, arguments.weights, arguments.threshold)
+    ensemble = load_runs(arguments.runs, device, arguments.weights)
     return calibrated(ensemble, arguments.k, arguments.threshold)
 
 

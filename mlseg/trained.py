@@ -108,18 +108,12 @@ class Ensemble:
         return mean if size is None else resized(mean, size)
 
 
-def load_runs(
-    runs: Sequence[Path],
-    device: torch.device,
-    weights: str = "best",
-    threshold: float | None = None,
-) -> Ensemble:
-    """The segmentors of one or more run directories.
+def load_runs(runs: Sequence[Path], device: torch.device, weights: str = "best") -> Ensemble:
+    """The segmentors of one or more run directories, with the first one's threshold.
 
     Args:
         runs: the directories.
         weights: ``best`` (chosen on validation data) or ``last``.
-        threshold: in place of the runs' own.
 
     Raises:
         UserError: a run can't be loaded, or the runs don't fit together.
@@ -138,12 +132,7 @@ def load_runs(
                     f"{other.run}: its {what} are {its}, those of {first.run} {mine}; an ensemble "
                     "needs runs of the same kind of data"
                 )
-        if threshold is None and other.threshold != first.threshold:
-            raise UserError(
-                f"{other.run}: its threshold is {other.threshold}, that of {first.run} "
-                f"{first.threshold}; choose one with --threshold"
-            )
-    return Ensemble(members, first.threshold if threshold is None else threshold)
+    return Ensemble(members, first.threshold)
 
 
 def load_trained(run: Path, device: torch.device, weights: str = "best") -> Trained:

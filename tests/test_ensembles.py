@@ -129,8 +129,11 @@ def test_runs_of_other_sizes_or_thresholds_are_no_ensemble(
     assert evaluate.main([str(fresh[0]), str(small)]) == 2
     assert "image_size" in one_line(capsys)
     assert evaluate.main([str(fresh[0]), str(strict)]) == 2
-    assert "choose one with --threshold" in one_line(capsys)
-    assert evaluate.main([str(fresh[0]), str(strict), "--threshold", "0.5"]) == 0
+    assert "choose one with --threshold or by mlseg.calibrate" in one_line(capsys)
+    both = [str(fresh[0]), str(strict)]
+    assert evaluate.main([*both, "--threshold", "0.5"]) == 0
+    assert calibrate.main([*both, "--k", "0.5", "--thresholds", "0.3"]) == 0
+    assert evaluate.main(both) == 0
 
 
 def test_no_member_may_have_seen_the_test_images(
