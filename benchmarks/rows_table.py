@@ -57,16 +57,34 @@ def write(out: Path) -> None:
         UserError: nothing has finished, or the runs can't be compared (real with synthetic data,
             different data, splits or segmentor settings).
     """
+    runs, report = gather(out, COMPARED)
+    shared = finished(out / PRETRAINING)
+    some = [run for seeds in runs.values() for run in seeds.values()]
+    report["seconds_shared_pretraining"] = spread([r.results["seconds"] for r in shared.values()])
+    report["splits"] = {}
+    for split in sorted({s for run in some for s in run.results["scores"]["last"]} - {"val"}):
+        report["splits"][split] = _of_split(runs, split)
+    report["search"] = _search(runs)
+    publish(out, report, _markdown(report))
+
+
+def gather(out: Path, compared: Sequence[str]) -> tuple[Runs, dict[str, Any]]:
+    """The finished runs of the rows that were asked for, and the head of a report on them.
+
+    Args:
+        compared: sections of the config in which rows shouldn't differ.
+
+    Raises:
+        UserError: nothing has finished, or the runs can't be compared.
+    """
     path = out / "rows.json"
     if not path.exists():
         raise UserError(f"{path} is missing; run the rows first, without --table")
     asked = json.loads(path.read_text(encoding="utf-8"))
-    names = [PRETRAINING, *asked["rows"]]
-    runs = {name: found for name in names if (found := finished(out / name))}
-    shared = runs.pop(PRETRAINING, {})
+    runs: Runs = {name: found for name in asked["rows"] if (found := finished(out / name))}
     if not runs:
         raise UserError(f"no run below {out} has finished yet")
-    notes = check(runs)
+    notes = check(runs, compared)
     some = [run for seeds in runs.values() for run in seeds.values()]
     report: dict[str, Any] = {
         "provenance": some[0].results["provenance"],
@@ -77,24 +95,34 @@ def write(out: Path) -> None:
         "commands": asked["commands"],
         "overrides": {name: asked["rows"][name]["overrides"] for name in runs},
         "notes": notes,
-        "seconds_shared_pretraining": spread([r.results["seconds"] for r in shared.values()]),
-        "splits": {},
     }
     # The runs' versions, which need not be those of today; the commands say the revision.
     del report["machine"]["revision"]
     report["machine"]["versions"] = "; ".join(
         sorted({", ".join(f"{k} {v}" for k, v in run.results["versions"].items()) for run in some})
     )
-    for split in sorted({s for run in some for s in run.results["scores"]["last"]} - {"val"}):
-        report["splits"][split] = _of_split(runs, split)
-    report["search"] = _search(runs)
-    text = _markdown(report)
+    return runs, report
+
+
+def head(report: dict[str, Any], title: str) -> list[str]:
+    """The first lines of a table's page."""
+    lines = [f"# {title} on {report['data']}, {report['provenance']} images", ""]
+    lines += [machine.head(report["machine"]), f"- runs on: {'; '.join(report['device'])}"]
+    lines += [f"- command: `{command}`" for command in report["commands"]]
+    for name, overrides in report["overrides"].items():
+        lines.append(f"- {name}: {' '.join(f'`{text}`' for text in overrides) or 'as configured'}")
+    return [*lines, *(f"- **not comparable:** {note}" for note in report["notes"])]
+
+
+def publish(out: Path, report: dict[str, Any], text: str) -> None:
+    """Write ``table.md`` and ``table.json``, and print the first."""
     (out / "table.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (out / "table.md").write_text(text, encoding="utf-8")
     print(text)
 
 
 def finished(folder: Path) -> dict[int, Run]:
+    """Runs of a row by seed."""
     runs = {}
     for path in folder.glob("seed_*/results.json"):
         settings = parse_run(config.load(path.parent / "config.yaml"))[0].model_dump(mode="json")
@@ -103,7 +131,7 @@ def finished(folder: Path) -> dict[int, Run]:
     return dict(sorted(runs.items()))
 
 
-def check(runs: Runs) -> list[str]:
+def check(runs: Runs, compared: Sequence[str]) -> list[str]:
     """Refuse what can't be compared; return remarks on what differs."""
     some = [run for seeds in runs.values() for run in seeds.values()]
     for key in ("provenance", "data", "metric"):
@@ -120,7 +148,7 @@ def check(runs: Runs) -> list[str]:
     first = next(iter(runs[first_name].values())).settings
     for name, seeds in runs.items():
         for seed, run in seeds.items():
-            different = [key for key in COMPARED if run.settings[key] != first[key]]
+            different = [key for key in compared if run.settings[key] != first[key]]
             own, other = (s["problems"]["segmentor"] for s in (run.settings, first))
             # How an upper level's gradient passes through it is no part of its own training.
             different += [
@@ -231,12 +259,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def _markdown(report: dict[str, Any]) -> str:
     metric = report["metric"].capitalize()
-    lines = [f"# E2EAug's rows on {report['data']}, {report['provenance']} images", ""]
-    lines += [machine.head(report["machine"]), f"- runs on: {'; '.join(report['device'])}"]
-    lines += [f"- command: `{command}`" for command in report["commands"]]
-    for name, overrides in report["overrides"].items():
-        lines.append(f"- {name}: {' '.join(f'`{text}`' for text in overrides) or 'as configured'}")
-    lines += [f"- **not comparable:** {note}" for note in report["notes"]]
+    lines = head(report, "E2EAug's rows")
     for split, found in report["splits"].items():
         lines += ["", f"## {metric}, {split}: mean ± standard deviation over seeds", ""]
         lines += table(

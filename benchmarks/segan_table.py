@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import machine
-from rows_table import Runs, check, finished, show, spread, table
+from rows_table import gather, head, publish, show, spread, table
 
 from mlseg.calibration import FILE
 from mlseg.errors import UserError
@@ -27,6 +26,8 @@ SHOWN = (
 )
 DIGITS = {"hd95": 2}
 FIRST = "segan"
+# The losses are what differs.
+COMPARED = ("data", "augmentation", "segmentor", "engine", "precision")
 
 
 def write(out: Path) -> None:
@@ -35,26 +36,8 @@ def write(out: Path) -> None:
     Raises:
         UserError: nothing has finished, or the runs can't be compared.
     """
-    path = out / "rows.json"
-    if not path.exists():
-        raise UserError(f"{path} is missing; run the rows first, without --table")
-    asked = json.loads(path.read_text(encoding="utf-8"))
-    runs: Runs = {name: found for name in asked["rows"] if (found := finished(out / name))}
-    if not runs:
-        raise UserError(f"no run below {out} has finished yet")
-    notes = check(runs)
-    some = [run for seeds in runs.values() for run in seeds.values()]
-    report: dict[str, Any] = {
-        "provenance": some[0].results["provenance"],
-        "data": some[0].results["data"],
-        "machine": machine.describe(),
-        "device": sorted({run.results["device"] for run in some}),
-        "commands": asked["commands"],
-        "overrides": {name: asked["rows"][name]["overrides"] for name in runs},
-        "notes": notes,
-        "rows": {},
-    }
-    del report["machine"]["revision"]  # the commands have it
+    runs, report = gather(out, COMPARED)
+    report["rows"] = {}
     for name, seeds in runs.items():
         folders = [run.directory for run in seeds.values()]
         plain = [["--threshold", str(run.settings.get("threshold", 0.5))] for run in seeds.values()]
@@ -72,10 +55,7 @@ def write(out: Path) -> None:
             row["ensemble choice"] = _calibrate(folders)
             row["calibrated ensemble"] = _evaluate(folders, [])
         report["rows"][name] = row
-    text = _markdown(report)
-    (out / "table.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (out / "table.md").write_text(text, encoding="utf-8")
-    print(text)
+    publish(out, report, _markdown(report))
 
 
 def _calibrate(folders: Sequence[Path]) -> dict[str, Any]:
@@ -107,12 +87,7 @@ def _command(module: str, *arguments: str) -> None:
 
 
 def _markdown(report: dict[str, Any]) -> str:
-    lines = [f"# SegAN's rows on {report['data']}, {report['provenance']} images", ""]
-    lines += [machine.head(report["machine"]), f"- runs on: {'; '.join(report['device'])}"]
-    lines += [f"- command: `{command}`" for command in report["commands"]]
-    for name, overrides in report["overrides"].items():
-        lines.append(f"- {name}: {' '.join(f'`{text}`' for text in overrides) or 'as configured'}")
-    lines += [f"- **not comparable:** {note}" for note in report["notes"]]
+    lines = head(report, "SegAN's rows")
     rows = report["rows"]
     names = [name.replace("_", " ") for name in SHOWN]
     for title, single, together in (
@@ -145,8 +120,16 @@ def _markdown(report: dict[str, Any]) -> str:
                 above = sum(d > 0 for d in differences)
                 cells += [show(spread(differences), 3, sign="+"), f"{above} of {len(both)}"]
             body.append([name, *cells])
-        head = ["row", "selected step", "above 0", "calibrated", "above 0", "last step", "above 0"]
-        lines += table(head, body)
+        titles = [
+            "row",
+            "selected step",
+            "above 0",
+            "calibrated",
+            "above 0",
+            "last step",
+            "above 0",
+        ]
+        lines += table(titles, body)
     lines += ["", "| row | last step, Jaccard | selected step | seconds | k, threshold chosen |"]
     lines.append("| --- | --- | --- | --- | --- |")
     for name, row in rows.items():

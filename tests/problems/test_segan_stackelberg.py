@@ -43,19 +43,28 @@ class Doubled:
         return ((image.double(), mask) for image, mask in self.loader)
 
 
-def play(**changes: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor], Any]:
-    """The segmentor's gradient after one iteration; the reference with and without the response."""
-    engine = tiny.build("segan", {**GAME, **changes})
+def play(unroll: int = 1, **changes: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor], Any]:
+    """The segmentor's gradient after ``unroll`` steps of the critic.
+
+    Returns:
+        the gradient; the reference with and without the critic's response; the engine.
+    """
+    steps_of_critic = {"problems.critic.unroll_steps": unroll}
+    engine = tiny.build("segan", {**GAME, **steps_of_critic, **changes})
     critic, segmentor = engine.critic, engine.segmentor
     critic.set_train_data_loader(Doubled(critic.train_data_loader[0]))
     before = {n: p.detach().clone() for n, p in critic.module.named_parameters()}
     steps: list[list[Tensor]] = []
     tiny.gradients_of(segmentor, steps)
-    engine.iterate()
-    image, label, counted = critic.cur_batch
+    batches = []
+    for _ in range(unroll):
+        engine.iterate()
+        batches.append(critic.cur_batch)
     parameters = segmentor.trainable_parameters()
 
-    def loss(weights: dict[str, Tensor], maps: Tensor) -> Tensor:
+    def loss(weights: dict[str, Tensor], batch: Any) -> Tensor:
+        image, label, counted = batch
+        maps = segmentor.maps(image, counted)
         buffers = {n: b.clone() for n, b in critic.module.named_buffers()}
         true, predicted = (
             functional_call(critic.module, {**weights, **buffers}, ((image + 1) / 2, m))
@@ -63,15 +72,15 @@ def play(**changes: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor], Any]
         )
         return multi_scale_l1(predicted[0], true[0])
 
-    maps = segmentor.maps(image, counted)
-    point = {n: p.clone().requires_grad_() for n, p in before.items()}
-    ascent = torch.autograd.grad(loss(point, maps), list(point.values()), create_graph=True)
-    after = {n: p + RATE * g for (n, p), g in zip(point.items(), ascent, strict=True)}
+    after = {n: p.clone().requires_grad_() for n, p in before.items()}
+    for batch in batches:
+        ascent = torch.autograd.grad(loss(after, batch), list(after.values()), create_graph=True)
+        after = {n: p + RATE * g for (n, p), g in zip(after.items(), ascent, strict=True)}
     for n, p in critic.module.named_parameters():
         torch.testing.assert_close(after[n], p, rtol=1e-9, atol=1e-12)
-    whole = torch.autograd.grad(loss(after, maps), parameters, retain_graph=True)
+    whole = torch.autograd.grad(loss(after, batches[-1]), parameters, retain_graph=True)
     fixed = {n: p.detach() for n, p in after.items()}
-    direct = torch.autograd.grad(loss(fixed, maps), parameters)
+    direct = torch.autograd.grad(loss(fixed, batches[-1]), parameters)
     return steps[0], list(whole), list(direct), engine
 
 
@@ -88,6 +97,15 @@ def test_the_whole_derivative_through_the_critics_step(method: dict[str, Any]) -
     assert error(gradient, whole) < 1e-9
     assert error(gradient, direct) > 1e-3, "the critic's response has a part in it"
     assert float(engine.segmentor.metrics["hypergradient/via_critic"]) > 0
+
+
+@pytest.mark.parametrize("store", ["weights", "graphs"])
+def test_unrolling_follows_all_steps_of_the_critic(store: str) -> None:
+    """The first of the two steps reaches the segmentor too, though it keeps no statistics of it."""
+    method = {"problems.critic.hypergradient": {"method": "unrolled", "steps": 2, "store": store}}
+    gradient, whole, direct, _ = play(2, **method)
+    assert error(gradient, whole) < 1e-9
+    assert error(direct, whole) > 1e-3
 
 
 def test_finite_differences_approach_it() -> None:
