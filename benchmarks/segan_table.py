@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rows_table import gather, head, publish, show, spread, table
 
-from mlseg.calibration import FILE
-from mlseg.errors import UserError
+from mlseg.calibrate import KS, THRESHOLDS, choose
+from mlseg.engines.scoring import score
+from mlseg.evaluate import own_data
+from mlseg.trained import Ensemble, load_runs
 
 SHOWN = (
     "jaccard",
@@ -38,49 +38,41 @@ def write(out: Path) -> None:
     """
     runs, report = gather(out, COMPARED)
     report["rows"] = {}
+    data = own_data([run.directory for seeds in runs.values() for run in seeds.values()])
+
+    def tested(ensemble: Ensemble) -> dict[str, float]:
+        """Scores on the test images, as ``mlseg.evaluate`` has them."""
+        threshold = ensemble.threshold
+        found = score(ensemble, data.test, "cpu", threshold=threshold, native=True, distances=True)
+        values = found.compute()
+        return {key: values[key] for key in SHOWN}
+
+    def chosen(ensemble: Ensemble) -> tuple[Ensemble, list[float]]:
+        """The ensemble as ``mlseg.calibrate`` would have it, and its k and threshold."""
+        cpu, metric = torch.device("cpu"), report["metric"]
+        _, choice = choose(ensemble, data.val, cpu, KS, THRESHOLDS, True, metric)
+        own = [choice.k, choice.threshold]
+        return ensemble.with_choice(*own), own
+
     for name, seeds in runs.items():
-        folders = [run.directory for run in seeds.values()]
-        plain = [["--threshold", str(run.settings.get("threshold", 0.5))] for run in seeds.values()]
+        alone = [load_runs([run.directory], torch.device("cpu")) for run in seeds.values()]
+        calibrated, choices = zip(*(chosen(ensemble) for ensemble in alone), strict=True)
         row: dict[str, Any] = {
             "seeds": list(seeds),
             "seconds": spread([run.results["seconds"] for run in seeds.values()]),
             "selected step": spread([float(run.best_step) for run in seeds.values()]),
-            "alone": [_evaluate([folder], how) for folder, how in zip(folders, plain, strict=True)],
+            "alone": [run.results["scores"]["best"]["test"] for run in seeds.values()],
             "last": [run.results["scores"]["last"]["test"] for run in seeds.values()],
-            "choices": [_calibrate([folder]) for folder in folders],
-            "calibrated": [_evaluate([folder], []) for folder in folders],
+            "choices": list(choices),
+            "calibrated": [tested(ensemble) for ensemble in calibrated],
         }
-        if len(folders) > 1:
-            row["ensemble"] = _evaluate(folders, plain[0])
-            row["ensemble choice"] = _calibrate(folders)
-            row["calibrated ensemble"] = _evaluate(folders, [])
+        if len(alone) > 1:
+            together = load_runs([run.directory for run in seeds.values()], torch.device("cpu"))
+            better, own = chosen(together)
+            row["choices"].append(own)
+            row["ensemble"], row["calibrated ensemble"] = tested(together), tested(better)
         report["rows"][name] = row
     publish(out, report, _markdown(report))
-
-
-def _calibrate(folders: Sequence[Path]) -> dict[str, Any]:
-    """What the command chooses for runs together."""
-    _command("mlseg.calibrate", *map(str, folders))
-    stored = json.loads((folders[0] / FILE).read_text(encoding="utf-8"))
-    chosen: dict[str, Any] = stored[-1]
-    assert len(chosen["runs"]) == len(folders)
-    return chosen
-
-
-def _evaluate(folders: Sequence[Path], arguments: Sequence[str]) -> dict[str, float]:
-    """Test scores by the command, of the mean of the runs' probabilities."""
-    scores = folders[0] / "scores.json"
-    _command("mlseg.evaluate", *map(str, folders), *arguments, "--out", str(scores))
-    values: dict[str, Any] = json.loads(scores.read_text(encoding="utf-8"))["scores"]["test"]
-    scores.unlink()
-    return {name: values[name] for name in SHOWN}
-
-
-def _command(module: str, *arguments: str) -> None:
-    command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
 # ------------------------------------------------------------------------------ Markdown
@@ -133,8 +125,7 @@ def _markdown(report: dict[str, Any]) -> str:
     lines += ["", "| row | last step, Jaccard | selected step | seconds | k, threshold chosen |"]
     lines.append("| --- | --- | --- | --- | --- |")
     for name, row in rows.items():
-        chosen = [*row["choices"], *([row["ensemble choice"]] if "ensemble" in row else [])]
-        pairs = "; ".join(f"{c['k']:g}, {c['threshold']:g}" for c in chosen)
+        pairs = "; ".join(f"{k:g}, {threshold:g}" for k, threshold in row["choices"])
         lines.append(
             f"| {name} | {_cell(row['last'], 'jaccard')} | {show(row['selected step'], 0)} | "
             f"{show(row['seconds'], 0)} | {pairs} |"

@@ -76,20 +76,7 @@ def _run(arguments: argparse.Namespace) -> int:
     native = (arguments.scale or trained.scoring) == "native"
     metric = arguments.metric or trained.spec.metric
     ks, thresholds = sorted(set(arguments.k)), sorted(set(arguments.thresholds))
-    grid = search(ensemble, samples, device, ks, thresholds, native, metric)
-    before = score(ensemble, samples, device, threshold=ensemble.threshold, native=native)
-    row, column = best_cell(grid, ks, thresholds)
-    choice = calibration.Choice(
-        k=ks[row],
-        threshold=thresholds[column],
-        metric=metric,
-        value=float(grid[row, column]),
-        before=before.compute()[metric],
-        images=len(samples),
-        scored_at="native" if native else "trained",
-        runs=[run.resolve().name for run in arguments.runs],
-        checkpoints=calibration.digests(ensemble),
-    )
+    grid, choice = choose(ensemble, samples, device, ks, thresholds, native, metric)
     console = make_console()
     console.print(table(grid, ks, thresholds, choice))
     console.print(
@@ -104,6 +91,32 @@ def _run(arguments: argparse.Namespace) -> int:
     for path in calibration.keep(ensemble, choice):
         console.print(f"Stored in {path}")
     return 0
+
+
+def choose(
+    ensemble: Ensemble,
+    samples: Samples,
+    device: torch.device,
+    ks: Sequence[float],
+    thresholds: Sequence[float],
+    native: bool,
+    metric: str,
+) -> tuple[Tensor, calibration.Choice]:
+    """The grid of :func:`search` and the best of its cells."""
+    grid = search(ensemble, samples, device, ks, thresholds, native, metric)
+    before = score(ensemble, samples, device, threshold=ensemble.threshold, native=native)
+    row, column = best_cell(grid, ks, thresholds)
+    return grid, calibration.Choice(
+        k=ks[row],
+        threshold=thresholds[column],
+        metric=metric,
+        value=float(grid[row, column]),
+        before=before.compute()[metric],
+        images=len(samples),
+        scored_at="native" if native else "trained",
+        runs=[member.run.resolve().name for member in ensemble.members],
+        checkpoints=calibration.digests(ensemble),
+    )
 
 
 @torch.no_grad()
