@@ -20,9 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import machine
-
-from mlseg import config
+from mlseg import config, machine
 from mlseg.errors import UserError
 from mlseg.problems.systems import load_system
 from mlseg.run import parse_run

@@ -18,11 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
 from spans import CpuClock, CpuMemory, CudaClock, CudaMemory, Spans
 
-from mlseg import config
+from mlseg import config, machine
 from mlseg.engines.base import Engine
 from mlseg.engines.segmentation import SegmentationEngine
 from mlseg.problems.base import Problem

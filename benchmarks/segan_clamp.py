@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
 from torch import nn
 
-from mlseg import config
+from mlseg import config, machine
 from mlseg.engines.segmentation import SegmentationEngine
 from mlseg.randomness import seed_everything
 from mlseg.run import parse_run

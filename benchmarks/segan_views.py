@@ -17,11 +17,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import machine
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mlseg import machine
 from mlseg.data import Samples
 from mlseg.engines.scoring import score
 from mlseg.evaluate import own_data
