@@ -16,8 +16,10 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from mlseg.data import to_float
-from mlseg.engines.segmentation import SegmentationEngine, score
+from mlseg.engines.scoring import evaluating, predict_logits, score
+from mlseg.engines.segmentation import SegmentationEngine
 from mlseg.hypergradients import Method
+from mlseg.nets import class_probabilities
 from mlseg.problems import e2eaug
 from mlseg.problems.base import Problem
 from mlseg.problems.e2eaug_settings import E2EAugSettings
@@ -121,9 +123,13 @@ class E2EAugTiny(Program):
 
     def score(self) -> float:
         """Mean Jaccard index on the test split."""
-        module = self.engine.segmentor_module
-        single = _InDtype(module, self.conditions.dtype)
-        return score(single, self.engine.data.test, self.engine.device).compute()["jaccard"]
+        module, dtype = self.engine.segmentor_module, self.conditions.dtype
+
+        def predict(image: Tensor) -> Tensor:
+            return class_probabilities(module, predict_logits(module, image.to(dtype)))
+
+        with evaluating(module):
+            return score(predict, self.engine.data.test, self.engine.device).compute()["jaccard"]
 
 
 def _step_differentiably(level: Problem) -> None:
@@ -137,17 +143,6 @@ def _step_differentiably(level: Problem) -> None:
         owner = level.module.get_submodule(path)
         del owner._parameters[last]
         setattr(owner, last, p - rate * gradient)
-
-
-class _InDtype(torch.nn.Module):
-    """A network that takes images in float32, whatever its own dtype."""
-
-    def __init__(self, module: torch.nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.module, self.dtype = module, dtype
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.module(image.to(self.dtype))
 
 
 class _Batches:
