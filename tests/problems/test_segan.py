@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from games import PLAIN, parameters_that_differ, watch
+from segan_game import PLAIN, parameters_that_differ, watch
 from torch import Tensor, nn
 
 from mlseg import checkpoint

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import tiny
-from games import PLAIN, watch
+from segan_game import PLAIN, watch
 
 ISIC = {
     "data": {
