@@ -153,6 +153,11 @@ class Engine(betty.engine.Engine):
         """Over all stages."""
         return sum(stage.iterations for stage in self.stages)
 
+    @property
+    def end_is_known(self) -> bool:
+        """Whether the run takes :attr:`total_iterations`, unless it stops early."""
+        return True
+
     def enter_stage(self, index: int) -> None:
         """Make stage `index` the present one: its graph, its leaves."""
         self.stage_index = index

@@ -119,6 +119,10 @@ class Controller(Protocol):
     def best(self) -> tuple[str, float]:
         """Name and mIoU of the best model accepted so far."""
 
+    @property
+    def best_slot(self) -> str:
+        """The snapshot that holds it."""
+
     def state_dict(self) -> dict[str, Any]:
         """Everything it remembers, as plain values."""
 
@@ -166,6 +170,11 @@ class Lookahead:
         if self.peak is not None:
             return self.peak, self.mu_p
         return self.start, self.mu_0
+
+    @property
+    def best_slot(self) -> str:
+        """The snapshot that holds it."""
+        return "start" if self.peak is None else "peak"
 
     def begin(self) -> list[Command]:
         """Ask for the start model's mIoU."""
@@ -338,6 +347,11 @@ class StraightAhead:
     def best(self) -> tuple[str, float]:
         """The best so far."""
         return self.name, self.mu_best
+
+    @property
+    def best_slot(self) -> str:
+        """The only one."""
+        return "start"
 
     def begin(self) -> list[Command]:
         """Ask for the start model's mIoU."""

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlseg.config import Settings
+from mlseg.data.samples import to_device
 
 # An image or None, and the same comes back.
 ImageT = TypeVar("ImageT", Tensor, None)
@@ -180,7 +181,7 @@ class Augmentation:
     def apply(self, image: ImageT, mask: Tensor, draw: Draw) -> tuple[ImageT, Tensor]:
         """Apply a draw: see `__call__`. Differentiable with respect to the image."""
         if draw.theta is not None:
-            theta = _to(draw.theta, mask.device)
+            theta = to_device(draw.theta, mask.device)
             size = [len(mask), 1, *mask.shape[-2:]]
             grid = F.affine_grid(theta, size, align_corners=False)
             mask = self._sample(mask.unsqueeze(1), grid, "nearest", self.mask_fill).squeeze(1)
@@ -298,7 +299,7 @@ def jitter(image: Tensor, colour: Tensor) -> Tensor:
     matrix = matrix * (brightness * contrast)[:, None, None]
     to_shift = luma * (brightness * (1 - contrast))[:, None]
     # One copy to the device for both.
-    both = _to(torch.cat([matrix, to_shift[:, None]], 1).to(image.dtype), image.device)
+    both = to_device(torch.cat([matrix, to_shift[:, None]], 1).to(image.dtype), image.device)
     value = ((image + 1) / 2).reshape(batch, channels, height * width)
     shift = both[:, channels:] @ value.mean(2, keepdim=True)
     value = torch.baddbmm(shift, both[:, :channels], value).reshape(image.shape)
@@ -337,10 +338,3 @@ def _matrix(
     ):  # fmt: skip
         matrix[:, row, column] = entry
     return matrix
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy from the host without waiting for the device: from page-locked memory on CUDA."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

@@ -1,4 +1,4 @@
-"""LoAd's controller alone: scripts of mIoU in, transitions out; and its invariants on any script."""
+"""LoAd's controller alone: mIoU in, transitions out; its invariants on any script."""
 
 import json
 import math

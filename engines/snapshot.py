@@ -1,0 +1,126 @@
+"""A copy of a model and its optimizer that can be put back any number of times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Snapshot:
+    """Weights, buffers and optimizer state, copied into memory that is allocated once.
+
+    Taking one and putting it back copies every tensor once, on its device and without waiting for
+    it. What is put back is a copy as well, so that steps made afterwards leave the snapshot alone.
+
+    Args:
+        module: its parameters and buffers; None for the optimizer's state alone.
+        optimizer: its state per parameter, and the settings of its parameter groups; or None.
+    """
+
+    def __init__(
+        self, module: nn.Module | None, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        self.module = module
+        self.optimizer = optimizer
+        self.taken = False
+        self._tensors: dict[str, Tensor] = {}
+        self._slots: list[dict[str, Any]] = []
+        self._groups: list[dict[str, Any]] = []
+
+    def take(self) -> None:
+        """Copy the present state here."""
+        live = self._live()
+        if not self._tensors:
+            self._tensors = {name: tensor.detach().clone() for name, tensor in live.items()}
+        else:
+            _copy([self._tensors[name] for name in live], list(live.values()))
+        if self.optimizer is not None:
+            found = [self.optimizer.state.get(p, {}) for p in self._parameters()]
+            self._slots = [
+                _into(old, new)
+                for old, new in zip(self._slots or [{} for _ in found], found, strict=True)
+            ]
+            self._groups = [_settings(group) for group in self.optimizer.param_groups]
+        self.taken = True
+
+    def restore(self) -> None:
+        """Put the copied state back."""
+        assert self.taken, "nothing has been copied yet"
+        live = self._live()
+        _copy(list(live.values()), [self._tensors[name] for name in live])
+        if self.optimizer is not None:
+            for parameter, slot in zip(self._parameters(), self._slots, strict=True):
+                if slot:
+                    present = self.optimizer.state[parameter]
+                    self.optimizer.state[parameter] = _into(present, slot)
+                else:
+                    self.optimizer.state.pop(parameter, None)
+            for group, settings in zip(self.optimizer.param_groups, self._groups, strict=True):
+                group.update(settings)
+
+    def module_state(self) -> dict[str, Tensor]:
+        """The copied weights and buffers, as in the module's ``state_dict``."""
+        return dict(self._tensors)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it; empty if nothing has been copied yet."""
+        if not self.taken:
+            return {}
+        return {"tensors": dict(self._tensors), "slots": self._slots, "groups": self._groups}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`; tensors move to where the module's are."""
+        self.taken = bool(state)
+        if not state:
+            return
+        live = self._live()
+        self._tensors = {
+            name: tensor.to(live[name].device, copy=True)
+            for name, tensor in state["tensors"].items()
+        }
+        if self.optimizer is not None:
+            self._slots = [
+                {key: _like(parameter, key, value) for key, value in slot.items()}
+                for parameter, slot in zip(self._parameters(), state["slots"], strict=True)
+            ]
+            self._groups = [dict(group) for group in state["groups"]]
+
+    def _live(self) -> dict[str, Tensor]:
+        return {} if self.module is None else dict(self.module.state_dict())
+
+    def _parameters(self) -> list[Tensor]:
+        assert self.optimizer is not None
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group's settings; none of ours is a container."""
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _into(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """``new`` in the memory of ``old``, where it fits."""
+    result: dict[str, Any] = {}
+    for key, value in new.items():
+        if not isinstance(value, Tensor):
+            result[key] = value
+        elif isinstance(there := old.get(key), Tensor) and there.shape == value.shape:
+            result[key] = there.copy_(value)
+        else:
+            result[key] = value.detach().clone()
+    return result
+
+
+def _copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        torch._foreach_copy_(list(to), list(source))
+
+
+def _like(parameter: Tensor, key: str, value: Any) -> Any:
+    """A saved slot on its parameter's device; ``step`` stays where torch keeps it."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.clone() if key == "step" else value.to(parameter.device, copy=True)
