@@ -189,8 +189,9 @@ class Lookahead:
         assert not self.stopped
         if not math.isfinite(mu):
             name, best = self.best
+            update = self.updates + (self.cycle > 0)
             raise RunError(
-                f"the hold-out mIoU is {mu} after update {self.updates} (cycle {self.cycle}); "
+                f"the hold-out mIoU is {mu} after update {update} (cycle {self.cycle}); "
                 f"the best model so far, {name} with {best:.4f}, is kept; try a lower learning rate"
             )
         if self.cycle == 0:
@@ -364,8 +365,9 @@ class StraightAhead:
             RunError: it is not finite.
         """
         if not math.isfinite(mu):
+            update = self.updates + (self.cycle > 0)
             raise RunError(
-                f"the hold-out mIoU is {mu} after update {self.updates}; the best model so far, "
+                f"the hold-out mIoU is {mu} after update {update}; the best model so far, "
                 f"{self.name} with {self.mu_best:.4f}, is kept; try a lower learning rate"
             )
         if self.cycle == 0:

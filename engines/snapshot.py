@@ -115,6 +115,8 @@ def _into(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    if not to:
+        return
     with torch.no_grad():
         torch._foreach_copy_(list(to), list(source))
 

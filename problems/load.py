@@ -12,8 +12,8 @@ buffer B; on these and the truth the discriminator is trained before the next cy
 What the paper leaves open, and how it is closed here:
 
 * The discriminator learns on hard maps; the generator gives it soft ones, or what else
-  ``adversarial.relaxation`` offers. While the generator steps the discriminator is frozen and in evaluation
-  mode: batches of fakes alone would shift its BatchNorm statistics.
+  ``adversarial.relaxation`` offers. While the generator steps the discriminator is frozen and in
+  evaluation mode: batches of fakes alone would shift its BatchNorm statistics.
 * It is never rolled back, starts each training from the weights of the one before, with a fresh
   optimizer. The generator's optimizer is rolled back with its weights.
 * BatchNorm statistics of the generator stay those of stage 1 (``adversarial.freeze_batch_norm``).
@@ -177,7 +177,7 @@ def build(settings: LoadSettings, out: Path | None) -> LookaheadEngine:
     pretraining = problem(Pretraining, "pretraining", network)
     generator = problem(Generator, "generator", network)
     discriminator = problem(Discriminator, "discriminator", critic, with_loader=False)
-    epoch = len(pretraining.train_data_loader[0])
+    epoch = len(pretraining.train_data_loader)
     pretraining.ignore_index = generator.ignore_index = spec.ignore_index
     pretraining.weighted_steps = 0
     stages = [Stage(LOOKAHEAD, settings.engine.iterations, [generator, discriminator])]

@@ -146,8 +146,10 @@ def _convergence(axes: Any, events: Events, start: float) -> None:
         if cycle % 2 == 0:
             axes.axvspan(x[0], x[-1], color="0.93", lw=0)
         if len(begun) <= 40:
-            axes.annotate(str(cycle), ((x[0] + x[-1]) / 2, 1.0), (0, 2), ha="center", fontsize=8,
-                          xycoords=("data", "axes fraction"), textcoords="offset points")  # fmt: skip
+            place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+            axes.annotate(
+                str(cycle), ((x[0] + x[-1]) / 2, 1.0), (0, 2), ha="center", fontsize=8, **place
+            )
         back = next((e for e in events if e["event"] == "rollback" and e["cycle"] == cycle), None)
         if cycle in ends and back is not None:
             label = None if drawn else "roll-back"
