@@ -14,6 +14,7 @@ from mlseg.data.catalog import CATALOG, OWN_DATA, Entry
 from mlseg.data.decode import decode
 from mlseg.data.fetch import fetch, incomplete
 from mlseg.data.layout import Example, find_examples
+from mlseg.data.palettes import spread_palette
 from mlseg.data.samples import DatasetSpec, Samples
 from mlseg.data.scenes import synthetic_scenes
 from mlseg.data.settings import DataSettings, check_name, resolve_root
@@ -135,23 +136,10 @@ def _entry(name: str, settings: DataSettings) -> Entry:
         classes=classes,
         ignore_index=settings.ignore_index,
         metric=settings.metric or "jaccard",
-        palette=_palette(len(classes)),
+        palette=spread_palette(len(classes)),
     )
     binary = len(classes) == 2 and settings.ignore_index is None
     return replace(entry, spec=spec, masks="binary" if binary else "index")
-
-
-def _palette(number: int) -> tuple[tuple[int, int, int], ...]:
-    """Colours far apart: the bits of the index spread over red, green and blue."""
-    if number == 2:
-        return ((0, 0, 0), (255, 255, 255))
-    colours = []
-    for index in range(number):
-        rgb = [0, 0, 0]
-        for bit in range(8):
-            rgb[bit % 3] |= (index >> bit & 1) << (7 - bit // 3)
-        colours.append((rgb[0], rgb[1], rgb[2]))
-    return tuple(colours)
 
 
 def _absent(root: Path) -> bool:
@@ -207,6 +195,13 @@ def _split(
         if "all" in parts:
             raise UserError(f"{name}: comes without an official split; set data.splits to drawn")
         ids = {part: [e.id for e in examples] for part, examples in parts.items()}
+        if entry.withheld_test:
+            if settings.test:
+                raise UserError(
+                    f"data.test: the test labels of {entry.spec.name} are not public; set it to 0 "
+                    "or leave it out, and test on the validation split or the benchmark's server"
+                )
+            ids = {part: found for part, found in ids.items() if part != "test"} | {"test": []}
         return splits.official(ids, *counts, name), how
     (pool,) = _of(parts, how).values()
     if not pool:
