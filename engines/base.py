@@ -24,6 +24,7 @@ from mlseg.engines.settings import (
     Dependencies,
     EngineSettings,
     Stage,
+    Work,
     as_settings,
     choose_device,
 )
@@ -226,6 +227,10 @@ class Engine(betty.engine.Engine):
         """One iteration by itself, without records; for measurements and dry runs."""
         self.global_step += 1
         self.train_step()
+
+    def work(self) -> list[Work]:
+        """What the present stage consists of, for :mod:`mlseg.dry_run`."""
+        return [Work(self.stage.name, self.stage.iterations, self.iterate, whole=True)]
 
     def _advance_stage(self) -> bool:
         """Enter the stage that the next iteration belongs to; False when all is done."""

@@ -123,6 +123,10 @@ class Controller(Protocol):
     def best_slot(self) -> str:
         """The snapshot that holds it."""
 
+    @property
+    def longest(self) -> tuple[int, int]:
+        """Updates and cycles of a run without a peak in which no cycle diverges."""
+
     def state_dict(self) -> dict[str, Any]:
         """Everything it remembers, as plain values."""
 
@@ -175,6 +179,11 @@ class Lookahead:
     def best_slot(self) -> str:
         """The snapshot that holds it."""
         return "start" if self.peak is None else "peak"
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """Updates and cycles of a run without a peak in which no cycle diverges."""
+        return self.settings.cycles * self.settings.patience, self.settings.cycles
 
     def begin(self) -> list[Command]:
         """Ask for the start model's mIoU."""
@@ -353,6 +362,11 @@ class StraightAhead:
     def best_slot(self) -> str:
         """The only one."""
         return "start"
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """All updates, in one cycle."""
+        return self.length, 1
 
     def begin(self) -> list[Command]:
         """Ask for the start model's mIoU."""

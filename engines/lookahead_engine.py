@@ -17,7 +17,7 @@ from mlseg.engines.hold_out import HoldOut
 from mlseg.engines.lookahead import Command, Controller
 from mlseg.engines.map_buffer import MapBuffer
 from mlseg.engines.segmentation import SegmentationEngine
-from mlseg.engines.settings import EngineSettings
+from mlseg.engines.settings import EngineSettings, Work
 from mlseg.engines.snapshot import Snapshot
 from mlseg.problems.base import Problem
 
@@ -212,6 +212,32 @@ class LookaheadEngine(SegmentationEngine):
         "note": _note,
         "stop": _stop,
     }
+
+    def work(self) -> list[Work]:
+        """The lookahead's pieces, as often as the longest run without a peak has them."""
+        if not self.looking_ahead:
+            return super().work()
+        updates, cycles = self.controller.longest
+        held = self.hold_out
+        batch = held.samples.images[: held.batch_size]
+        batches = math.ceil(len(held) / held.batch_size)
+        module = self.stepper.module
+        pieces = [
+            Work("update", updates, self.stepper.step_normal),
+            Work("hold-out, a batch", (updates + 1) * batches, lambda: held.maps(module, batch)),
+        ]
+        buffer, training = self.buffer, self.discriminator_training
+        if buffer is not None and training is not None:
+            entry = math.ceil(buffer.shape[0] / held.batch_size)
+            once = "label maps, a batch"
+            pieces.append(Work(once, (cycles + 1) * entry, lambda: held.maps(module, batch)))
+            buffer.open("g0", 0)
+            training.begin()
+            epochs = cycles * training.settings.max_epochs
+            per_epoch = training.batches_per_epoch * (buffer.size + 1) // (len(buffer) + 1)
+            step = training.problem.step_normal
+            pieces.append(Work("discriminator, a batch", epochs * per_epoch, step))
+        return pieces
 
     # ---------------------------------------------------------------- what is kept
 

@@ -103,7 +103,8 @@ def load_examples(name: str, root: str | None, size: tuple[int, int], spec: Data
     """All examples of a data set, for scoring a trained model on it.
 
     Args:
-        name: in the catalog. Of a set with official parts the test part, or else the training part.
+        name: in the catalog. Of a set with official parts the test part, or else the training part;
+            the validation part where the test part's labels are not public.
         root: as `DataSettings.root`.
         size: (H, W) in pixels.
         spec: of the data the model was trained on; classes and channels must fit.
@@ -122,7 +123,7 @@ def load_examples(name: str, root: str | None, size: tuple[int, int], spec: Data
         return _draw_synthetic(entry.spec, ids, size, 0)
     if _absent(folder):
         raise _missing(entry, folder)
-    return decode(_whole(find_examples(entry, folder)), entry, entry.spec, size)
+    return decode(_whole(entry, find_examples(entry, folder)), entry, entry.spec, size)
 
 
 def _entry(name: str, settings: DataSettings) -> Entry:
@@ -228,7 +229,7 @@ def _others(
             # A drawn stand-in would say nothing about a model that has seen real images.
             left_out.append(f"{name} ({root}; get it from {other.source})")
             continue
-        examples = _whole(find_examples(other, root))
+        examples = _whole(other, find_examples(other, root))
         shared = {e.id for e in examples} & set(split.train + split.val + split.test)
         if shared and other.ids == entry.ids:
             raise UserError(
@@ -239,8 +240,9 @@ def _others(
     return found, left_out
 
 
-def _whole(parts: dict[str, list[Example]]) -> list[Example]:
-    return next(parts[part] for part in ("all", "test", "train", "val") if part in parts)
+def _whole(entry: Entry, parts: dict[str, list[Example]]) -> list[Example]:
+    order = ("val", "train") if entry.withheld_test else ("all", "test", "train", "val")
+    return next(parts[part] for part in order if part in parts)
 
 
 def _as_trained(entry: Entry, spec: DatasetSpec) -> Entry:
