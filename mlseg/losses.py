@@ -65,8 +65,7 @@ class SegmentationLoss(nn.Module):
 
     def forward(self, logits_BKHW: Tensor, target_BHW: Tensor) -> Tensor:
         """(B, K, H, W) logits, (B, H, W) int64 labels in 0..K-1 or the ignore index -> scalar."""
-        if logits_BKHW.dtype in (torch.float16, torch.bfloat16):
-            logits_BKHW = logits_BKHW.float()
+        logits_BKHW = _full(logits_BKHW)
         settings = self.settings
         if self.ignore_index is None:
             valid_BHW = torch.ones_like(target_BHW, dtype=torch.bool)
@@ -121,6 +120,11 @@ def gan_loss(logits: Tensor, real: bool) -> Tensor:
     return functional.binary_cross_entropy_with_logits(logits, target)
 
 
+def _full(logits: Tensor) -> Tensor:
+    """Half-precision logits in single precision, others as they are."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
 Relaxation = Literal["softmax", "gumbel", "straight_through"]
 
 
@@ -142,13 +146,14 @@ def relax(logits_BKHW: Tensor, kind: Relaxation, temperature: float = 1.0) -> Te
     Returns:
         (B, K, H, W), summing to 1 over the classes.
     """
+    logits_BKHW = _full(logits_BKHW)
     if kind == "gumbel":
-        return functional.gumbel_softmax(logits_BKHW.float(), tau=temperature, dim=1)
-    soft = (logits_BKHW.float() / temperature).softmax(1)
+        return functional.gumbel_softmax(logits_BKHW, tau=temperature, dim=1)
+    soft = (logits_BKHW / temperature).softmax(1)
     if kind == "softmax":
         return soft
     hard = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1.0)
-    return hard + soft - soft.detach()
+    return hard + (soft - soft.detach())  # the difference is exactly 0
 
 
 def fooling_loss(logits: Tensor, saturating: bool = False) -> Tensor:
@@ -179,12 +184,12 @@ def balanced_cross_entropy(
     batch, classes = logits_BKHW.shape[:2]
     ignore = -100 if ignore_index is None else ignore_index
     pixels = functional.cross_entropy(
-        logits_BKHW.float(), target_BHW, ignore_index=ignore, reduction="none"
+        _full(logits_BKHW), target_BHW, ignore_index=ignore, reduction="none"
     )
     valid_BHW = target_BHW != ignore
     known_BN = torch.where(valid_BHW, target_BHW, classes).flatten(1)
-    counts = torch.zeros(batch, classes + 1, device=pixels.device)
+    counts = pixels.new_zeros(batch, classes + 1)
     counts.scatter_add_(1, known_BN, torch.ones_like(known_BN, dtype=counts.dtype))
-    weight_BK = mean_pixels_K / counts[:, :classes].clamp_min(1)
+    weight_BK = mean_pixels_K.to(counts.dtype) / counts[:, :classes].clamp_min(1)
     weight_BN = functional.pad(weight_BK, (0, 1)).gather(1, known_BN)
     return (pixels.flatten(1) * weight_BN).sum() / valid_BHW.sum().clamp_min(1)
