@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_Pairs = list[tuple[Tensor, Tensor]]
+"""Where to, and what."""
 
 
 class Snapshot:
@@ -26,6 +29,7 @@ class Snapshot:
         self.module = module
         self.optimizer = optimizer
         self.taken = False
+        self._own: dict[str, Tensor] = {}
         self._tensors: dict[str, Tensor] = {}
         self._slots: list[dict[str, Any]] = []
         self._groups: list[dict[str, Any]] = []
@@ -33,33 +37,35 @@ class Snapshot:
     def take(self) -> None:
         """Copy the present state here."""
         live = self._live()
+        pairs: _Pairs = []
         if not self._tensors:
             self._tensors = {name: tensor.detach().clone() for name, tensor in live.items()}
         else:
-            _copy([self._tensors[name] for name in live], list(live.values()))
+            pairs += [(self._tensors[name], tensor) for name, tensor in live.items()]
         if self.optimizer is not None:
             found = [self.optimizer.state.get(p, {}) for p in self._parameters()]
             self._slots = [
-                _into(old, new)
+                _into(old, new, pairs)
                 for old, new in zip(self._slots or [{} for _ in found], found, strict=True)
             ]
             self._groups = [_settings(group) for group in self.optimizer.param_groups]
+        _copy(pairs)
         self.taken = True
 
     def restore(self) -> None:
         """Put the copied state back."""
         assert self.taken, "nothing has been copied yet"
-        live = self._live()
-        _copy(list(live.values()), [self._tensors[name] for name in live])
+        pairs: _Pairs = [(tensor, self._tensors[name]) for name, tensor in self._live().items()]
         if self.optimizer is not None:
+            state = self.optimizer.state
             for parameter, slot in zip(self._parameters(), self._slots, strict=True):
                 if slot:
-                    present = self.optimizer.state[parameter]
-                    self.optimizer.state[parameter] = _into(present, slot)
+                    state[parameter] = _into(state.get(parameter, {}), slot, pairs)
                 else:
-                    self.optimizer.state.pop(parameter, None)
+                    state.pop(parameter, None)
             for group, settings in zip(self.optimizer.param_groups, self._groups, strict=True):
                 group.update(settings)
+        _copy(pairs)
 
     def module_state(self) -> dict[str, Tensor]:
         """The copied weights and buffers, as in the module's ``state_dict``."""
@@ -89,7 +95,14 @@ class Snapshot:
             self._groups = [dict(group) for group in state["groups"]]
 
     def _live(self) -> dict[str, Tensor]:
-        return {} if self.module is None else dict(self.module.state_dict())
+        """The module's own tensors by name; looked up once, since they are changed in place."""
+        if not self._own and self.module is not None:
+            tied = {"remove_duplicate": False}
+            own = dict(self.module.named_parameters(**tied)) | dict(
+                self.module.named_buffers(**tied)
+            )
+            self._own = {name: own[name] for name in self.module.state_dict()}
+        return self._own
 
     def _parameters(self) -> list[Tensor]:
         assert self.optimizer is not None
@@ -101,24 +114,28 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def _into(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """``new`` in the memory of ``old``, where it fits."""
+def _into(old: Mapping[str, Any], new: Mapping[str, Any], pairs: _Pairs) -> dict[str, Any]:
+    """``new`` in the memory of ``old``, where it fits; what is still to be copied goes to pairs."""
     result: dict[str, Any] = {}
     for key, value in new.items():
         if not isinstance(value, Tensor):
             result[key] = value
         elif isinstance(there := old.get(key), Tensor) and there.shape == value.shape:
-            result[key] = there.copy_(value)
+            result[key] = there
+            pairs.append((there, value))
         else:
             result[key] = value.detach().clone()
     return result
 
 
-def _copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
-    if not to:
-        return
+def _copy(pairs: _Pairs) -> None:
+    """All at once: one kernel per type and device, where there are such kernels."""
+    groups: dict[tuple[torch.dtype, torch.device], _Pairs] = {}
+    for to, source in pairs:
+        groups.setdefault((to.dtype, to.device), []).append((to, source))
     with torch.no_grad():
-        torch._foreach_copy_(list(to), list(source))
+        for group in groups.values():
+            torch._foreach_copy_([to for to, _ in group], [source for _, source in group])
 
 
 def _like(parameter: Tensor, key: str, value: Any) -> Any:
