@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -69,7 +70,7 @@ class MapBuffer:
         """Make room for a new entry at ``position``; its maps follow by :meth:`write`.
 
         Raises:
-            RunError: its file can't be made.
+            RunError: its file can't be made, as on a full disk.
         """
         assert len(self._entries) < self.size, "the buffer is full"
         self._made += 1
@@ -83,12 +84,8 @@ class MapBuffer:
             position: of the entry.
             start: index of the first image.
             maps: (n, H, W) uint8.
-
-        Raises:
-            RunError: the disk is full.
         """
-        with writing(self.folder if self.mapped else Path("memory")):
-            self._entries[position].maps[start : start + len(maps)] = maps.cpu().numpy()
+        self._entries[position].maps[start : start + len(maps)] = maps.cpu().numpy()
 
     def gather(self, positions: Tensor, images: Tensor) -> Tensor:
         """Maps of some images by some entries.
@@ -126,7 +123,13 @@ class MapBuffer:
         path = self.folder / name
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            return np.lib.format.open_memmap(path, "w+", np.uint8, self.shape)
+            maps = np.lib.format.open_memmap(path, "w+", np.uint8, self.shape)
+            if hasattr(os, "posix_fallocate"):
+                # A full disk is an error here; at the first write to a mapped page it would be a
+                # signal that ends the process.
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            return maps
 
     def _release(self, entry: _Entry) -> None:
         if not entry.file:

@@ -97,10 +97,8 @@ class Snapshot:
     def _live(self) -> dict[str, Tensor]:
         """The module's own tensors by name; looked up once, since they are changed in place."""
         if not self._own and self.module is not None:
-            tied = {"remove_duplicate": False}
-            own = dict(self.module.named_parameters(**tied)) | dict(
-                self.module.named_buffers(**tied)
-            )
+            own: dict[str, Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
+            own |= dict(self.module.named_buffers(remove_duplicate=False))
             self._own = {name: own[name] for name in self.module.state_dict()}
         return self._own
 
