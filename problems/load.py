@@ -109,7 +109,6 @@ class Discriminator(Problem):
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """Binary cross-entropy; real and fake maps have half of the weight each."""
         self.module.train()
-        self.module.requires_grad_(True)
         logits, loss = self._loss(batch)
         right = ((logits > 0) == (batch[2] > 0)).float().mean()
         return {"loss": loss / len(logits), "accuracy": right}
@@ -132,8 +131,12 @@ class Discriminator(Problem):
     def judge(self, image: Tensor, maps_BKHW: Tensor) -> Tensor:
         """(B,) logits, differentiable in the maps; weights and statistics stand still."""
         self.module.eval()
+        # Whether a weight gets a gradient is settled in the forward pass.
         self.module.requires_grad_(False)
-        return self(image, maps_BKHW)
+        try:
+            return self(image, maps_BKHW)
+        finally:
+            self.module.requires_grad_(True)
 
 
 # ------------------------------------------------------------------------------- wiring
