@@ -19,7 +19,7 @@ from torch import Tensor
 from mlseg import checkpoint, randomness
 from mlseg.engines.interruption import Interruption
 from mlseg.engines.nan_guard import NanGuard, all_finite
-from mlseg.engines.recording import Recorder
+from mlseg.engines.recording import Recorder, read_scalars
 from mlseg.engines.settings import (
     Dependencies,
     EngineSettings,
@@ -52,6 +52,9 @@ class Engine(betty.engine.Engine):
         meta: stored in each checkpoint beside the problems' state.
         quiet: no progress display.
     """
+
+    end_is_known = True
+    """Whether the run takes :attr:`total_iterations`, unless it stops early."""
 
     def __init__(
         self,
@@ -153,11 +156,6 @@ class Engine(betty.engine.Engine):
     def total_iterations(self) -> int:
         """Over all stages."""
         return sum(stage.iterations for stage in self.stages)
-
-    @property
-    def end_is_known(self) -> bool:
-        """Whether the run takes :attr:`total_iterations`, unless it stops early."""
-        return True
 
     def enter_stage(self, index: int) -> None:
         """Make stage `index` the present one: its graph, its leaves."""
@@ -312,7 +310,7 @@ class Engine(betty.engine.Engine):
         self.eval()
         try:
             with torch.no_grad():
-                figures = {k: _number(v) for k, v in (self.validation() or {}).items()}
+                figures = read_scalars(self.validation() or {})
         finally:
             self.train()
         self.last_validation = figures
@@ -452,7 +450,3 @@ class Engine(betty.engine.Engine):
             UserError: there is none, or it doesn't fit these problems.
         """
         self.load_state_dict(checkpoint.load(directory / "checkpoints" / "last.pt"))
-
-
-def _number(value: Any) -> float:
-    return float(value.item() if isinstance(value, Tensor) else value)

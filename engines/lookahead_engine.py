@@ -46,6 +46,8 @@ class LookaheadEngine(SegmentationEngine):
         on_results: is given the scores and both models at the end; writes tables and pictures.
     """
 
+    end_is_known = False  # the controller ends the run
+
     def __init__(
         self,
         problems: Sequence[Problem],
@@ -81,11 +83,6 @@ class LookaheadEngine(SegmentationEngine):
     def looking_ahead(self) -> bool:
         """Whether the controller is in charge."""
         return self.stage.name == LOOKAHEAD
-
-    @property
-    def end_is_known(self) -> bool:
-        """No: the controller ends the run."""
-        return False
 
     def run(self, iterations: int | None = None) -> None:
         """Train until the controller stops.
