@@ -195,7 +195,7 @@ def _buffer(axes: Any, events: Events, ends: Events) -> None:
 
 @torch.no_grad()
 def changed_maps(engine: LookaheadEngine, path: Path, count: int) -> None:
-    """Rows of image, truth, label map before and after, of those that changed most.
+    """Rows of image, truth, label map before and after, of those that changed most, if any did.
 
     Images are of the validation split; pixels that are ignored in the truth don't count, and are
     grey in the truth.
@@ -213,7 +213,10 @@ def changed_maps(engine: LookaheadEngine, path: Path, count: int) -> None:
     changed = found["start"] != found["best"]
     if samples.spec.ignore_index is not None:
         changed &= samples.masks != samples.spec.ignore_index
-    order = changed.flatten(1).float().mean(1).argsort(descending=True, stable=True)[:count]
+    share = changed.flatten(1).float().mean(1)
+    order = share.argsort(descending=True, stable=True)[: min(count, int((share > 0).sum()))]
+    if not len(order):
+        return
     palette = samples.spec.palette
     rows = [
         [to_rgb(samples.images[i])]

@@ -12,16 +12,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mlseg import checkpoint, evaluate, run
+from mlseg import checkpoint, config, evaluate, run
+from mlseg.data.catalog import CATALOG
+from mlseg.nets import build_segmentor
 from mlseg.problems.load_records import class_changes, markdown, read_events
+from mlseg.problems.load_settings import LoadSettings
 
 QUICK = {"pretraining.weighted_epochs": 0, "pretraining.epochs": 2}
 
 
 def train(tmp_path: Path, *overrides: str, name: str = "run", **changes: Any) -> Path:
     """A tiny run by command; its directory."""
-    config = tiny.write_config(tmp_path / f"{name}.yaml", "load", {**QUICK, **changes})
-    assert run.main([str(config), *overrides, "--out", str(tmp_path / name)]) == 0
+    path = tiny.write_config(tmp_path / f"{name}.yaml", "load", {**QUICK, **changes})
+    assert run.main([str(path), *overrides, "--out", str(tmp_path / name)]) == 0
     return tmp_path / name
 
 
@@ -223,9 +226,9 @@ def test_an_image_and_its_maps_are_flipped_together() -> None:
 def test_mistakes_are_one_line(
     override: str, names: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tiny.write_config(tmp_path / "tiny.yaml", "load")
+    path = tiny.write_config(tmp_path / "tiny.yaml", "load")
     out = tmp_path / "run"
-    assert run.main([str(config), override, "--out", str(out)]) == 2
+    assert run.main([str(path), override, "--out", str(out)]) == 2
     assert names in one_line(capsys)
     assert not out.exists(), "nothing was done"
 
@@ -233,27 +236,53 @@ def test_mistakes_are_one_line(
 def test_a_start_model_that_does_not_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tiny.write_config(tmp_path / "two.yaml", "supervised", {"engine.iterations": 1})
-    assert run.main([str(config), "--out", str(tmp_path / "two")]) == 0
+    path = tiny.write_config(tmp_path / "two.yaml", "supervised", {"engine.iterations": 1})
+    assert run.main([str(path), "--out", str(tmp_path / "two")]) == 0
     other = train(tmp_path, **{"segmentor.channels": 6}, name="wide")
-    config = tiny.write_config(tmp_path / "tiny.yaml", "load")
+    path = tiny.write_config(tmp_path / "tiny.yaml", "load")
     for run_directory, said in ((tmp_path / "two", "has 2 classes, the data have 7"),
                                 (other, "doesn't fit the segmentor")):  # fmt: skip
         capsys.readouterr()
         start = run_directory / "checkpoints" / "best.pt"
-        assert run.main([str(config), f"start={start}", "--out", str(tmp_path / "run")]) == 2
+        assert run.main([str(path), f"start={start}", "--out", str(tmp_path / "run")]) == 2
         assert said in one_line(capsys)
 
 
 def test_a_rate_that_destroys_the_model_keeps_the_best(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tiny.write_config(tmp_path / "tiny.yaml", "load", QUICK)
+    path = tiny.write_config(tmp_path / "tiny.yaml", "load", QUICK)
     out = tmp_path / "run"
-    code = run.main([str(config), "problems.generator.optimizer.lr=1e38", "--out", str(out)])
+    code = run.main([str(path), "problems.generator.optimizer.lr=1e38", "--out", str(out)])
     assert code == 1
     (line,) = [s for s in capsys.readouterr().err.splitlines() if s.startswith("failed: ")]
     assert "after update 1" in line
     state = checkpoint.load(out / "checkpoints" / "best.pt")
     tensors = state["problems"]["generator"]["module"].values()
     assert all(t.isfinite().all() for t in tensors if t.is_floating_point())
+
+
+# -------------------------------------------------------------------------------- configs
+
+CONFIGS = sorted(
+    path
+    for path in (Path(__file__).parents[2] / "configs").glob("load_*.yaml")
+    if "rows:" not in path.read_text()
+)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_are_what_their_names_say(path: Path) -> None:
+    settings, _ = run.parse_run(config.load(path))
+    assert isinstance(settings, LoadSettings)
+    if path.stem == "load_camvid_small":
+        return
+    values = settings.lookahead
+    assert (values.cycles, values.patience, values.buffer_size) == (50, 50, 3)
+    assert (values.beta_l, values.beta_u) == (0.05, 0.001)
+    spec = CATALOG[settings.data.name].spec
+    with torch.device("meta"):
+        network = build_segmentor(settings.segmentor, spec.channels, spec.num_classes)
+    million = sum(p.numel() for p in network.parameters()) / 1e6
+    mobile = settings.segmentor.encoder == "mobilenet_v2"
+    assert million == pytest.approx(4.4 if mobile else 41.0, rel=0.01)
