@@ -83,6 +83,11 @@ class LevelSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> LevelSettings:
+        scheduler = self.pretraining.scheduler
+        if scheduler is not None and scheduler.step == "validation":
+            raise ValueError(
+                "pretraining.scheduler: stage 1 isn't validated; let it step per iteration or epoch"
+            )
         for name in ("generator", "discriminator"):
             problem: ProblemSettings = getattr(self, name)
             if problem.scheduler is not None:

@@ -219,6 +219,7 @@ def test_an_image_and_its_maps_are_flipped_together() -> None:
         ("start=nowhere.pt", "nowhere.pt: no such checkpoint"),
         ("pretraining={weighted_epochs: 0, epochs: 0}", "an untrained model"),
         ("problems.generator.scheduler={name: exponential, factor: 0.9}", "generator.scheduler"),
+        ("problems.pretraining.scheduler={name: reduce_on_plateau}", "stage 1 isn't validated"),
         ("discriminator.name=mobilenet_v3", "discriminator.name"),
         ("adversarial.relaxation=hard", "adversarial.relaxation"),
     ],
