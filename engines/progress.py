@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LINES = 10.0
 _SHOWN_EVENTS = (
-    "early_stop", "rate_change", "nan", "hypergradient_diverged", "start", "cycle", "peak", "restart",
-    "cycle_end", "rollback", "discriminator", "stop",
+    "early_stop", "rate_change", "nan", "hypergradient_diverged", "start", "cycle", "peak",
+    "restart", "cycle_end", "rollback", "discriminator", "stop",
 )  # fmt: skip
 
 
