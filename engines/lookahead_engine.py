@@ -43,6 +43,7 @@ class LookaheadEngine(SegmentationEngine):
         hold_out: scores the model.
         buffer, training: of the discriminator; None for a controller that never asks for them.
         rest: validation examples that are not in the hold-out.
+        start_state: gives what ``start.pt`` holds beside the model.
         on_results: is given the scores and both models at the end; writes tables and pictures.
     """
 
@@ -59,6 +60,7 @@ class LookaheadEngine(SegmentationEngine):
         buffer: MapBuffer | None,
         training: DiscriminatorTraining | None,
         rest: Samples,
+        start_state: Callable[[], Mapping[str, Any]] = dict,
         on_results: Sequence[Callable[[LookaheadEngine, Mapping[str, Any]], None]] = (),
         **options: Any,
     ) -> None:
@@ -69,6 +71,7 @@ class LookaheadEngine(SegmentationEngine):
         self.buffer = buffer
         self.discriminator_training = training
         self.rest = rest
+        self.start_state = start_state
         self.on_results = list(on_results)
         self.snapshots = {
             slot: Snapshot(stepper.module, stepper.optimizer) for slot in ("start", "peak")
@@ -175,7 +178,8 @@ class LookaheadEngine(SegmentationEngine):
         if self.best is None:
             self._keep_best()
             if self.recorder.directory is not None:
-                checkpoint.save(self._checkpoint(START), self.best_state_dict())
+                state = {**self.best_state_dict(), **self.start_state()}
+                checkpoint.save(self._checkpoint(START), state)
 
     def _promote(self, _: Mapping[str, Any]) -> None:
         start, peak = self.snapshots["start"], self.snapshots["peak"]

@@ -157,8 +157,9 @@ def build(settings: LoadSettings, out: Path | None) -> LookaheadEngine:
         network = build_segmentor(settings.segmentor, spec.channels, spec.num_classes)
     network.to(memory_format=torch.channels_last)  # the layout CPUs and tensor cores like
     resumed = out is not None and (out / "checkpoints" / "last.pt").exists()
+    start: dict[str, Any] = {}
     if settings.start is not None and not resumed:
-        load_start(network, Path(settings.start), spec.num_classes)
+        start = load_start(network, Path(settings.start), spec.num_classes)
     with seeded(settings.seed, "discriminator"):
         critic = DiscriminatorNetwork(settings.discriminator, spec.channels, spec.num_classes)
     critic.to(memory_format=torch.channels_last)
@@ -196,6 +197,7 @@ def build(settings: LoadSettings, out: Path | None) -> LookaheadEngine:
     controller: Lookahead | StraightAhead
     if settings.control is not None:
         controller, stepper = StraightAhead(settings.control), pretraining
+        go_on(pretraining.optimizer, start)
     else:
         controller, stepper = Lookahead(settings.lookahead), generator
         buffer = MapBuffer(
@@ -224,6 +226,7 @@ def build(settings: LoadSettings, out: Path | None) -> LookaheadEngine:
         buffer=buffer,
         training=training,
         rest=rest,
+        start_state=lambda: {"pretraining": pretraining.optimizer.state_dict()},
         segmentor=generator,
         architecture=settings.segmentor,
         data=data,
@@ -241,8 +244,8 @@ def mean_pixels(samples: Samples) -> Tensor:
     return counts[: samples.spec.num_classes].float() / len(samples)
 
 
-def load_start(network: nn.Module, path: Path, num_classes: int) -> None:
-    """Load the segmentor of another run.
+def load_start(network: nn.Module, path: Path, num_classes: int) -> dict[str, Any]:
+    """Load the segmentor of another run; returns the whole checkpoint.
 
     Args:
         path: its ``checkpoints/best.pt``, ``last.pt`` or ``start.pt``.
@@ -268,3 +271,24 @@ def load_start(network: nn.Module, path: Path, num_classes: int) -> None:
             f"({description['settings']}); use the same segmentor settings "
             f"[{checkpoint.one_line(error)}]"
         ) from None
+    return state
+
+
+def go_on(optimizer: torch.optim.Optimizer, start: dict[str, Any]) -> None:
+    """Let the control go on with stage 1's optimizer, where the start model comes with it.
+
+    A fresh one would take its first steps without averages, which are worse steps than a run that
+    had simply gone on would take.
+
+    Raises:
+        UserError: it is another kind of optimizer.
+    """
+    if "pretraining" not in start:
+        return
+    saved = start["pretraining"]["param_groups"][0]
+    if saved.keys() != optimizer.param_groups[0].keys():
+        raise UserError(
+            "problems.pretraining.optimizer: the start model was trained with another kind; use "
+            "the same for the control to go on from it"
+        )
+    optimizer.load_state_dict(start["pretraining"])

@@ -126,6 +126,29 @@ def test_the_control_makes_as_many_updates_from_the_same_start(tmp_path: Path) -
     assert not kinds & {"discriminator", "rollback", "cycle_end"}
 
 
+def test_the_control_goes_on_with_the_optimizer_of_stage_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    still = {"pretraining": {"weighted_epochs": 0, "epochs": 3}, "data.train": 6}
+    first: Any = tiny.build("load", {**still, "problems.pretraining.batch_size": 6}, tmp_path)
+    while not first.looking_ahead or first.best is None:
+        assert first._advance_stage()
+        first.global_step += 1
+        first.stage_step += 1
+        first.train_step()
+    start = str(tmp_path / "checkpoints" / "start.pt")
+    control: Any = tiny.build(
+        "load", {**still, "start": start, "control": 1, "augmentation": "off"}
+    )
+    mine, saved = (e.pretraining.optimizer.state_dict() for e in (control, first))
+    assert saved["state"]
+    assert tiny.same(mine["state"], saved["state"])
+    path = tiny.write_config(tmp_path / "c.yaml", "load", {**still, "start": start, "control": 1})
+    other = "problems.pretraining.optimizer={name: sgd, lr: 0.1}"
+    assert run.main([str(path), other, "--out", str(tmp_path / "c")]) == 2
+    assert "problems.pretraining.optimizer" in one_line(capsys)
+
+
 @pytest.mark.parametrize("relaxation", ["softmax", "gumbel", "straight_through"])
 @pytest.mark.parametrize("loss", ["saturating", "non_saturating"])
 def test_a_step_fools_the_discriminator_more(relaxation: str, loss: str) -> None:
