@@ -53,8 +53,7 @@ class Engine(betty.engine.Engine):
         quiet: no progress display.
     """
 
-    end_is_known = True
-    """Whether the run takes :attr:`total_iterations`, unless it stops early."""
+    end_is_known = True  # whether it takes all of total_iterations, unless it stops early
 
     def __init__(
         self,
@@ -217,9 +216,8 @@ class Engine(betty.engine.Engine):
         }
 
     def _count_seconds(self) -> None:
-        now = time.monotonic()
-        self.seconds += now - self._clock
-        self._clock = now
+        before, self._clock = self._clock, time.monotonic()
+        self.seconds += self._clock - before
 
     def iterate(self) -> None:
         """One iteration by itself, without records; for measurements and dry runs."""
