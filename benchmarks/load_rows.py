@@ -24,10 +24,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import machine
 from pydantic import NonNegativeInt
 
-from mlseg import config
+from mlseg import config, machine
 from mlseg.config import Settings
 from mlseg.engines.recording import write_json, write_text
 from mlseg.errors import UserError

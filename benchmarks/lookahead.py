@@ -27,11 +27,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
 from torch import Tensor
 
-from mlseg import config
+from mlseg import config, machine
 from mlseg.data import to_float
 from mlseg.engines.map_buffer import MapBuffer
 from mlseg.errors import UserError
