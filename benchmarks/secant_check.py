@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe, head
 from torch import Tensor
 
 from mlseg import config
 from mlseg.hypergradients import Hop, Method, resolve
 from mlseg.hypergradients.update_rules import one_step_scale
+from mlseg.machine import describe, head
 from mlseg.problems.base import Problem
 from mlseg.run import parse_run
 

@@ -19,11 +19,12 @@ from torch import Tensor
 from mlseg import checkpoint, randomness
 from mlseg.engines.interruption import Interruption
 from mlseg.engines.nan_guard import NanGuard, all_finite
-from mlseg.engines.recording import Recorder
+from mlseg.engines.recording import Recorder, read_scalars
 from mlseg.engines.settings import (
     Dependencies,
     EngineSettings,
     Stage,
+    Work,
     as_settings,
     choose_device,
 )
@@ -51,6 +52,8 @@ class Engine(betty.engine.Engine):
         meta: stored in each checkpoint beside the problems' state.
         quiet: no progress display.
     """
+
+    end_is_known = True  # whether it takes all of total_iterations, unless it stops early
 
     def __init__(
         self,
@@ -213,14 +216,17 @@ class Engine(betty.engine.Engine):
         }
 
     def _count_seconds(self) -> None:
-        now = time.monotonic()
-        self.seconds += now - self._clock
-        self._clock = now
+        before, self._clock = self._clock, time.monotonic()
+        self.seconds += self._clock - before
 
     def iterate(self) -> None:
         """One iteration by itself, without records; for measurements and dry runs."""
         self.global_step += 1
         self.train_step()
+
+    def work(self) -> list[Work]:
+        """What the present stage consists of, for :mod:`mlseg.dry_run`."""
+        return [Work(self.stage.name, self.stage.iterations, self.iterate, whole=True)]
 
     def _advance_stage(self) -> bool:
         """Enter the stage that the next iteration belongs to; False when all is done."""
@@ -302,7 +308,7 @@ class Engine(betty.engine.Engine):
         self.eval()
         try:
             with torch.no_grad():
-                figures = {k: _number(v) for k, v in (self.validation() or {}).items()}
+                figures = read_scalars(self.validation() or {})
         finally:
             self.train()
         self.last_validation = figures
@@ -442,7 +448,3 @@ class Engine(betty.engine.Engine):
             UserError: there is none, or it doesn't fit these problems.
         """
         self.load_state_dict(checkpoint.load(directory / "checkpoints" / "last.pt"))
-
-
-def _number(value: Any) -> float:
-    return float(value.item() if isinstance(value, Tensor) else value)

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from mlseg.engines.base import Engine
 
 SECONDS_BETWEEN_LINES = 10.0
-_SHOWN_EVENTS = ("early_stop", "rate_change", "nan", "hypergradient_diverged")
+_SHOWN_EVENTS = (
+    "early_stop", "rate_change", "nan", "hypergradient_diverged", "start", "cycle", "peak",
+    "restart", "cycle_end", "rollback", "discriminator", "stop",
+)  # fmt: skip
 
 
 class Progress:
@@ -62,7 +65,7 @@ class Progress:
         self._bar.start()
         self._bar.add_task(
             engine.stage.name,
-            total=engine.total_iterations,
+            total=engine.total_iterations if engine.end_is_known else None,
             completed=engine.global_step,
             figures="",
         )
@@ -82,7 +85,7 @@ class Progress:
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Something worth a line of its own."""
         if kind in _SHOWN_EVENTS and not self.quiet:
-            text = " ".join(f"{k}={v}" for k, v in values.items())
+            text = " ".join(f"{key}={_short(value)}" for key, value in values.items())
             self._console.print(f"step {step}: {kind.replace('_', ' ')} {text}")
 
     def stop(self) -> None:
@@ -109,13 +112,12 @@ class Progress:
             return
         self._last_line = moment
         done = max(self.step - self._first_step, 1)
-        left = (moment - self._started) / done * (engine.total_iterations - self.step)
-        print(
-            f"{engine.stage.name} {self.step}/{engine.total_iterations}, "
-            f"{_clock(left)} left, {self._figures()}",
-            file=sys.stderr,
-            flush=True,
-        )
+        spent = moment - self._started
+        where = f"{self.step}, {_clock(spent)} spent"
+        if engine.end_is_known:
+            left = spent / done * (engine.total_iterations - self.step)
+            where = f"{self.step}/{engine.total_iterations}, {_clock(left)} left"
+        print(f"{engine.stage.name} {where}, {self._figures()}", file=sys.stderr, flush=True)
 
     def _figures(self) -> str:
         parts = [f"{name} {value:.3g}" for name, value in self._losses.items()]
@@ -123,6 +125,10 @@ class Progress:
         shown = [metric] if metric in self._validation else list(self._validation)[:1]
         parts += [f"val {name} {self._validation[name]:.4f}" for name in shown if name]
         return "  ".join(parts)
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def _clock(seconds: float) -> str:

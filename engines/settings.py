@@ -101,3 +101,20 @@ def as_settings(
         metric=config.early_stopping_metric if early else None,
         mode="min" if config.early_stopping_mode == "min" else "max",
     )
+
+
+@dataclass(frozen=True)
+class Work:
+    """A part of a stage, for an estimate of its time.
+
+    Attributes:
+        name: shown.
+        times: how often it is done, at most.
+        once: does it once, without records.
+        whole: whether it is an iteration in which levels step in turn.
+    """
+
+    name: str
+    times: int
+    once: Callable[[], object]
+    whole: bool = False

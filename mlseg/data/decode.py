@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -65,18 +65,22 @@ def read_mask(
     num_classes: int,
     ignore_index: int | None = None,
     size: tuple[int, int] | None = None,
+    remap: Mapping[int, int] | None = None,
 ) -> NDArray[np.uint8]:
     """A mask as (H, W) uint8: class indices, or the ignore index.
+
+    A text file holds a row of integers per line (Stanford Background).
 
     Args:
         kind: "binary" (0 and 1, or 0 and 255 with a cut at half the range; 16 bits alike),
             "nonzero" (above 0 is foreground), "index" (values, or a palette's indices).
         size: (H, W) to resize to; None: the file's own.
+        remap: classes by the file's values, for "index"; others have the ignore index.
 
     Raises:
         UserError: the file isn't readable or holds values that aren't classes.
     """
-    image = _load(path)
+    image = _load_text(path) if path.suffix.lower() == ".txt" else _load(path)
     lossy = image.format in _LOSSY
     if size is not None and image.size != size[::-1]:
         image = image.resize(size[::-1], Image.Resampling.NEAREST)
@@ -85,6 +89,8 @@ def read_mask(
         return (values > 0).astype(np.uint8)
     if kind == "binary":
         return _cut(values, path, lossy)
+    if remap is not None:
+        return _remapped(values, remap, ignore_index)
     known = list(range(num_classes)) + ([] if ignore_index is None else [ignore_index])
     strange = np.setdiff1d(values, known)
     if len(strange):
@@ -105,6 +111,9 @@ def image_size(path: Path, raw: RawFormat | None = None) -> tuple[int, int]:
     if _is_raw(path, raw):
         assert raw is not None
         return raw.height, raw.width
+    if path.suffix.lower() == ".txt":
+        width, height = _load_text(path).size
+        return height, width
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -161,7 +170,7 @@ def _read_masks(
 ) -> NDArray[np.uint8]:
     """The union of an example's masks, at `size` or their own."""
     parts = [
-        read_mask(path, entry.masks, spec.num_classes, spec.ignore_index, size)
+        read_mask(path, entry.masks, spec.num_classes, spec.ignore_index, size, entry.remap)
         for path in example.masks
     ]
     return np.maximum.reduce(parts)
@@ -252,7 +261,16 @@ def _key(
         for path in (example.image, *example.masks):
             state = path.stat()
             files.append([example.id, str(path.resolve()), state.st_size, state.st_mtime_ns])
-    what = [CACHE_FORMAT, files, entry.masks, spec.channels, spec.num_classes, spec.ignore_index]
+    remap = sorted((entry.remap or {}).items())
+    what = [
+        CACHE_FORMAT,
+        files,
+        entry.masks,
+        remap,
+        spec.channels,
+        spec.num_classes,
+        spec.ignore_index,
+    ]
     return hashlib.sha256(json.dumps([what, size]).encode()).hexdigest()[:20]
 
 
@@ -276,6 +294,27 @@ def _load(path: Path) -> Image.Image:
             return image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from None
+
+
+def _load_text(path: Path) -> Image.Image:
+    """A text file of integers, a row per line, as an image of 32 bits."""
+    try:
+        values = np.loadtxt(path, dtype=np.int32, ndmin=2)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+    if not values.size:
+        raise UserError(f"{path}: no labels in it")
+    return Image.fromarray(values)
+
+
+def _remapped(
+    values: NDArray[np.int64], remap: Mapping[int, int], ignore_index: int | None
+) -> NDArray[np.uint8]:
+    assert ignore_index is not None, "a set with remapped labels has an ignore index"
+    found = np.full(values.shape, ignore_index, np.uint8)
+    for value, index in remap.items():
+        found[values == value] = index
+    return found
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

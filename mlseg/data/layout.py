@@ -70,6 +70,15 @@ def find_examples(entry: Entry, root: Path) -> dict[str, list[Example]]:
     found = {}
     for name, part in layout.items():
         images, masks = match(part, files, entry.ids)
+        if part.listed is not None:
+            listed = _read_list(root, part, files)
+            images, masks = _only(listed, images), [_only(listed, mask) for mask in masks]
+            absent = sorted(set(listed) - set(images))
+            if absent:
+                expected = part.images.replace("**/", "").replace("{id}", absent[0])
+                raise UserError(
+                    f"{root}: {absent[0]} is listed for the part {name}, but there is no {expected}"
+                )
         if images or any(masks):
             found[name] = _paired(entry, part, root, images, masks)
     return found
@@ -107,6 +116,24 @@ def match(part: Part, files: Iterable[str], ids: str) -> tuple[Matches, list[Mat
         if not is_mask and (hit := image_pattern.fullmatch(path)):
             images.setdefault(hit["id"], []).append(path)
     return images, masks
+
+
+def _read_list(root: Path, part: Part, files: Iterable[str]) -> list[str]:
+    """Ids of the text file that lists a part's examples, in its order."""
+    assert part.listed is not None
+    paths = [path for path in files if pattern(part.listed, "").fullmatch(path)]
+    if not paths:
+        name = part.listed.replace("**/", "")
+        raise UserError(f"{root}: no {name}, which lists the images of the part")
+    try:
+        lines = (root / paths[0]).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{root / paths[0]}: not a readable list ({error})") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _only(names: Iterable[str], matches: Matches) -> Matches:
+    return {name: matches[name] for name in names if name in matches}
 
 
 def _paired(

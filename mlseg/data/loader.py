@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mlseg.data.augmentation import Augmentation
-from mlseg.data.samples import Samples, to_float
+from mlseg.data.samples import Samples, to_device, to_float
 from mlseg.errors import UserError
 
 
@@ -102,11 +102,11 @@ class BatchLoader:
 
     def _batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         if self.samples.mapped:
-            image = _to(self.samples.images[indices], self.device)
-            mask = _to(self.samples.masks[indices], self.device)
+            image = to_device(self.samples.images[indices], self.device)
+            mask = to_device(self.samples.masks[indices], self.device)
         else:
             images, masks = self.samples.on(self.device)
-            on_device = _to(indices, self.device)
+            on_device = to_device(indices, self.device)
             image, mask = images[on_device], masks[on_device]
         image, mask = to_float(image), mask.to(torch.int64)
         if self.augmentation is not None:
@@ -141,10 +141,3 @@ class BatchLoader:
         self._position = state["position"]
         self.generator.set_state(state["generator"].cpu())
         self._go_on = self.epoch > 0  # a loader saved before its first epoch has nothing to go on
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy from the host without waiting for the device: from page-locked memory on CUDA."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

@@ -14,6 +14,7 @@ from mlseg.data.catalog import CATALOG, OWN_DATA, Entry
 from mlseg.data.decode import decode
 from mlseg.data.fetch import fetch, incomplete
 from mlseg.data.layout import Example, find_examples
+from mlseg.data.palettes import spread_palette
 from mlseg.data.samples import DatasetSpec, Samples
 from mlseg.data.scenes import synthetic_scenes
 from mlseg.data.settings import DataSettings, check_name, resolve_root
@@ -102,7 +103,8 @@ def load_examples(name: str, root: str | None, size: tuple[int, int], spec: Data
     """All examples of a data set, for scoring a trained model on it.
 
     Args:
-        name: in the catalog. Of a set with official parts the test part, or else the training part.
+        name: in the catalog. Of a set with official parts the test part, or else the training part;
+            the validation part where the test part's labels are not public.
         root: as `DataSettings.root`.
         size: (H, W) in pixels.
         spec: of the data the model was trained on; classes and channels must fit.
@@ -121,7 +123,7 @@ def load_examples(name: str, root: str | None, size: tuple[int, int], spec: Data
         return _draw_synthetic(entry.spec, ids, size, 0)
     if _absent(folder):
         raise _missing(entry, folder)
-    return decode(_whole(find_examples(entry, folder)), entry, entry.spec, size)
+    return decode(_whole(entry, find_examples(entry, folder)), entry, entry.spec, size)
 
 
 def _entry(name: str, settings: DataSettings) -> Entry:
@@ -135,23 +137,10 @@ def _entry(name: str, settings: DataSettings) -> Entry:
         classes=classes,
         ignore_index=settings.ignore_index,
         metric=settings.metric or "jaccard",
-        palette=_palette(len(classes)),
+        palette=spread_palette(len(classes)),
     )
     binary = len(classes) == 2 and settings.ignore_index is None
     return replace(entry, spec=spec, masks="binary" if binary else "index")
-
-
-def _palette(number: int) -> tuple[tuple[int, int, int], ...]:
-    """Colours far apart: the bits of the index spread over red, green and blue."""
-    if number == 2:
-        return ((0, 0, 0), (255, 255, 255))
-    colours = []
-    for index in range(number):
-        rgb = [0, 0, 0]
-        for bit in range(8):
-            rgb[bit % 3] |= (index >> bit & 1) << (7 - bit // 3)
-        colours.append((rgb[0], rgb[1], rgb[2]))
-    return tuple(colours)
 
 
 def _absent(root: Path) -> bool:
@@ -207,6 +196,13 @@ def _split(
         if "all" in parts:
             raise UserError(f"{name}: comes without an official split; set data.splits to drawn")
         ids = {part: [e.id for e in examples] for part, examples in parts.items()}
+        if entry.withheld_test:
+            if settings.test:
+                raise UserError(
+                    f"data.test: the test labels of {entry.spec.name} are not public; set it to 0 "
+                    "or leave it out, and test on the validation split or the benchmark's server"
+                )
+            ids = {part: found for part, found in ids.items() if part != "test"} | {"test": []}
         return splits.official(ids, *counts, name), how
     (pool,) = _of(parts, how).values()
     if not pool:
@@ -233,7 +229,7 @@ def _others(
             # A drawn stand-in would say nothing about a model that has seen real images.
             left_out.append(f"{name} ({root}; get it from {other.source})")
             continue
-        examples = _whole(find_examples(other, root))
+        examples = _whole(other, find_examples(other, root))
         shared = {e.id for e in examples} & set(split.train + split.val + split.test)
         if shared and other.ids == entry.ids:
             raise UserError(
@@ -244,8 +240,9 @@ def _others(
     return found, left_out
 
 
-def _whole(parts: dict[str, list[Example]]) -> list[Example]:
-    return next(parts[part] for part in ("all", "test", "train", "val") if part in parts)
+def _whole(entry: Entry, parts: dict[str, list[Example]]) -> list[Example]:
+    order = ("val", "train") if entry.withheld_test else ("all", "test", "train", "val")
+    return next(parts[part] for part in order if part in parts)
 
 
 def _as_trained(entry: Entry, spec: DatasetSpec) -> Entry:

@@ -92,3 +92,13 @@ def pad_to_multiple(
     left, right = _split(width, multiple, smallest)
     padded = _extend(_extend(x_BCHW, -2, top, bottom), -1, left, right)
     return padded, (slice(top, top + height), slice(left, left + width))
+
+
+def freeze_batch_norm(network: nn.Module) -> None:
+    """Let every batch normalisation use its running statistics, and keep them as they are.
+
+    Scale and shift still learn. Lasts until the network's next ``train()``.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from tiny_files import half_mask, write_image
 
+from mlseg.data import DataSettings, load_data
 from mlseg.data.catalog import CATALOG
-from mlseg.data.decode import decode
+from mlseg.data.decode import decode, read_mask
 from mlseg.data.layout import find_examples
 from mlseg.errors import UserError
 
@@ -89,6 +90,33 @@ OFFICIAL: dict[str, tuple[list[str], dict[str, str]]] = {
         {"all": ""},
     ),
     "kvasir": (["Kvasir-SEG/images/cju{n}.jpg", "Kvasir-SEG/masks/cju{n}.jpg"], {"all": ""}),
+    "voc2012": (
+        [
+            "VOCdevkit/VOC2012/JPEGImages/2007_{n:06d}.jpg",
+            "VOCdevkit/VOC2012/SegmentationClass/2007_{n:06d}.png",
+            "VOCdevkit/VOC2012/SegmentationObject/2007_{n:06d}.png",
+            "VOCdevkit/VOC2012/JPEGImages/2008_9{n:05d}.jpg",
+            "VOCdevkit/VOC2012/ImageSets/Segmentation/{Part}.txt",
+        ],
+        {"train": "train", "val": "val"},
+    ),
+    "cityscapes": (
+        [
+            "leftImg8bit/{Part}/ulm/ulm_{n:06d}_000019_leftImg8bit.png",
+            "gtFine/{Part}/ulm/ulm_{n:06d}_000019_gtFine_labelIds.png",
+            "gtFine/{Part}/ulm/ulm_{n:06d}_000019_gtFine_instanceIds.png",
+            "gtFine/{Part}/ulm/ulm_{n:06d}_000019_gtFine_color.png",
+        ],
+        {"train": "train", "val": "val"},
+    ),
+    "stanford_background": (
+        [
+            "iccv09Data/images/60{n:05d}.jpg",
+            "iccv09Data/labels/60{n:05d}.regions.txt",
+            "iccv09Data/labels/60{n:05d}.layers.txt",
+        ],
+        {"all": ""},
+    ),
     "folder": (["images/a {n}.tif", "masks/a {n}.png"], {"all": ""}),
 }
 
@@ -101,7 +129,17 @@ def write(root: Path, name: str, numbers: Sequence[int] = (1, 2, 3)) -> dict[str
             for template in templates:
                 path = root / template.format(n=number + 10 * step, Part=folder)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if path.suffix == ".txt":
+                if path.name in ("train.txt", "val.txt"):
+                    with path.open("a", encoding="utf-8") as file:
+                        file.write(f"2007_{number + 10 * step:06d}\n")
+                elif path.name.endswith(".regions.txt"):
+                    labels = np.where(half_mask((64, 64)) > 0, 1, -1)
+                    np.savetxt(path, labels, fmt="%d")
+                elif name == "cityscapes" and path.suffix == ".png" and "gtFine" in path.name:
+                    write_image(path, half_mask((64, 64), 8))  # 8: sidewalk, class 1; 0: ignored
+                elif name == "voc2012" and "SegmentationClass" in str(path):
+                    write_image(path, half_mask((64, 64), 1), "P")
+                elif path.suffix == ".txt":
                     path.write_text("terms")
                 elif path.suffix == ".IMG":
                     np.full((2048, 2048), 1000, ">u2").tofile(path)
@@ -259,3 +297,39 @@ def test_faults_in_pairs(folder: Path, lines: list[str], message: str) -> None:
 def test_no_csv_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"pairs\.csv: not a readable CSV file"):
         find_examples(CATALOG["pairs"], tmp_path)
+
+
+def test_voc_is_what_its_lists_say(tmp_path: Path) -> None:
+    write(tmp_path, "voc2012")
+    entry = CATALOG["voc2012"]
+    found = find_examples(entry, tmp_path)
+    assert [e.id for e in found["val"]] == ["2007_000011", "2007_000012", "2007_000013"]
+    lists = tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation"
+    (lists / "val.txt").write_text("2007_000999\n")
+    with pytest.raises(UserError, match="2007_000999 is listed for the part val, but there is no"):
+        find_examples(entry, tmp_path)
+    (lists / "val.txt").unlink()
+    with pytest.raises(UserError, match=r"no ImageSets/Segmentation/val\.txt, which lists"):
+        find_examples(entry, tmp_path)
+
+
+def test_labels_that_are_no_class_are_ignored(tmp_path: Path) -> None:
+    for name in ("cityscapes", "stanford_background"):
+        write(tmp_path / name, name)
+        entry = CATALOG[name]
+        (example, *_) = next(iter(find_examples(entry, tmp_path / name).values()))
+        masks = decode([example], entry, entry.spec, (64, 64)).masks
+        assert masks[0, 0, 0] == 1
+        assert masks[0, 0, -1] == entry.spec.ignore_index
+    (tmp_path / "broken.regions.txt").write_text("1 2\n3 x\n")
+    with pytest.raises(UserError, match=r"broken\.regions\.txt: not a readable image"):
+        read_mask(tmp_path / "broken.regions.txt", "index", 8, 255)
+
+
+def test_sets_whose_test_labels_are_kept_back(tmp_path: Path) -> None:
+    write(tmp_path, "voc2012")
+    settings = {"name": "voc2012", "root": str(tmp_path), "image_size": 32}
+    data = load_data(DataSettings.model_validate(settings))
+    assert (len(data.train), len(data.val), len(data.test)) == (3, 3, 0)
+    with pytest.raises(UserError, match="test labels of voc2012 are not public"):
+        load_data(DataSettings.model_validate(settings | {"test": 2}))

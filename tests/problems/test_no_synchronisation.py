@@ -75,3 +75,21 @@ def test_13_no_step_waits_for_the_gpu(name: str) -> None:
             engine._watch()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_13_no_adversarial_step_waits_for_the_device(no_reads: list[str]) -> None:
+    engine: Any = tiny.build("load")
+    engine.train()
+    engine.enter_stage(1)
+    engine.buffer.open("g0", 0)
+    engine.discriminator_training.begin()
+    engine.generator.step_normal()  # makes the optimizer's state
+    engine.snapshots["start"].take()
+    del no_reads[:]
+    engine.generator.step_normal()
+    engine.snapshots["start"].take()
+    engine.snapshots["start"].restore()
+    assert no_reads == []
+    del no_reads[:]
+    engine.hold_out.miou(engine.generator.module)
+    assert set(no_reads) <= {"mlseg.engines.hold_out: __float__"}, "what has been transferred"

@@ -1,0 +1,365 @@
+"""The engine that carries LoAd's commands out on problems: update, score, roll back, aggregate."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from mlseg import checkpoint
+from mlseg.data import Samples
+from mlseg.engines.base import Engine
+from mlseg.engines.discriminator_training import DiscriminatorTraining
+from mlseg.engines.hold_out import HoldOut
+from mlseg.engines.lookahead import Command, Controller
+from mlseg.engines.map_buffer import MapBuffer
+from mlseg.engines.segmentation import SegmentationEngine
+from mlseg.engines.settings import EngineSettings, Work
+from mlseg.engines.snapshot import Snapshot
+from mlseg.problems.base import Problem
+
+LOOKAHEAD = "lookahead"
+METRIC = "pooled_jaccard"
+START, BEST = "start", "best"
+
+
+class LookaheadEngine(SegmentationEngine):
+    """Runs a controller's commands in the stage ``lookahead``; other stages as every engine.
+
+    An iteration of that stage is one piece of work: an update of the model with its evaluation, a
+    batch of label maps, a batch of the discriminator's training or the evaluation after its pass.
+    Between any two of them a run can be interrupted and resumed.
+
+    ``best.pt`` is the best model accepted so far, ``start.pt`` the one that the stage began with.
+
+    Args:
+        problems, config: as for :class:`SegmentationEngine`; ``config.iterations`` bounds the
+            pieces of work of the stage, which normally ends before, by the controller.
+        controller: decides what is to be done.
+        stepper: the problem that updates the model; its module is the segmentor's.
+        hold_out: scores the model.
+        buffer, training: of the discriminator; None for a controller that never asks for them.
+        rest: validation examples that are not in the hold-out.
+        start_state: gives what ``start.pt`` holds beside the model.
+        on_results: is given the scores and both models at the end; writes tables and pictures.
+    """
+
+    end_is_known = False  # the controller ends the run
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        config: EngineSettings,
+        *,
+        controller: Controller,
+        stepper: Problem,
+        hold_out: HoldOut,
+        buffer: MapBuffer | None,
+        training: DiscriminatorTraining | None,
+        rest: Samples,
+        start_state: Callable[[], Mapping[str, Any]] = dict,
+        on_results: Sequence[Callable[[LookaheadEngine, Mapping[str, Any]], None]] = (),
+        **options: Any,
+    ) -> None:
+        super().__init__(problems, config, **options)
+        self.controller = controller
+        self.stepper = stepper
+        self.hold_out = hold_out
+        self.buffer = buffer
+        self.discriminator_training = training
+        self.rest = rest
+        self.start_state = start_state
+        self.on_results = list(on_results)
+        self.snapshots = {
+            slot: Snapshot(stepper.module, stepper.optimizer) for slot in ("start", "peak")
+        }
+        self._queue: deque[Command] = deque()
+        self._written: int | None = None
+        """Maps of the entry that is being made; None between entries."""
+
+    # ------------------------------------------------------------------ the loop
+
+    @property
+    def looking_ahead(self) -> bool:
+        """Whether the controller is in charge."""
+        return self.stage.name == LOOKAHEAD
+
+    def run(self, iterations: int | None = None) -> None:
+        """Train until the controller stops.
+
+        Raises:
+            RunError: a loss or the mIoU isn't finite; ``best.pt`` holds the best model so far.
+            Interrupted: SIGINT or SIGTERM came; the run has been saved.
+        """
+        try:
+            super().run(iterations)
+        finally:
+            if self.looking_ahead:
+                self._keep_best()
+
+    def train_step(self) -> None:
+        """One piece of work, and what follows from it at once."""
+        if not self.looking_ahead:
+            super().train_step()
+            return
+        if not self._queue:
+            self._queue.extend(self.controller.begin())
+        command = self._queue[0]
+        if self._WORK[command.action](self, command.values):
+            assert self._queue[0] is command
+            self._queue.popleft()
+        while self._queue and self._queue[0].action not in self._WORK:
+            command = self._queue.popleft()
+            self._AT_ONCE[command.action](self, command.values)
+
+    # -------------------------------------------------------- commands that take time
+
+    def _evaluate(self, _: Mapping[str, Any]) -> bool:
+        mu = self.hold_out.miou(self.stepper.module)
+        figures = {"miou": mu, "update": self.controller.updates, "cycle": self.controller.cycle}
+        self._queue.extend(self.controller.observe(mu))
+        self.recorder.log(self.global_step, {"hold_out": figures}, {})
+        return True
+
+    def _step(self, values: Mapping[str, Any]) -> bool:
+        self.stepper.step_normal(global_step=self.global_step)
+        return self._evaluate(values)
+
+    def _append(self, values: Mapping[str, Any]) -> bool:
+        """A batch of maps; True with the last."""
+        assert self.buffer is not None
+        if self._written is None:
+            self.buffer.open(values["label"], values["position"])
+            self._written = 0
+        source, start = self._images(self._written)
+        maps = self.hold_out.maps(self.stepper.module, source.images[start : self._end(start)])
+        self.buffer.write(values["position"], self._written, maps)
+        self._written += len(maps)
+        if self._written < self.buffer.shape[0]:
+            return False
+        self._written = None
+        return True
+
+    def _images(self, index: int) -> tuple[Samples, int]:
+        """Where image ``index`` of an entry is: training images first, then the hold-out."""
+        train = len(self.data.train)
+        return (self.data.train, index) if index < train else (self.hold_out.samples, index - train)
+
+    def _end(self, start: int) -> int:
+        return start + self.hold_out.batch_size
+
+    def _train(self, _: Mapping[str, Any]) -> bool:
+        """A piece of the discriminator's training; True with the last."""
+        training = self.discriminator_training
+        assert training is not None
+        if not training.running:
+            training.begin()
+        report = training.advance()
+        if report is None:
+            return False
+        assert self.buffer is not None
+        self.recorder.event("discriminator", self.global_step, **report, buffer=self.buffer.labels)
+        return True
+
+    _WORK: Mapping[str, Callable[[LookaheadEngine, Mapping[str, Any]], bool]] = {
+        "evaluate": _evaluate,
+        "step": _step,
+        "append": _append,
+        "train": _train,
+    }
+
+    # ----------------------------------------------------- commands carried out at once
+
+    def _snapshot(self, values: Mapping[str, Any]) -> None:
+        self.snapshots[values["slot"]].take()
+        if self.best is None:
+            self._keep_best()
+            if self.recorder.directory is not None:
+                state = {**self.best_state_dict(), **self.start_state()}
+                checkpoint.save(self._checkpoint(START), state)
+
+    def _promote(self, _: Mapping[str, Any]) -> None:
+        start, peak = self.snapshots["start"], self.snapshots["peak"]
+        self.snapshots.update(start=peak, peak=start)  # the memory of either is used again
+        self._keep_best()
+
+    def _restore(self, _: Mapping[str, Any]) -> None:
+        self.snapshots["start"].restore()
+
+    def _flush(self, values: Mapping[str, Any]) -> None:
+        assert self.buffer is not None
+        self.buffer.flush(values["keep"])
+
+    def _delete(self, values: Mapping[str, Any]) -> None:
+        assert self.buffer is not None
+        self.buffer.delete(values["position"])
+
+    def _note(self, values: Mapping[str, Any]) -> None:
+        rest = {key: value for key, value in values.items() if key != "event"}
+        self.recorder.event(values["event"], self.global_step, **rest)
+
+    def _stop(self, _: Mapping[str, Any]) -> None:
+        self.stopped_early = True
+
+    _AT_ONCE: Mapping[str, Callable[[LookaheadEngine, Mapping[str, Any]], None]] = {
+        "snapshot": _snapshot,
+        "promote": _promote,
+        "restore": _restore,
+        "flush": _flush,
+        "delete": _delete,
+        "note": _note,
+        "stop": _stop,
+    }
+
+    def work(self) -> list[Work]:
+        """The lookahead's pieces, as often as the longest run without a peak has them."""
+        if not self.looking_ahead:
+            return super().work()
+        updates, cycles = self.controller.longest
+        held = self.hold_out
+        batch = held.samples.images[: held.batch_size]
+        batches = math.ceil(len(held) / held.batch_size)
+        module = self.stepper.module
+        pieces = [
+            Work("update", updates, self.stepper.step_normal),
+            Work("hold-out, a batch", (updates + 1) * batches, lambda: held.maps(module, batch)),
+        ]
+        buffer, training = self.buffer, self.discriminator_training
+        if buffer is not None and training is not None:
+            entry = math.ceil(buffer.shape[0] / held.batch_size)
+            once = "label maps, a batch"
+            pieces.append(Work(once, (cycles + 1) * entry, lambda: held.maps(module, batch)))
+            buffer.open("g0", 0)
+            training.begin()
+            epochs = cycles * training.settings.max_epochs
+            per_epoch = training.batches_per_epoch * (buffer.size + 1) // (len(buffer) + 1)
+            step = training.problem.step_normal
+            pieces.append(Work("discriminator, a batch", epochs * per_epoch, step))
+        return pieces
+
+    # ---------------------------------------------------------------- what is kept
+
+    def _keep_best(self) -> None:
+        """Write ``best.pt`` if a better model has been accepted since it was written."""
+        name, miou = self.controller.best
+        if not math.isfinite(miou) or (self.best is not None and self.best["model"] == name):
+            return
+        self.best = {"metric": METRIC, "value": miou, "step": self.global_step, "model": name}
+        if self.recorder.directory is not None:
+            checkpoint.save(self._checkpoint(BEST), self.best_state_dict())
+
+    def best_state_dict(self) -> dict[str, Any]:
+        """The best model accepted so far, and its description."""
+        tensors = self.snapshots[self.controller.best_slot].module_state()
+        return {
+            **self.meta,
+            "problems": {self.segmentor_problem.name: {"module": tensors}},
+            "engine": {"global_step": self.global_step, "best": self.best},
+        }
+
+    def _validate_if_due(self) -> None:
+        """Save when it is time; the controller has its own evaluation."""
+        if not self.looking_ahead:
+            super()._validate_if_due()
+            return
+        due = self.settings.checkpoint_every is None and self._is_due(self.settings.validate_every)
+        if due and not self._is_over():
+            self.save()
+
+    def save(self, name: str = "last") -> None:
+        """Write a checkpoint; label maps that no checkpoint needs any more are then removed."""
+        super().save(name)
+        if self.buffer is not None and self.recorder.directory is not None:
+            self.buffer.collect()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next iteration depends on."""
+        buffer, training = self.buffer, self.discriminator_training
+        return {
+            **super().state_dict(),
+            "lookahead": {
+                "controller": self.controller.state_dict(),
+                "queue": [[command.action, dict(command.values)] for command in self._queue],
+                "written": self._written,
+                "snapshots": {key: value.state_dict() for key, value in self.snapshots.items()},
+                "buffer": None if buffer is None else buffer.state_dict(),
+                "training": None if training is None else training.state_dict(),
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        super().load_state_dict(state)
+        mine = state["lookahead"]
+        self.controller.load_state_dict(mine["controller"])
+        self._queue = deque(Command(action, values) for action, values in mine["queue"])
+        self._written = mine["written"]
+        for key, value in mine["snapshots"].items():
+            self.snapshots[key].load_state_dict(value)
+        if self.buffer is not None:
+            self.buffer.load_state_dict(mine["buffer"])
+        if self.discriminator_training is not None:
+            self.discriminator_training.load_state_dict(mine["training"])
+
+    # -------------------------------------------------------------------- the end
+
+    def splits(self) -> dict[str, Samples]:
+        """Besides those of every run the two parts of the validation split.
+
+        The model was chosen on ``val_hold_out``; ``val_rest`` and ``test`` it has never met.
+        """
+        named = {"val_hold_out": self.hold_out.samples, "val_rest": self.rest}
+        return super().splits() | {name: s for name, s in named.items() if len(s)}
+
+    def results(self) -> dict[str, Any]:
+        """Scores of the start and of the best model on every split, and how it came to be."""
+        scores: dict[str, Any] = {}
+        for name in (START, BEST):
+            with self.weights(name) as found:
+                if found:
+                    scores[name] = {key: self._score(s) for key, s in self.splits().items()}
+        report = {
+            **Engine.results(self),
+            "metric": self.settings.metric,
+            "scores": scores,
+            "data": self.data.spec.name,
+            "provenance": self.data.provenance,
+            "split_hash": self.data.manifest["hash"],
+            "hold_out": self.hold_out.samples.ids,
+            "updates": self.controller.updates,
+            "cycles": self.controller.cycle,
+        }
+        for write in self.on_results:
+            write(self, report)
+        return report
+
+    def weights(self, name: str) -> _Weights:
+        """Context in which the segmentor has the weights of ``start.pt`` or ``best.pt``.
+
+        Its value tells whether there is such a file.
+        """
+        path = None if self.recorder.directory is None else self._checkpoint(name)
+        return _Weights(self.segmentor_module, self.segmentor_problem.name, path)
+
+
+class _Weights:
+    """Other weights for the length of a block."""
+
+    def __init__(self, module: nn.Module, problem: str, path: Any) -> None:
+        self._module, self._problem, self._path = module, problem, path
+        self._kept = Snapshot(module)
+
+    def __enter__(self) -> bool:
+        if self._path is None or not self._path.exists():
+            return False
+        self._kept.take()
+        state = checkpoint.load(self._path)
+        self._module.load_state_dict(state["problems"][self._problem]["module"])
+        return True
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._kept.taken:
+            self._kept.restore()

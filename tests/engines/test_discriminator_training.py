@@ -1,0 +1,109 @@
+"""When the discriminator has learned enough, and what it then is."""
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from mlseg.errors import RunError
+
+Script = list[tuple[float, float]]
+
+
+def training(script: Script, **changes: Any) -> Any:
+    """A tiny engine's training on one entry, with a scripted loss and accuracy on the hold-out."""
+    named = {f"discriminator_training.{key}": value for key, value in changes.items()}
+    engine: Any = tiny.build("load", {"discriminator_training.max_epochs": 6, **named})
+    made = engine.discriminator_training
+    engine.train()
+    engine.enter_stage(1)
+    engine.buffer.open("g0", 0)
+    measure, answers = made._evaluate, iter(script)
+
+    def evaluate() -> tuple[float, float]:
+        loss, accuracy = measure()
+        assert loss > 0
+        assert 0 <= accuracy <= 1
+        made.seen.append({k: v.clone() for k, v in made.problem.module.state_dict().items()})
+        return next(answers)
+
+    made.seen = []
+    made._evaluate = evaluate
+    return made
+
+
+def run(made: Any) -> dict[str, Any]:
+    made.begin()
+    while True:
+        report = made.advance()
+        if report is not None:
+            assert not made.running
+            return report
+
+
+def test_patience_and_the_best_weights() -> None:
+    made = training([(0.5, 0.6), (0.3, 0.7), (0.31, 0.9), (0.32, 0.9)], patience=2)
+    report = run(made)
+    assert report == {"epochs": 4, "loss": 0.3, "accuracy": 0.7, "reason": "patience"}
+    assert tiny.same(dict(made.problem.module.state_dict()), made.seen[1])
+
+
+def test_sufficient_accuracy() -> None:
+    made = training([(0.5, 0.6), (0.3, 0.95), (0.1, 0.99)], accuracy=0.95)
+    assert run(made)["epochs"] == 2
+
+
+def test_a_smaller_gain_than_asked_for_is_none() -> None:
+    made = training([(0.5, 0.6), (0.49, 0.6), (0.48, 0.6)], patience=2, min_delta=0.1)
+    assert run(made) == {"epochs": 3, "loss": 0.5, "accuracy": 0.6, "reason": "patience"}
+
+
+def test_at_most_so_many_epochs() -> None:
+    losses = [(1.0 / n, 0.6) for n in range(1, 9)]
+    assert run(training(losses))["reason"] == "max_epochs"
+
+
+def test_a_pass_sees_every_map_once() -> None:
+    made = training([(0.5, 0.6)] * 6, max_epochs=1)
+    seen: list[int] = []
+    original = made._batch
+
+    def batch(part: str, chosen: Any, augmentation: Any) -> Any:
+        if part == "train":
+            seen.extend(chosen.tolist())
+        return original(part, chosen, augmentation)
+
+    made._batch = batch
+    run(made)
+    assert sorted(seen) == list(range(12)), "6 images, the truth and one entry"
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_next_training_starts_from_the_weights_with_a_fresh_optimizer(keep: bool) -> None:
+    made = training([(0.5, 0.6)] * 9, max_epochs=1, keep_optimizer=keep)
+    run(made)
+    weights = {k: v.clone() for k, v in made.problem.module.state_dict().items()}
+    sums = [slot["sum"] for slot in made.problem.optimizer.state.values()]
+    assert any(s.any() for s in sums)
+    made.begin()
+    assert tiny.same(dict(made.problem.module.state_dict()), weights), "a warm start"
+    sums = [slot["sum"] for slot in made.problem.optimizer.state.values()]
+    assert any(bool(s.any()) for s in sums) == keep
+    assert made.advance() is None, "and it learns"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run() -> None:
+    made = training([(float("nan"), 0.5)])
+    with pytest.raises(RunError, match=r"not finite|nan after 1 epochs; try a lower"):
+        run(made)
+
+
+def test_it_learns_to_tell() -> None:
+    """Fakes that are all of one class are told from drawn maps within a few passes."""
+    engine: Any = tiny.build("load", {"discriminator_training": {"max_epochs": 30, "patience": 30}})
+    engine.train()
+    engine.enter_stage(1)
+    engine.buffer.open("g0", 0)
+    engine.buffer.write(0, 0, torch.zeros(engine.buffer.shape, dtype=torch.uint8))
+    assert run(engine.discriminator_training)["accuracy"] > 0.9
