@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mlseg.errors import RunError, UserError
 from mlseg.hypergradients import Hop, Vector
-from mlseg.hypergradients.substitution import substituted
+from mlseg.hypergradients.substitution import check_none_left, substituted
 from mlseg.problems.config import Config, SchedulerClock, method_of
 from mlseg.problems.loaders import FreshBatches, Place
 from mlseg.problems.outer_gradient import OuterGradient
@@ -110,12 +111,11 @@ class Problem(Revisitable):
         with substituted(self.all_modules(), parameters, leaves) if keeps_graph else nullcontext():
             loss, metrics = self.get_loss(batch)
             if keeps_graph:
-                gradient = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
-                if all(g is None for g in gradient):
-                    raise UserError(
-                        f"problem {self.name!r}: its loss reads no parameter of a module, so that "
-                        "no graph can be kept; set the hypergradient's store to weights"
-                    )
+                both = torch.autograd.grad(
+                    loss, [*leaves, *parameters], create_graph=True, allow_unused=True
+                )
+                gradient, left = both[: len(leaves)], both[len(leaves) :]
+                check_none_left(self.name, left, "store to weights")
                 self.trajectory.add_graph(gradient)
             if keeps_graph and not self._paths:
                 found: list[Any] = [None if g is None else g.detach() for g in gradient]
@@ -393,13 +393,16 @@ def _as_dict(result: Any, name: str) -> dict[str, Any]:
 
 
 def _on(device: torch.device | str, batch: Any) -> Any:
-    """A batch on ``device``: a tensor, or mappings and sequences of tensors and other things."""
+    """A batch on ``device``: a tensor, or mappings, dataclasses and sequences of anything."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
         return {key: _on(device, value) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(_on(device, value) for value in batch))
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.init}
+        return dataclasses.replace(batch, **_on(device, values))
     if isinstance(batch, (list, tuple)):
         return tuple(_on(device, value) for value in batch)
     return batch

@@ -78,6 +78,7 @@ class ConjugateGradients(Implicit):
             former, rr = rr, r.dot(r)
             p = r + (rr / former.clamp_min(smallest)) * p
             active = active & (rr > bound)
+        x = torch.where(rr.isnan(), torch.nan, x)  # a NaN ends the loop: it must not pass unseen
         if self.warm_start:
             remember(hessian.hop, "cg", x)
         residual = (rr / vv.clamp_min(smallest)).sqrt()

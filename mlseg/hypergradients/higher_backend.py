@@ -15,11 +15,15 @@ from mlseg.errors import UserError
 from mlseg.hypergradients.base import Cotangents, Vector
 from mlseg.hypergradients.optimizer_maps import COUNT
 from mlseg.hypergradients.replay import Replay
-from mlseg.hypergradients.substitution import substituted
+from mlseg.hypergradients.substitution import check_none_left, substituted
 from mlseg.hypergradients.trajectory import Step
 
 if TYPE_CHECKING:
     from mlseg.problems.base import Problem
+
+
+_HOOKS = ("param_callback", "grad_callback", "custom_optimizer_step")
+"""Where a level changes its steps, which ``higher`` knows nothing of."""
 
 
 def check_differentiable(level: Problem, wants_graphs: bool) -> None:
@@ -38,8 +42,8 @@ def check_differentiable(level: Problem, wants_graphs: bool) -> None:
         why = "doesn't know maximize: set backend to mlseg"
     elif level.gas > 1 or level.gradient_clipping:
         why = "takes one batch a step, unclipped, here: set backend to mlseg"
-    elif any(map(level.is_implemented, ("param_callback", "grad_callback"))):
-        why = "takes its steps again without param_callback and grad_callback: set backend to mlseg"
+    elif changed := [hook for hook in _HOOKS if level.is_implemented(hook)]:
+        why = f"takes its steps again without {changed[0]}: set backend to mlseg, or leave it out"
     elif level.paths:
         why = "serves levels without lower ones here: set backend to mlseg"
     if why is not None:
@@ -60,6 +64,10 @@ def backward_through(replay: Replay, vector: Vector, fresh: bool) -> Cotangents:
             (loss,) = replay.losses(step)
             with substituted(level.all_modules(), replay.parameters, weights):
                 value = loss()
+            left = torch.autograd.grad(
+                value, replay.parameters, retain_graph=True, allow_unused=True
+            )
+            check_none_left(level.name, left, "backend to mlseg")
             weights = optimizer.step(value, params=weights, override=_rates(replay, step))
             replay.hop.products += 1
     pairs = [
@@ -68,10 +76,7 @@ def backward_through(replay: Replay, vector: Vector, fresh: bool) -> Cotangents:
         if w.requires_grad and w.grad_fn is not None
     ]
     if not pairs:
-        raise UserError(
-            f"problem {level.name!r}: its loss reads no parameter of its module; a parameter kept "
-            "elsewhere can't be differentiated by higher: set backend to mlseg"
-        )
+        return [None] * len(replay.hop.inputs)
     outputs, along = zip(*pairs, strict=True)
     return torch.autograd.grad(outputs, replay.hop.inputs, grad_outputs=along, allow_unused=True)
 

@@ -80,6 +80,7 @@ class MinimalResidual(Implicit):
             # The Krylov space is exhausted where the next vector is rounding's.
             exhausted = beta_after <= torch.finfo(v.dtype).eps * diagonal
             active = active & (left.abs() > self.tolerance * size) & ~exhausted
+        x = torch.where(left.isnan(), torch.nan, x)  # a NaN ends the loop: it must not pass unseen
         if self.warm_start:
             remember(hessian.hop, "minres", x)
         residual = left.abs() / size.clamp_min(smallest)

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from mlseg.checkpoint import one_line
 from mlseg.errors import UserError
-from mlseg.hypergradients.substitution import substituted
+from mlseg.hypergradients.substitution import check_none_left, substituted
 
 if TYPE_CHECKING:
     from mlseg.problems.base import Problem
@@ -51,7 +51,8 @@ def directional(
         one tensor per target, None for zero.
 
     Raises:
-        UserError: an operation has no forward-mode derivative.
+        UserError: an operation has no forward-mode derivative, or a parameter is read from outside
+            the problems' modules.
     """
     if mode == "double_backward":
         gradient = torch.autograd.grad(loss(), parameters, create_graph=True, allow_unused=True)
@@ -59,7 +60,7 @@ def directional(
     wanted = {id(t) for t in targets}
     with dual_level():
         duals = [
-            forward_ad.make_dual(p if id(p) in wanted else p.detach(), d)
+            forward_ad.make_dual(p.detach().requires_grad_(id(p) in wanted), d)
             for p, d in zip(parameters, direction, strict=True)
         ]
         replaced = {id(p): dual for p, dual in zip(parameters, duals, strict=True)}
@@ -68,9 +69,11 @@ def directional(
                 value = loss()
             if not value.requires_grad:
                 return [None] * len(targets)
-            gradients = torch.autograd.grad(
-                value, [replaced.get(id(t), t) for t in targets], allow_unused=True
+            found = torch.autograd.grad(
+                value, [*(replaced.get(id(t), t) for t in targets), *parameters], allow_unused=True
             )
+            gradients, left = found[: len(targets)], found[len(targets) :]
+            check_none_left(level.name, left, "mode to double_backward")
         except NotImplementedError as error:
             raise UserError(
                 f"problem {level.name!r}: an operation of its loss has no forward-mode derivative "

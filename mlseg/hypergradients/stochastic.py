@@ -39,9 +39,10 @@ class Stochastic(Implicit):
     for bilevel optimization that enables stochastic and global variance reduction algorithms,
     NeurIPS 2022 (SOBA).
 
-    Where the residual of the last system is more than twice ``v``, the iteration diverges: the
-    Hessian is indefinite, or the step too large. The hop then carries one step from zero, ``a v``,
-    and the next one starts there, with half the step where it wasn't given.
+    Where the residual of the last system is more than twice ``v``, the hop carries one step from
+    zero, ``a v``, and the next one starts there. Where it has grown within the hop as well, the
+    iteration diverges: the Hessian is indefinite, or the step too large. The next hop takes half
+    the step then, unless it was given.
 
     Diagnostics: ``residual`` of the last iteration's system, relative to ``v``; ``step_size``;
     ``diverged``.
@@ -65,16 +66,18 @@ class Stochastic(Implicit):
         a = self._step(hessian, v)
         start = remembered(hop, "stochastic", v, self.warm_start)
         x = torch.zeros_like(v) if start is None else start
-        r = v
-        for _ in range(self.iterations):
+        first = r = v
+        for iteration in range(self.iterations):
             hop.evaluations += 1
             fresh = Hessian(hop.level.loss(hop.level.fresh_batch()), hop, self.damping)
             r = v - fresh(x)
+            first = r if iteration == 0 else first
             x = x + a * r
         residual = r.norm() / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
         # Not "larger": NaN must not pass for progress.
-        diverged = ~(residual <= 2.0)
-        x = torch.where(diverged, a * v, x)
+        astray = ~(residual <= 2.0)
+        diverged = astray & ~(r.norm() <= first.norm())
+        x = torch.where(astray, a * v, x)
         if self.warm_start:
             remember(hop, "stochastic", x)
         if self.step_size is None:

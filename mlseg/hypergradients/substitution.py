@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from mlseg.errors import UserError
+
 
 @contextmanager
 def substituted(
@@ -15,8 +17,9 @@ def substituted(
     """Within this block the modules compute with ``by[i]`` where they had ``parameters[i]``.
 
     A parameter that several (sub)modules share is replaced in all of them; one that is held
-    anywhere but in a module's table of parameters is not. The replacements may be
-    any tensors of the same shape: with a history, or dual ones of forward-mode differentiation.
+    anywhere but in a module's table of parameters is not (:func:`check_none_left`). The
+    replacements may be any tensors of the same shape: with a history, or dual ones of forward-mode
+    differentiation.
     """
     new = {id(p): replacement for p, replacement in zip(parameters, by, strict=True)}
     places = [
@@ -32,6 +35,25 @@ def substituted(
     finally:
         for table, name, p in places:
             table[name] = p
+
+
+def check_none_left(name: str, gradients: Sequence[Tensor | None], mend: str) -> None:
+    """Check that a loss computed under :func:`substituted` read replacements alone.
+
+    Args:
+        name: of the problem whose loss it is.
+        gradients: of the loss by the parameters that were to be replaced; None where it read none.
+        mend: what to set instead.
+
+    Raises:
+        UserError: it read a parameter through a tensor or network that is in no problem's module.
+    """
+    if any(g is not None for g in gradients):
+        raise UserError(
+            f"problem {name!r}: its loss reads a parameter of its own from outside the problems' "
+            f"modules, where nothing can stand in for it; make that network part of a module, or "
+            f"set the hypergradient's {mend}"
+        )
 
 
 def _submodules(modules: Iterable[nn.Module]) -> Iterable[nn.Module]:

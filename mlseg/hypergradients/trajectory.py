@@ -71,6 +71,7 @@ class Trajectory:
         self.steps: deque[Step] = deque()
         self._open: Step | None = None
         self._spare: Step | None = None
+        self._parameters: list[Tensor] | None = None
 
     @property
     def is_open(self) -> bool:
@@ -79,9 +80,10 @@ class Trajectory:
 
     def begin(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
         """A step starts: keep the weights, the moments and the settings that it starts from."""
-        if self.steps and not _fits(self.steps[-1].weights, parameters):
+        if self.steps and not self._are_of(parameters):
             self.steps.clear()  # parameters were frozen or thawed: another space
             self._spare = None
+        self._parameters = list(parameters)
         old, self._spare = self._spare, None
         states = [optimizer.state.get(p, {}) for p in parameters] if self.keeps.moments else []
         self._open = Step(
@@ -127,6 +129,13 @@ class Trajectory:
         if len(self.steps) > self.keeps.steps:
             self._spare = self.steps.popleft()
 
+    def _are_of(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether the steps are of these parameters; of restored ones only shapes are known."""
+        known = self._parameters
+        if known is not None and [id(p) for p in known] != [id(p) for p in parameters]:
+            return False
+        return [w.shape for w in self.steps[-1].weights] == [p.shape for p in parameters]
+
     def state_dict(self) -> dict[str, Any]:
         """All of it but the graphs."""
         return {
@@ -158,10 +167,6 @@ def _step_from(values: dict[str, Any], device: torch.device | str) -> Step:
     seen = [(move(batch), random_state) for batch, random_state in values["seen"]]
     rest = {name: move(values[name]) for name in _SAVED if name != "seen"}
     return Step(seen=seen, **rest)
-
-
-def _fits(weights: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
-    return [w.shape for w in weights] == [p.shape for p in parameters]
 
 
 def _copy(tensors: list[Tensor], into: list[Tensor] | None) -> list[Tensor]:
