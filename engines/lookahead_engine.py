@@ -320,10 +320,11 @@ class LookaheadEngine(SegmentationEngine):
         for name in (START, BEST):
             with self.weights(name) as found:
                 if found:
-                    scores[name] = {key: self._score(s) for key, s in self.splits().items()}
+                    scores[name] = self._score_splits()
         report = {
             **Engine.results(self),
             "metric": self.settings.metric,
+            "scored_at": self.settings.scoring,
             "scores": scores,
             "data": self.data.spec.name,
             "provenance": self.data.provenance,
