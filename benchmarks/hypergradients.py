@@ -20,11 +20,9 @@ the others. Then they take turns, round by round, so that whatever else the mach
 of them alike; a ratio is the median over rounds of the ratio within a round. Time is this process's
 CPU time (CUDA: time in the stream).
 
-Memory is what the work needs beyond what is there when it starts, in a run of its own: the highest
-sum over the allocations and releases that torch's CPU allocator reports to its profiler (CUDA:
-``max_memory_allocated`` less ``memory_allocated`` at the start). What a run leaves behind for the
-next, such as the storage of recorded steps, is freed before, so that it counts. oneDNN's and
-cuDNN's own scratch memory isn't the allocator's, and doesn't count on the CPU.
+Memory is what the work allocates beyond what is there when it starts, at its peak, in a run of its
+own, as torch's allocators report it (:mod:`mlseg.comparison.memory`). What a run leaves behind for
+the next, such as the storage of recorded steps, is freed before, so that it counts.
 """
 
 from __future__ import annotations
@@ -33,21 +31,20 @@ import argparse
 import gc
 import json
 import logging
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
 import two_levels
 from spans import CpuClock, CudaClock
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.profiler import ProfilerActivity, profile
 from two_levels import Contestant, Task
 
+from mlseg import machine
+from mlseg.comparison import memory
 from mlseg.errors import UserError
 from mlseg.hypergradients.second_order import dual_level
 from mlseg.hypergradients.substitution import substituted
@@ -196,7 +193,7 @@ class Group:
             contestant.forget()
             contestant.prepare()
             gc.collect()
-            self.bytes[name] = extra_memory(contestant.run, self.device)
+            _, self.bytes[name] = memory.peak(contestant.run, self.device)
             contestant.forget()
 
     def ratios(self, name: str, to: str) -> list[float]:
@@ -246,24 +243,6 @@ def _rotated(names: list[str], by: int) -> list[str]:
 def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     difference = torch.nn.utils.get_total_norm([x - y for x, y in zip(a, b, strict=True)])
     return float(difference / torch.nn.utils.get_total_norm(list(b)))
-
-
-def extra_memory(run: Callable[[], Any], device: torch.device) -> float:
-    """Most bytes allocated during ``run`` beyond those that were when it started."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return float(torch.cuda.max_memory_allocated(device) - before)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
-        run()
-    assert record.profiler is not None
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = highest = 0.0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
-    return highest
 
 
 # ------------------------------------------------------------------------------ why it costs
@@ -325,8 +304,8 @@ def table(group: Group, references: Sequence[str], divide: int = 1) -> str:
         for reference in references:
             low, middle, high = statistics.quantiles(group.ratios(name, reference), n=4)
             cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
-        memory = group.bytes[name] / 2**20
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {memory:.0f} |")
+        size = group.bytes[name] / 2**20
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {size:.0f} |")
     lines += [f"\n{name}: {why}" for name, why in group.refused.items()]
     return "\n".join(lines) + "\n"
 
@@ -345,11 +324,11 @@ class Targets:
         """Faster than both libraries, or far smaller and not much slower."""
         theirs = [n for n in ("higher", "TorchOpt") if n in group.seconds]
         fastest = min(theirs, key=lambda n: statistics.median(group.seconds[n]))
-        memory = min(group.bytes[n] for n in theirs)
+        smallest = min(group.bytes[n] for n in theirs)
         for name in UNROLLED:
             if name not in group.seconds:
                 continue
-            time, size = group.ratio(name, fastest), group.bytes[name] / memory
+            time, size = group.ratio(name, fastest), group.bytes[name] / smallest
             self._add(
                 f"{group.title}: {name} to {fastest}",
                 f"time {time:.2f}, memory {size:.2f}",
@@ -387,7 +366,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler notes that there is no GPU
     logging.disable(logging.INFO)  # Betty's engine introduces its problems
     device, size = torch.device(arguments.device), two_levels.SIZES[arguments.size]
     rounds, targets = arguments.rounds, Targets()
