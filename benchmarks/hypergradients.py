@@ -99,7 +99,7 @@ def iterations(count: int) -> Makers:
 
 
 def implicit_hops(count: int) -> Makers:
-    """Whole hops with ``count`` Hessian-vector products.
+    """Whole hops with ``count`` Hessian-vector products and a mixed one.
 
     Betty's methods know no damping, and its ``cg`` is wrong (a direction made with the old
     residual), so that results can't agree here; the number of products is checked instead.
@@ -115,9 +115,9 @@ def implicit_hops(count: int) -> Makers:
         "Betty neumann": lambda task: two_levels.BettysHop(
             task, "neumann", neumann_iterations=count, neumann_alpha=NEUMANN_STEP
         ),
-        "mlseg neumann": lambda task: two_levels.OurHop(task, neumann, count),
+        "mlseg neumann": lambda task: two_levels.OurHop(task, neumann, count + 1),
         "Betty cg": lambda task: two_levels.BettysHop(task, "cg", cg_iterations=count),
-        "mlseg cg": lambda task: two_levels.OurHop(task, cg, count),
+        "mlseg cg": lambda task: two_levels.OurHop(task, cg, count + 1),
     }
 
 
@@ -284,7 +284,7 @@ def passes(task: Task, rounds: int) -> dict[str, float]:
             continue  # cuDNN's batch normalisation has no forward mode
         with dual_level():
             duals = [forward_ad.make_dual(w, v) for w, v in zip(weights, task.vector, strict=True)]
-            with substituted(network, weights, duals):
+            with substituted([network], weights, duals):
                 value = timed("forward with tangents", loss)
             timed("backward with tangents", lambda v=value, d=duals: grad(v, [*d, *inputs]))
     return {name: statistics.median(seconds[1:]) for name, seconds in found.items()}

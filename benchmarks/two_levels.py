@@ -221,6 +221,14 @@ def _problems(task: Task, spec: Mapping[str, Any], inner: str) -> tuple[Segmento
     return lower, upper
 
 
+def _after_a_step(task: Task, spec: Mapping[str, Any]) -> tuple[Segmentor, Upper]:
+    """A step on the first batch, which a hop then evaluates again, at the starting point."""
+    lower, upper = _problems(task, spec, "sgd")
+    lower.one_step_descent()
+    task.put_back(lower.module)
+    return lower, upper
+
+
 def _bettys_problems(task: Task, **settings: Any) -> tuple[BettySegmentor, BettyUpper]:
     network, module = task.network(), task.upper()
     cls, options = INNER["sgd"]
@@ -255,22 +263,19 @@ class OurHop(Contestant):
     """A method of mlseg carries the vector over the hop from the segmentor to the upper level.
 
     Args:
-        products: how many Hessian-vector products it has to take.
+        products: how many Hessian-vector products it has to take; None: unchecked.
     """
 
-    def __init__(self, task: Task, spec: Mapping[str, Any], products: int = 0) -> None:
-        self.lower, self.upper = _problems(task, spec, "sgd")
+    def __init__(self, task: Task, spec: Mapping[str, Any], products: int | None = None) -> None:
+        self.lower, self.upper = _after_a_step(task, spec)
         self.method, self.vector, self.products = resolve(spec), task.vector, products
-        # A step, so that the hop has one to take again; then back to the starting point.
-        self.lower.one_step_descent()
-        task.put_back(self.lower.module)
-        self.lower.cur_batch = task.train[0]
 
     def run(self) -> list[Tensor]:
         """One hop."""
         hop = Hop(self.lower, [self.upper])
         (gradient,), _ = self.method(self.vector, hop)
-        _check_products(hop, self.products)
+        if self.products is not None:
+            _check_products(hop, self.products)
         return gradient
 
 
@@ -329,9 +334,8 @@ class Solve(Contestant):
     """The iteration of an implicit method of mlseg, on a graph that is there already."""
 
     def __init__(self, task: Task, spec: Mapping[str, Any], products: int) -> None:
-        lower, upper = _problems(task, spec, "sgd")
+        lower, upper = _after_a_step(task, spec)
         self.hop = Hop(lower, [upper])
-        lower.cur_batch = task.train[0]
         method = resolve(spec)
         assert isinstance(method, Implicit)
         self.method, self.products = method, products
