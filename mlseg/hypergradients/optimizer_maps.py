@@ -12,6 +12,7 @@ Sources: the update rules in the documentation of ``torch.optim``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.autograd import forward_ad
 from mlseg.errors import UserError
 from mlseg.hypergradients.second_order import dual_level
 from mlseg.hypergradients.trajectory import Step
-from mlseg.hypergradients.vectors import filled
+from mlseg.hypergradients.vectors import filled, flatten, unflatten
 
 if TYPE_CHECKING:
     from mlseg.problems.base import Problem
@@ -131,8 +132,53 @@ _RULES: Sequence[tuple[type[torch.optim.Optimizer], Rule]] = (
 )
 
 
+@dataclass
+class _Flat:
+    """Weights, gradients and moments of bundles, each one flat tensor, and the rates."""
+
+    weights: list[Tensor]
+    gradients: list[Tensor]
+    moments: list[Moments]
+    rates: list[Tensor] | None = None
+
+    def leaves(self) -> list[Tensor]:
+        """All that is differentiated by, in a row."""
+        moments = [m[k] for m in self.moments for k in _differentiable(m)]
+        return [*self.weights, *self.gradients, *moments, *(self.rates or ())]
+
+    def like(self, leaves: Sequence[Tensor]) -> _Flat:
+        """The same with other values, in the order of :meth:`leaves`."""
+        rest = iter(leaves)
+        return _Flat(
+            [next(rest) for _ in self.weights],
+            [next(rest) for _ in self.gradients],
+            [m | {k: next(rest) for k in _differentiable(m)} for m in self.moments],
+            None if self.rates is None else [next(rest) for _ in self.rates],
+        )
+
+
+def _bundles(step: Step) -> list[list[int]]:
+    """The parameters that step, those together that a rule treats alike."""
+    found: dict[Any, list[int]] = {}
+    for i, (w, settings, moments) in enumerate(
+        zip(step.weights, step.groups, step.moments, strict=True)
+    ):
+        if settings is None or not step.stepped[i]:
+            continue
+        count: Any = moments.get(COUNT)
+        if isinstance(count, Tensor):
+            # A number on a device isn't read: that parameter goes by itself.
+            count = float(count) if count.device.type == "cpu" else f"parameter {i}"
+        key = (settings["index"], w.dtype, w.device, count, *_differentiable(moments))
+        found.setdefault(key, []).append(i)
+    return list(found.values())
+
+
 class StepMap:
     """The joint step of all of a level's parameters at one point: its value and derivatives.
+
+    Rules work element by element. Parameters that a rule treats alike are therefore taken as one
+    flat tensor: a network has dozens of small ones, and a rule dozens of operations.
 
     Args:
         rule: of the level's optimizer.
@@ -160,7 +206,8 @@ class StepMap:
         ]
         self.moments = [{k: v.detach() for k, v in m.items()} for m in step.moments]
         self.rates = None if rates is None else [rate.detach() for rate in rates]
-        self._graph: tuple[list[Tensor], list[tuple[Any, Tensor]]] | None = None
+        self._bundles = _bundles(step)
+        self._graph: tuple[_Flat, _Flat] | None = None
 
     def zero_moments(self) -> list[Moments]:
         """Zero cotangents of the moments before the step."""
@@ -168,7 +215,10 @@ class StepMap:
 
     def value(self) -> tuple[list[Tensor], list[Moments]]:
         """Weights and moments after the step."""
-        return self._apply(self.weights, self.gradients, self.moments, self.rates)
+        before = self._flat(self.weights, self.gradients, self.moments, self.rates)
+        after = self._apply(before)
+        counts = [{k: v for k, v in m.items() if k == COUNT} for m in self.moments]
+        return self._spread(after, self.weights, self.moments, counts)
 
     def pull_back(
         self, weights: Sequence[Tensor], moments: Sequence[Moments]
@@ -185,30 +235,33 @@ class StepMap:
         """
         if self._graph is None:
             self._graph = self._record()
-        leaves, outputs = self._graph
+        before, after = self._graph
         chosen, bars = [], []
-        for (place, key), value in outputs:
-            bar = weights[place] if key is None else moments[place].get(key)
-            if bar is not None and value.requires_grad:
-                chosen.append(value)
-                bars.append(bar)
-        found = iter(
-            torch.autograd.grad(
+        for n, places in enumerate(self._bundles):
+            chosen.append(after.weights[n])
+            bars.append(flatten([weights[i] for i in places]))
+            for key in _differentiable(after.moments[n]):
+                known = [moments[i].get(key) for i in places]
+                value = after.moments[n][key]
+                if value.requires_grad and any(bar is not None for bar in known):
+                    chosen.append(value)
+                    bars.append(flatten(filled(known, [self.weights[i] for i in places])))
+        leaves = before.leaves()
+        found: Sequence[Tensor | None] = [None] * len(leaves)
+        if chosen:
+            found = torch.autograd.grad(
                 chosen, leaves, grad_outputs=bars, allow_unused=True, retain_graph=True
             )
-        )
-        rest = iter(leaves)
-
-        def take(count: int) -> list[Tensor]:
-            return filled([next(found) for _ in range(count)], [next(rest) for _ in range(count)])
-
-        count = len(self.weights)
-        weights_bar, gradients_bar = take(count), take(count)
-        moments_bar = []
-        for before in self.moments:
-            keys = _differentiable(before)
-            moments_bar.append(dict(zip(keys, take(len(keys)), strict=True)))
-        return weights_bar, gradients_bar, moments_bar, take(len(self.rates or ()))
+        flat = before.like(filled(found, leaves))
+        # Parameters that stay where they are pass their cotangents on.
+        same = [
+            {k: m.get(k, torch.zeros_like(v)) for k, v in known.items() if k != COUNT}
+            for m, known in zip(moments, self.moments, strict=True)
+        ]
+        weights_bar, moments_bar = self._spread(flat, weights, same)
+        gradients_bar = [torch.zeros_like(g) for g in self.gradients]
+        self._unflatten(flat.gradients, gradients_bar)
+        return weights_bar, gradients_bar, moments_bar, list(flat.rates or ())
 
     def push_forward(
         self,
@@ -218,73 +271,107 @@ class StepMap:
         rates: Sequence[Tensor] | None,
     ) -> tuple[list[Tensor], list[Moments]]:
         """The derivative along tangents of weights, gradients, moments (missing: 0) and rates."""
-        dual = forward_ad.make_dual
+        tangents = [
+            {k: t[k] if k in t else torch.zeros_like(v) if k != COUNT else v for k, v in m.items()}
+            for m, t in zip(self.moments, moments, strict=True)
+        ]
+        along = self._flat(weights, gradients, tangents, rates).leaves()
+        before = self._flat(
+            self.weights, self.gradients, self.moments, None if rates is None else self.rates
+        )
         with dual_level():
-            after, moments_after = self._apply(
-                [dual(w, t) for w, t in zip(self.weights, weights, strict=True)],
-                [dual(g, t) for g, t in zip(self.gradients, gradients, strict=True)],
-                [
-                    {k: dual(v, t[k]) if k in t else v for k, v in m.items()}
-                    for m, t in zip(self.moments, moments, strict=True)
-                ],
-                None
-                if self.rates is None or rates is None
-                else [dual(r, t) for r, t in zip(self.rates, rates, strict=True)],
-            )
+            duals = [
+                forward_ad.make_dual(value, t)
+                for value, t in zip(before.leaves(), along, strict=True)
+            ]
+            # Without tangents of theirs the rates are constants.
+            after = self._apply(before.like(duals), self.rates if rates is None else None)
 
             def tangent(value: Tensor) -> Tensor:
                 found = forward_ad.unpack_dual(value).tangent
                 return torch.zeros_like(value) if found is None else found
 
-            return [tangent(w) for w in after], [
-                {k: tangent(m[k]) for k in _differentiable(m)} for m in moments_after
-            ]
+            flat = _Flat(
+                [tangent(w) for w in after.weights],
+                [],
+                [{k: tangent(m[k]) for k in _differentiable(m)} for m in after.moments],
+            )
+        same = [{k: v for k, v in m.items() if k != COUNT} for m in tangents]
+        return self._spread(flat, weights, same)
 
-    def _record(self) -> tuple[list[Tensor], list[tuple[Any, Tensor]]]:
-        weights = [w.clone().requires_grad_() for w in self.weights]
-        gradients = [g.clone().requires_grad_() for g in self.gradients]
-        moments = [
-            {k: v.clone().requires_grad_(k != COUNT) for k, v in m.items()} for m in self.moments
-        ]
-        rates = None if self.rates is None else [r.clone().requires_grad_() for r in self.rates]
-        leaves = [*weights, *gradients]
-        leaves += [m[k] for m in moments for k in _differentiable(m)]
-        leaves += rates or []
+    def _record(self) -> tuple[_Flat, _Flat]:
+        before = self._flat(self.weights, self.gradients, self.moments, self.rates)
+        if before.rates is not None:
+            before.rates = [rate.clone() for rate in before.rates]
+        for leaf in before.leaves():
+            leaf.requires_grad_()
         with torch.enable_grad():
-            after, moments_after = self._apply(weights, gradients, moments, rates)
-        outputs: list[tuple[Any, Tensor]] = [((i, None), w) for i, w in enumerate(after)]
-        outputs += [((i, k), m[k]) for i, m in enumerate(moments_after) for k in _differentiable(m)]
-        return leaves, outputs
+            return before, self._apply(before)
 
-    def _apply(
+    def _apply(self, before: _Flat, rates: Sequence[Tensor] | None = None) -> _Flat:
+        rates = before.rates if rates is None else rates
+        used = before.gradients
+        if self.clip > 0.0:
+            # As torch.nn.utils.clip_grad_norm_ does it.
+            square = sum((g * g).sum() for g in used)
+            factor = (self.clip / (safe_sqrt(torch.as_tensor(square)) + 1e-6)).clamp(max=1.0)
+            used = [g * factor for g in used]
+        weights, moments = [], []
+        for places, w, g, m in zip(
+            self._bundles, before.weights, used, before.moments, strict=True
+        ):
+            settings = self.step.groups[places[0]]
+            assert settings is not None
+            if rates is not None:
+                settings = {**settings, "lr": rates[settings["index"]]}
+            after, moments_after = self.rule(w, g, m, settings, self.hold)
+            weights.append(after)
+            moments.append(moments_after)
+        return _Flat(weights, [], moments)
+
+    def _flat(
         self,
         weights: Sequence[Tensor],
         gradients: Sequence[Tensor],
         moments: Sequence[Moments],
         rates: Sequence[Tensor] | None,
+    ) -> _Flat:
+        """Of each bundle, copies in a row."""
+        flat = _Flat([], [], [], None if rates is None else list(rates))
+        for places in self._bundles:
+            flat.weights.append(flatten([weights[i] for i in places]))
+            flat.gradients.append(flatten([gradients[i] for i in places]))
+            first = moments[places[0]]
+            joined = {k: flatten([moments[i][k] for i in places]) for k in _differentiable(first)}
+            if COUNT in first:
+                joined[COUNT] = first[COUNT]
+            flat.moments.append(joined)
+        return flat
+
+    def _spread(
+        self,
+        flat: _Flat,
+        weights: Sequence[Tensor],
+        moments: Sequence[Moments],
+        counts: Sequence[Moments] | None = None,
     ) -> tuple[list[Tensor], list[Moments]]:
-        step = self.step
-        used = list(gradients)
-        if self.clip > 0.0:
-            # As torch.nn.utils.clip_grad_norm_ does it.
-            square = sum(
-                (g * g).sum() for g, stepped in zip(used, step.stepped, strict=True) if stepped
-            )
-            factor = (self.clip / (safe_sqrt(torch.as_tensor(square)) + 1e-6)).clamp(max=1.0)
-            used = [g * factor for g in used]
-        after, moments_after = [], []
-        for i, (w, g, m) in enumerate(zip(weights, used, moments, strict=True)):
-            settings = step.groups[i]
-            if settings is None or not step.stepped[i]:
-                after.append(w)
-                moments_after.append(dict(m))
-                continue
-            if rates is not None:
-                settings = {**settings, "lr": rates[settings["index"]]}
-            new, new_moments = self.rule(w, g, m, settings, self.hold)
-            after.append(new)
-            moments_after.append(new_moments)
-        return after, moments_after
+        """Per parameter again; ``weights`` and ``moments`` for those that are in no bundle."""
+        result, spread = list(weights), [dict(m) for m in moments]
+        self._unflatten(flat.weights, result)
+        for places, joined in zip(self._bundles, flat.moments, strict=True):
+            like = [self.weights[i] for i in places]
+            for i in places:
+                spread[i] = {COUNT: joined[COUNT]} if counts and COUNT in joined else {}
+            for key in _differentiable(joined):
+                for i, part in zip(places, unflatten(joined[key], like), strict=True):
+                    spread[i][key] = part
+        return result, spread
+
+    def _unflatten(self, flat: Sequence[Tensor], into: list[Tensor]) -> None:
+        for places, joined in zip(self._bundles, flat, strict=True):
+            like = [self.weights[i] for i in places]
+            for i, part in zip(places, unflatten(joined, like), strict=True):
+                into[i] = part
 
 
 def _differentiable(moments: Moments) -> list[str]:

@@ -1,0 +1,427 @@
+"""Hypergradients: time and memory beside Betty, higher, TorchOpt and hand-written autograd.
+
+    OMP_NUM_THREADS=1 python benchmarks/hypergradients.py --json hypergradients.json     # CPU
+    python benchmarks/hypergradients.py --device cuda --size large
+
+One U-Net, the same batches and starting weights for everybody; an upper level that enters the
+segmentor's loss late (class weights) or early (an image perturbation). Three pieces of work:
+
+* ``one_step``: one hop, the upper loss's gradient by the segmentor's weights given, with the
+  identity for the inverse Hessian: by finite differences (ours and Betty's, the same step) and by
+  autograd (ours in both orders, and two hand-written calls);
+* ``products``: the iteration of ``cg`` and ``neumann`` per Hessian-vector product, beside the bare
+  product, all on graphs that are there already; and their whole hop beside Betty's;
+* ``unrolled``: inner steps from the same weights and then the outer gradient: ours with the
+  training step as it is and its recording, ``higher`` and TorchOpt with their differentiable inner
+  loop.
+
+Before anything is measured, everybody does the work once in double precision, and has to agree with
+the others. Then they take turns, round by round, so that whatever else the machine does hurts all
+of them alike; a ratio is the median over rounds of the ratio within a round. Time is this process's
+CPU time (CUDA: time in the stream).
+
+Memory is what the work allocates beyond what is there when it starts, at its peak, in a run of its
+own, as torch's allocators report it (:mod:`mlseg.comparison.memory`). What a run leaves behind for
+the next, such as the storage of recorded steps, is freed before, so that it counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import two_levels
+from spans import CpuClock, CudaClock
+from torch import Tensor
+from torch.autograd import forward_ad
+from two_levels import Contestant, Task
+
+from mlseg import machine
+from mlseg.comparison import memory
+from mlseg.errors import UserError
+from mlseg.hypergradients.second_order import dual_level
+from mlseg.hypergradients.substitution import substituted
+
+Makers = Mapping[str, Callable[[Task], Contestant]]
+
+DARTS_STEP = 0.01
+"""Betty's ``darts_alpha``: the norm of the finite difference's step."""
+NEUMANN_STEP = 1e-4
+DAMPING = 100.0
+"""So that no negative curvature ends an iteration early."""
+FORWARD = {"mode": "forward_over_reverse"}
+UNROLLED: dict[str, dict[str, Any]] = {
+    "mlseg, graphs": {"store": "graphs"},
+    "mlseg, weights": {"store": "weights"},
+    "mlseg, weights, forward_over_reverse": {"store": "weights", **FORWARD},
+}
+
+
+def one_step() -> Makers:
+    """One hop with the identity for the inverse Hessian."""
+
+    def ours(**spec: Any) -> Callable[[Task], Contestant]:
+        return lambda task: two_levels.OurHop(task, {"scale": "none", **spec})
+
+    def difference(task: Task) -> Contestant:
+        epsilon = DARTS_STEP / float(torch.nn.utils.get_total_norm(task.network().parameters()))
+        return ours(method="finite_difference", epsilon=epsilon)(task)
+
+    return {
+        "Betty darts": lambda task: two_levels.BettysHop(task, "darts", darts_alpha=DARTS_STEP),
+        "mlseg finite_difference": difference,
+        "double backward by hand": two_levels.HandWrittenHop,
+        "mlseg identity": ours(method="identity"),
+        "mlseg identity, forward_over_reverse": ours(method="identity", **FORWARD),
+    }
+
+
+def iterations(count: int) -> Makers:
+    """Iterations of ``count`` Hessian-vector products, on a graph that is there."""
+
+    def solve(**spec: Any) -> Callable[[Task], Contestant]:
+        return lambda task: two_levels.Solve(task, spec, count)
+
+    return {
+        "bare product": lambda task: two_levels.BareProducts(task, count),
+        "mlseg cg": solve(method="cg", iterations=count, damping=DAMPING, tolerance=0.0),
+        "mlseg neumann": solve(
+            method="neumann", terms=count, step_size=NEUMANN_STEP, damping=DAMPING
+        ),
+    }
+
+
+def implicit_hops(count: int) -> Makers:
+    """Whole hops with ``count`` Hessian-vector products and a mixed one.
+
+    Betty's methods know no damping, and its ``cg`` is wrong (a direction made with the old
+    residual), so that results can't agree here; the number of products is checked instead.
+    """
+    neumann = {
+        "method": "neumann",
+        "terms": count,
+        "step_size": NEUMANN_STEP,
+        "damping": DAMPING,
+    }
+    cg = {"method": "cg", "iterations": count, "damping": DAMPING, "tolerance": 0.0}
+    return {
+        "Betty neumann": lambda task: two_levels.BettysHop(
+            task, "neumann", neumann_iterations=count, neumann_alpha=NEUMANN_STEP
+        ),
+        "mlseg neumann": lambda task: two_levels.OurHop(task, neumann, count + 1),
+        "Betty cg": lambda task: two_levels.BettysHop(task, "cg", cg_iterations=count),
+        "mlseg cg": lambda task: two_levels.OurHop(task, cg, count + 1),
+    }
+
+
+def unrolled(inner: str) -> Makers:
+    """Inner steps of an optimizer, and the outer gradient through them."""
+
+    def ours(spec: Mapping[str, Any]) -> Callable[[Task], Contestant]:
+        whole = {"method": "unrolled", **spec}
+        return lambda task: two_levels.OurUnrolling(task, inner, whole)
+
+    return {
+        "higher": lambda task: two_levels.HigherUnrolling(task, inner),
+        "TorchOpt": lambda task: two_levels.TorchOptUnrolling(task, inner),
+        **{name: ours(spec) for name, spec in UNROLLED.items()},
+    }
+
+
+AGREEMENT: Sequence[tuple[str, str, float]] = (
+    ("mlseg finite_difference", "Betty darts", 1e-6),
+    ("mlseg identity", "double backward by hand", 1e-9),
+    ("mlseg identity, forward_over_reverse", "double backward by hand", 1e-9),
+    # Its correction of the moments' bias is in single precision, also with double weights.
+    ("TorchOpt", "higher", 1e-3),
+    *((name, "higher", 1e-9) for name in UNROLLED),
+)
+"""Who has to agree with whom, to which relative error."""
+
+
+class Group:
+    """Contestants over the same work, their times and memory.
+
+    Args:
+        title: of the work.
+        makers: of the contestants, by name.
+        make_task: makes the work in a precision.
+        device: where.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        makers: Makers,
+        make_task: Callable[[torch.dtype], Task],
+        device: torch.device,
+    ) -> None:
+        self.title, self.device = title, device
+        self._makers, self._make_task = makers, make_task
+        self.seconds: dict[str, list[float]] = {}
+        self.bytes: dict[str, float] = {}
+        self.refused: dict[str, str] = {}
+        self.errors: dict[str, float] = {}
+
+    def measure(self, rounds: int) -> None:
+        """Check agreement, then time and memory."""
+        self._check(self._make_task(torch.float64))
+        task = self._make_task(torch.float32)
+        contestants = {
+            name: make(task) for name, make in self._makers.items() if name not in self.refused
+        }
+        self.seconds = {name: [] for name in contestants}
+        clock = CudaClock(self.device) if self.device.type == "cuda" else CpuClock()
+        for number in range(rounds + 1):
+            for name in _rotated(list(contestants), number):
+                contestants[name].prepare()
+                gc.collect()
+                clock.mark()
+                contestants[name].run()
+                clock.mark()
+                (reading,) = clock.stretches()
+                if number:  # the first round warms up
+                    self.seconds[name].append(reading["stream" if "stream" in reading else "cpu"])
+        for name, contestant in contestants.items():
+            contestant.forget()
+            contestant.prepare()
+            gc.collect()
+            _, self.bytes[name] = memory.peak(contestant.run, self.device)
+            contestant.forget()
+
+    def ratios(self, name: str, to: str) -> list[float]:
+        """Of times, round by round."""
+        return [a / b for a, b in zip(self.seconds[name], self.seconds[to], strict=True)]
+
+    def ratio(self, name: str, to: str) -> float:
+        """Their median."""
+        return statistics.median(self.ratios(name, to))
+
+    def _check(self, task: Task) -> None:
+        found = {}
+        for name, make in self._makers.items():
+            try:
+                contestant = make(task)
+                contestant.prepare()
+                found[name] = [g.detach().clone() for g in contestant.run()]
+            except UserError as error:
+                self.refused[name] = str(error)
+        for name, to, tolerance in AGREEMENT:
+            if name not in found or to not in found:
+                continue
+            self.errors[name] = error = _distance(found[name], found[to])
+            if not error < tolerance:
+                raise SystemExit(
+                    f"{self.title}: {name} and {to} differ by {error:.1e}, more than "
+                    f"{tolerance:.0e}: they don't do the same work"
+                )
+
+    def as_dict(self) -> dict[str, Any]:
+        """All figures."""
+        return {
+            "title": self.title,
+            "seconds": self.seconds,
+            "extra_bytes": self.bytes,
+            "refused": self.refused,
+            "differences_in_double_precision": self.errors,
+        }
+
+
+def _rotated(names: list[str], by: int) -> list[str]:
+    """Each round starts with another, so that nobody always follows the same one."""
+    by %= len(names)
+    return names[by:] + names[:by]
+
+
+def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    difference = torch.nn.utils.get_total_norm([x - y for x, y in zip(a, b, strict=True)])
+    return float(difference / torch.nn.utils.get_total_norm(list(b)))
+
+
+# ------------------------------------------------------------------------------ why it costs
+
+
+def passes(task: Task, rounds: int) -> dict[str, float]:
+    """Seconds of the passes that the pieces of work are made of, medians."""
+    network, upper = task.network(), task.upper()
+    weights, inputs = list(network.parameters()), list(upper.parameters())
+    cuda = task.device.type == "cuda"
+    clock = CudaClock(task.device) if cuda else CpuClock()
+    found: dict[str, list[float]] = {}
+
+    def timed(name: str, function: Callable[[], Any]) -> Any:
+        clock.mark()
+        result = function()
+        clock.mark()
+        found.setdefault(name, []).append(clock.stretches()[0]["stream" if cuda else "cpu"])
+        return result
+
+    def loss() -> Tensor:
+        return upper.loss(network, task.train[0])
+
+    def grad(outputs: Any, by: Sequence[Tensor], **options: Any) -> Any:
+        return torch.autograd.grad(outputs, by, **options)
+
+    for _ in range(rounds + 1):
+        value = timed("forward", loss)
+        timed("backward", lambda value=value: grad(value, weights))
+        value = loss()
+        gradient = timed(
+            "backward, with its graph", lambda v=value: grad(v, weights, create_graph=True)
+        )
+        timed(
+            "product, weights and inputs, by double backward",
+            lambda g=gradient: grad(g, [*weights, *inputs], grad_outputs=task.vector),
+        )
+        if cuda:
+            continue  # cuDNN's batch normalisation has no forward mode
+        with dual_level():
+            duals = [forward_ad.make_dual(w, v) for w, v in zip(weights, task.vector, strict=True)]
+            with substituted([network], weights, duals):
+                value = timed("forward with tangents", loss)
+            timed("backward with tangents", lambda v=value, d=duals: grad(v, [*d, *inputs]))
+    return {name: statistics.median(seconds[1:]) for name, seconds in found.items()}
+
+
+# ------------------------------------------------------------------------------------ report
+
+
+def table(group: Group, references: Sequence[str], divide: int = 1) -> str:
+    """A row per contestant: milliseconds, ratios to the references, memory."""
+    lines = [
+        f"| {group.title} | ms | " + " | ".join(f"of {r}" for r in references) + " | MiB |",
+        "|---|---|" + "---|" * len(references) + "---|",
+    ]
+    for name, seconds in group.seconds.items():
+        cells = [f"{1e3 * statistics.median(seconds) / divide:.1f}"]
+        for reference in references:
+            low, middle, high = statistics.quantiles(group.ratios(name, reference), n=4)
+            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
+        size = group.bytes[name] / 2**20
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {size:.0f} |")
+    lines += [f"\n{name}: {why}" for name, why in group.refused.items()]
+    return "\n".join(lines) + "\n"
+
+
+class Targets:
+    """What was expected, and what came out."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def most(self, what: str, value: float, limit: float) -> None:
+        """``value``, to two places, is to be at most ``limit``."""
+        self._add(what, f"{value:.2f}", f"at most {limit:.2f}", round(value, 2) <= limit)
+
+    def unrolled(self, group: Group) -> None:
+        """Faster than both libraries, or far smaller and not much slower."""
+        theirs = [n for n in ("higher", "TorchOpt") if n in group.seconds]
+        fastest = min(theirs, key=lambda n: statistics.median(group.seconds[n]))
+        smallest = min(group.bytes[n] for n in theirs)
+        for name in UNROLLED:
+            if name not in group.seconds:
+                continue
+            time, size = group.ratio(name, fastest), group.bytes[name] / smallest
+            self._add(
+                f"{group.title}: {name} to {fastest}",
+                f"time {time:.2f}, memory {size:.2f}",
+                "time at most 0.90; or memory at most 0.40, time at most 1.35",
+                round(time, 2) <= 0.9 or (round(size, 2) <= 0.4 and round(time, 2) <= 1.35),
+            )
+
+    def _add(self, what: str, found: str, wanted: str, met: bool) -> None:
+        self.rows.append({"what": what, "found": found, "wanted": wanted, "met": met})
+
+    def __str__(self) -> str:
+        lines = ["| target | found | wanted | met |", "|---|---|---|---|"]
+        for row in self.rows:
+            met = "yes" if row["met"] else "no"
+            lines.append(f"| {row['what']} | {row['found']} | {row['wanted']} | {met} |")
+        return "\n".join(lines)
+
+
+PARTS = ("passes", "one_step", "products", "unrolled")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--entries", nargs="+", choices=two_levels.ENTRIES, default=None)
+    parser.add_argument("--optimizers", nargs="+", choices=two_levels.INNER, default=None)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", choices=two_levels.SIZES, default="small")
+    parser.add_argument("--steps", type=int, default=5, help="inner steps of unrolled")
+    parser.add_argument("--products", type=int, default=5, help="of cg and neumann")
+    parser.add_argument("--rounds", type=int, default=9, help="that medians are taken over")
+    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable(logging.INFO)  # Betty's engine introduces its problems
+    device, size = torch.device(arguments.device), two_levels.SIZES[arguments.size]
+    rounds, targets = arguments.rounds, Targets()
+    report: dict[str, Any] = {"machine": machine.describe(device), "size": vars(size)}
+    print(machine.head(report["machine"]), "\n", sep="")
+    groups: list[Group] = []
+
+    def run(
+        what: str,
+        makers: Makers,
+        make_task: Callable[[torch.dtype], Task],
+        references: Sequence[str],
+        divide: int = 1,
+    ) -> Group:
+        group = Group(f"{what}, {entry}", makers, make_task, device)
+        group.measure(rounds)
+        groups.append(group)
+        print(table(group, references, divide), flush=True)
+        return group
+
+    for entry in arguments.entries or two_levels.ENTRIES:
+
+        def make_task(dtype: torch.dtype, entry: str = entry) -> Task:
+            return Task(size, entry, arguments.steps, device, dtype)
+
+        if "passes" in arguments.parts:
+            found = passes(make_task(torch.float32), rounds)
+            report.setdefault("passes", {})[entry] = found
+            print(f"| passes, {entry} | ms |\n|---|---|")
+            for name, seconds in found.items():
+                print(f"| {name} | {1e3 * seconds:.1f} |")
+            print(flush=True)
+        if "one_step" in arguments.parts:
+            darts, by_hand = "Betty darts", "double backward by hand"
+            group = run("one hop", one_step(), make_task, [darts, by_hand])
+            ours = "mlseg finite_difference"
+            targets.most(f"{group.title}: {ours} to {darts}", group.ratio(ours, darts), 1.0)
+            ours = "mlseg identity"
+            targets.most(f"{group.title}: {ours} to {by_hand}", group.ratio(ours, by_hand), 1.05)
+        if "products" in arguments.parts:
+            count = arguments.products
+            bare = "bare product"
+            group = run("a product", iterations(count), make_task, [bare], count)
+            for ours in ("mlseg cg", "mlseg neumann"):
+                targets.most(f"{group.title}: {ours} to {bare}", group.ratio(ours, bare), 1.05)
+            hops = implicit_hops(count)
+            run(f"{count} products, one hop", hops, make_task, ["Betty neumann", "Betty cg"])
+        if "unrolled" in arguments.parts:
+            for inner in arguments.optimizers or two_levels.INNER:
+                what = f"{arguments.steps} steps of {inner}"
+                targets.unrolled(run(what, unrolled(inner), make_task, ["higher", "TorchOpt"]))
+    print(targets)
+    report |= {"groups": [group.as_dict() for group in groups], "targets": targets.rows}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
