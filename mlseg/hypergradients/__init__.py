@@ -13,7 +13,7 @@ from mlseg.hypergradients.finite_difference import FiniteDifference
 from mlseg.hypergradients.fixed_point import FixedPoint
 from mlseg.hypergradients.forward import Forward
 from mlseg.hypergradients.identity import Identity
-from mlseg.hypergradients.implicit import Hessian, Implicit
+from mlseg.hypergradients.implicit import Hessian, Implicit, Krylov
 from mlseg.hypergradients.minres import MinimalResidual
 from mlseg.hypergradients.neumann import Neumann
 from mlseg.hypergradients.nystrom import Nystrom
@@ -40,6 +40,7 @@ __all__ = [
     "Implicit",
     "Interface",
     "Keeps",
+    "Krylov",
     "Method",
     "MinimalResidual",
     "Neumann",

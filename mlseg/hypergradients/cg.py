@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from mlseg.hypergradients.base import Diagnostics
-from mlseg.hypergradients.implicit import Hessian, Implicit, finished, remember, remembered
+from mlseg.hypergradients.implicit import Hessian, Krylov, finished, remember, remembered
 from mlseg.hypergradients.registry import register
 
 
 @register("cg")
-class ConjugateGradients(Implicit):
+class ConjugateGradients(Krylov):
     """``H x = v`` by conjugate gradients, for positive definite Hessians.
 
     .. math::
@@ -39,16 +38,7 @@ class ConjugateGradients(Implicit):
 
     Diagnostics: ``residual`` relative to ``v``, ``iterations`` used, ``curvature``, the smallest
     Rayleigh quotient met (not positive: ended by it).
-
-    Attributes:
-        iterations: at most.
-        tolerance: relative residual at which it ends.
-        warm_start: whether to start from the last hop's solution.
     """
-
-    iterations: PositiveInt = 10
-    tolerance: NonNegativeFloat = 1e-10
-    warm_start: bool = False
 
     def solve(self, hessian: Hessian, v: Tensor) -> tuple[Tensor, Diagnostics]:
         """See the class."""

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import NonNegativeFloat
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Method, Vector
@@ -132,6 +132,20 @@ class Implicit(Method):
             hessian: the damped Hessian, as a function of flat vectors.
             v: (n,) the incoming vector.
         """
+
+
+class Krylov(Implicit):
+    """A hop solved iteratively over Krylov spaces.
+
+    Attributes:
+        iterations: at most.
+        tolerance: residual, relative to ``v``, at which it ends.
+        warm_start: whether to start from the last hop's solution.
+    """
+
+    iterations: PositiveInt = 10
+    tolerance: NonNegativeFloat = 1e-10
+    warm_start: bool = False
 
 
 def finished(active: Tensor) -> bool:

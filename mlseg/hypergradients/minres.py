@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from mlseg.hypergradients.base import Diagnostics
-from mlseg.hypergradients.implicit import Hessian, Implicit, finished, remember, remembered
+from mlseg.hypergradients.implicit import Hessian, Krylov, finished, remember, remembered
 from mlseg.hypergradients.registry import register
 
 
 @register("minres")
-class MinimalResidual(Implicit):
+class MinimalResidual(Krylov):
     """``H x = v`` by MINRES: any symmetric ``H``, also an indefinite or a singular one.
 
     Iteration ``k`` gives the vector of the Krylov space of ``v, H v, ..., H^(k-1) v`` with the
@@ -29,16 +28,7 @@ class MinimalResidual(Implicit):
     Diagnostics: ``residual`` relative to ``v`` (of the recurrence), ``iterations`` used,
     ``curvature``, the smallest Rayleigh quotient of the Lanczos vectors (negative: ``H`` is
     indefinite).
-
-    Attributes:
-        iterations: at most.
-        tolerance: relative residual at which it ends.
-        warm_start: whether to start from the last hop's solution.
     """
-
-    iterations: PositiveInt = 10
-    tolerance: NonNegativeFloat = 1e-10
-    warm_start: bool = False
 
     def solve(self, hessian: Hessian, v: Tensor) -> tuple[Tensor, Diagnostics]:
         """See the class."""
