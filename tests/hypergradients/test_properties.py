@@ -110,6 +110,23 @@ class Judge(Problem):
         self.gradient = self.module.first.grad.clone()
 
 
+def judged(low: Problem, top_net: Pair, iterations: int) -> Tensor:
+    """The gradient of a :class:`Judge` above ``low``, by its first parameter alone."""
+    top_net.last.requires_grad_(False)
+    top = Judge("top", top_net, torch.optim.SGD([top_net.first], 0.1), toys.batches(1))
+    engine = Engine(
+        [low, top],
+        EngineSettings(tensorboard=False),
+        u2l={top: [low]},
+        l2u={low: [top]},
+        device="cpu",
+        quiet=True,
+    )
+    for _ in range(iterations):
+        engine.iterate()
+    return top.gradient
+
+
 @pytest.mark.parametrize("method", names())
 def test_the_order_of_parameters_makes_no_difference(method: str) -> None:
     found = []
@@ -120,19 +137,7 @@ def test_the_order_of_parameters_makes_no_difference(method: str) -> None:
         low = Fit(
             "low", low_net, torch.optim.Adam(low_net.parameters(), 0.05), toys.batches(0), made
         )
-        top = Judge("top", top_net, torch.optim.SGD([top_net.first], 0.1), toys.batches(1))
-        top_net.last.requires_grad_(False)
-        engine = Engine(
-            [low, top],
-            EngineSettings(tensorboard=False),
-            u2l={top: [low]},
-            l2u={low: [top]},
-            device="cpu",
-            quiet=True,
-        )
-        engine.iterate()
-        engine.iterate()
-        found.append(top.gradient)
+        found.append(judged(low, top_net, iterations=2))
     allowed = {"stochastic": 1e-2, "neumann": 1e-3}.get(method, LOOSE.get(method, 1e-7))
     assert toys.distance([found[0]], [found[1]]) < allowed
 
@@ -355,16 +360,5 @@ def test_weight_decay_belongs_to_the_objective() -> None:
         )
         low = Decayed("low", low_net, optimizer, toys.batches(0), Config(hypergradient="exact"))
         low.strength = 0.7 if in_loss else 0.0
-        top = Judge("top", top_net, torch.optim.SGD([top_net.first], 0.1), toys.batches(1))
-        top_net.last.requires_grad_(False)
-        engine = Engine(
-            [low, top],
-            EngineSettings(tensorboard=False),
-            u2l={top: [low]},
-            l2u={low: [top]},
-            device="cpu",
-            quiet=True,
-        )
-        engine.iterate()
-        found.append(top.gradient)
+        found.append(judged(low, top_net, iterations=1))
     assert toys.distance([found[0]], [found[1]]) < 1e-9
