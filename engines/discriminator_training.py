@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from mlseg.config import Settings
-from mlseg.data import Augmentation, Samples, to_device, to_float
+from mlseg.data import Augmentation, AugmentationSettings, Samples, to_device, to_float
 from mlseg.engines.map_buffer import MapBuffer
 from mlseg.engines.snapshot import Snapshot
 from mlseg.errors import RunError
@@ -59,6 +59,7 @@ class DiscriminatorTraining:
     either side has half of the weight and a mean weight of one. An image and its maps are flipped
     together. After each pass the loss on the hold-out decides; at the end the weights of the best
     pass are put back (within one training: a discriminator is never rolled back with its model).
+    Where training cuts windows, the hold-out's are cut at places that stay the same.
 
     Args:
         problem: the discriminator's.
@@ -91,7 +92,10 @@ class DiscriminatorTraining:
         self._buffer = buffer
         self._batch_size = batch_size
         self._augmentation = augmentation
+        # The hold-out is seen as training is, in windows of its images where there are such.
+        self._window = Augmentation(AugmentationSettings(window=augmentation.settings.window))
         self._device = device
+        self._seed = seed
         self._generator = torch.Generator().manual_seed(seed)
         self._best = Snapshot(problem.module)
         self._fresh = Snapshot(None, problem.optimizer)
@@ -171,9 +175,11 @@ class DiscriminatorTraining:
     def _next(self) -> Batch:
         chosen = self._order[self._position : self._position + self._size]
         self._position += len(chosen)
-        return self._batch("train", chosen, self._augmentation)
+        return self._batch("train", chosen, self._augmentation, self._generator)
 
-    def _batch(self, part: str, chosen: Tensor, augmentation: Augmentation | None) -> Batch:
+    def _batch(
+        self, part: str, chosen: Tensor, augmentation: Augmentation, generator: torch.Generator
+    ) -> Batch:
         """Examples by number: of image i the truth, then its maps by each entry."""
         samples, offset = self._parts[part]
         sets = len(self._buffer) + 1
@@ -192,8 +198,7 @@ class DiscriminatorTraining:
         weights = torch.where(fake, sets / (2 * max(sets - 1, 1)), sets / 2)
         image = to_float(to_device(samples.images[image_index], self._device))
         label = to_device(labels, self._device).to(torch.int64)
-        if augmentation is not None:
-            image, label = augmentation(image, label, self._generator)
+        image, label = augmentation(image, label, generator)
         return image, label, to_device(real, self._device), to_device(weights.float(), self._device)
 
     def _evaluate(self) -> tuple[float, float]:
@@ -201,9 +206,10 @@ class DiscriminatorTraining:
         samples, _ = self._parts["hold_out"]
         count = len(samples) * (len(self._buffer) + 1)
         sums = torch.zeros(5, dtype=torch.float64, device=self._device)
+        places = torch.Generator().manual_seed(self._seed)  # the same windows every time
         for start in range(0, count, self._batch_size):
             chosen = torch.arange(start, min(start + self._batch_size, count))
-            batch = self._batch("hold_out", chosen, None)
+            batch = self._batch("hold_out", chosen, self._window, places)
             logits, loss = self.problem.verdict(batch)
             real = batch[2] > 0
             right = (logits > 0) == real

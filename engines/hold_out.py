@@ -14,8 +14,8 @@ from mlseg.data import Samples, to_float
 from mlseg.data.splits import seeded_order
 from mlseg.errors import UserError
 
-CPU_BATCH = 16
-"""Images at once on a CPU, where more of them save no time."""
+CPU_BATCH, CPU_PIXELS = 16, 2**20
+"""Most images, and most pixels of them, at once on a CPU, where more of them save no time."""
 
 
 def hold_out_indices(ids: list[str], fraction: float, seed: int) -> list[int]:
@@ -69,8 +69,8 @@ class HoldOut:
     Args:
         samples: at least one example.
         device: where the segmentor is.
-        batch_size: images at once; None: on CUDA as many as fit, found by halving, else
-            ``CPU_BATCH``.
+        batch_size: images at once; None: on CUDA as many as fit, found by halving, else up to
+            ``CPU_BATCH`` or ``CPU_PIXELS``.
         autocast: run in bfloat16 where that is safe.
     """
 
@@ -86,7 +86,9 @@ class HoldOut:
         self.device = device
         self.autocast = autocast
         self._halve = batch_size is None and device.type == "cuda"
-        default = len(samples) if self._halve else CPU_BATCH
+        height, width = samples.image_size
+        on_cpu = max(1, min(CPU_BATCH, CPU_PIXELS // (height * width)))
+        default = len(samples) if self._halve else on_cpu
         self.batch_size = min(batch_size or default, len(samples))
         classes = self.spec.num_classes
         images, masks = (samples.images, samples.masks) if samples.mapped else samples.on(device)

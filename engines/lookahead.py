@@ -75,6 +75,8 @@ class LookaheadSettings(Settings):
                 f"buffer_size: {self.buffer_size} sets can't hold a peak, an ending model and "
                 f"{self.retained_peaks} earlier peaks; give {2 + self.retained_peaks} or more"
             )
+        if self.on_peak == "flush" and self.retained_peaks != 1:
+            raise ValueError("retained_peaks: a flush keeps none; set on_peak to retain as well")
         return self
 
 
@@ -197,12 +199,7 @@ class Lookahead:
         """
         assert not self.stopped
         if not math.isfinite(mu):
-            name, best = self.best
-            update = self.updates + (self.cycle > 0)
-            raise RunError(
-                f"the hold-out mIoU is {mu} after update {update} (cycle {self.cycle}); "
-                f"the best model so far, {name} with {best:.4f}, is kept; try a lower learning rate"
-            )
+            raise _not_finite(mu, self.updates, self.cycle, self.best)
         if self.cycle == 0:
             return self._init(mu)
         commands = self._after_step(mu)
@@ -298,11 +295,12 @@ class Lookahead:
         self.buffer = [peak, *(self.buffer[place] for place in keep), ending]
         self.start, self.mu_s, self.mu_0 = peak, self.mu_p, self.mu_p
         self.psi = 0
-        # The ending model's maps come first, while it is the present model.
+        # The peak's snapshot is the start's from here on, before anything that takes time. The
+        # ending model's maps come before the roll-back, while it is the present model.
         return [
+            Command("promote"),
             Command("flush", {"keep": keep}),
             Command("append", {"label": ending, "position": len(keep)}),
-            Command("promote"),
             *self._roll_back(),
             Command("append", {"label": peak, "position": 0}),
         ]
@@ -379,11 +377,7 @@ class StraightAhead:
             RunError: it is not finite.
         """
         if not math.isfinite(mu):
-            update = self.updates + (self.cycle > 0)
-            raise RunError(
-                f"the hold-out mIoU is {mu} after update {update}; the best model so far, "
-                f"{self.name} with {self.mu_best:.4f}, is kept; try a lower learning rate"
-            )
+            raise _not_finite(mu, self.updates, self.cycle, self.best)
         if self.cycle == 0:
             self.cycle, self.mu_best = 1, mu
             first = [_note("start", model="g0", miou=mu), Command("snapshot", {"slot": "start"})]
@@ -407,6 +401,15 @@ class StraightAhead:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         vars(self).update(state)
+
+
+def _not_finite(mu: float, updates: int, cycle: int, best: tuple[str, float]) -> RunError:
+    if cycle == 0:
+        return RunError(f"the hold-out mIoU of the start model is {mu}; check the start model")
+    return RunError(
+        f"the hold-out mIoU is {mu} after update {updates + 1} (cycle {cycle}); the best model so "
+        f"far, {best[0]} with {best[1]:.4f}, is kept; try a lower learning rate"
+    )
 
 
 def _note(event: str, **values: Any) -> Command:

@@ -186,6 +186,8 @@ class MapBuffer:
 
     def _reopen(self, path: Path) -> NDArray[np.uint8]:
         try:
+            # Read-only at first: to write, numpy would fill up a file that has been cut short.
+            np.lib.format.open_memmap(path, "r")
             maps = np.lib.format.open_memmap(path, "r+")
         except (OSError, ValueError) as error:
             raise UserError(

@@ -197,7 +197,7 @@ def build(settings: LoadSettings, out: Path | None) -> LookaheadEngine:
     controller: Lookahead | StraightAhead
     if settings.control is not None:
         controller, stepper = StraightAhead(settings.control), pretraining
-        go_on(pretraining.optimizer, start)
+        go_on(pretraining, start)
     else:
         controller, stepper = Lookahead(settings.lookahead), generator
         buffer = MapBuffer(
@@ -226,7 +226,7 @@ def build(settings: LoadSettings, out: Path | None) -> LookaheadEngine:
         buffer=buffer,
         training=training,
         rest=rest,
-        start_state=lambda: {"pretraining": pretraining.optimizer.state_dict()},
+        start_state=lambda: {"pretraining": training_state(pretraining)},
         segmentor=generator,
         architecture=settings.segmentor,
         data=data,
@@ -274,21 +274,38 @@ def load_start(network: nn.Module, path: Path, num_classes: int) -> dict[str, An
     return state
 
 
-def go_on(optimizer: torch.optim.Optimizer, start: dict[str, Any]) -> None:
-    """Let the control go on with stage 1's optimizer, where the start model comes with it.
+def go_on(pretraining: Problem, start: dict[str, Any]) -> None:
+    """Let the control go on with stage 1's optimizer and rate, if the start model brings them.
 
-    A fresh one would take its first steps without averages, which are worse steps than a run that
-    had simply gone on would take.
+    A fresh optimizer would take its first steps without averages, at the rate that stage 1 began
+    with: worse steps than a run that had simply gone on would take.
 
     Raises:
-        UserError: it is another kind of optimizer.
+        UserError: the optimizer or the scheduler is of another kind.
     """
     if "pretraining" not in start:
         return
-    saved = start["pretraining"]["param_groups"][0]
-    if saved.keys() != optimizer.param_groups[0].keys():
-        raise UserError(
-            "problems.pretraining.optimizer: the start model was trained with another kind; use "
-            "the same for the control to go on from it"
-        )
-    optimizer.load_state_dict(start["pretraining"])
+    saved, optimizer, scheduler = start["pretraining"], pretraining.optimizer, pretraining.scheduler
+    kinds = {
+        "optimizer": (optimizer.param_groups[0], saved["optimizer"]["param_groups"][0]),
+        "scheduler": (scheduler.state_dict() if scheduler else {}, saved["scheduler"] or {}),
+    }
+    for key, (mine, its) in kinds.items():
+        # A scheduler leaves its mark on the optimizer's groups.
+        if set(mine) - {"initial_lr"} != set(its) - {"initial_lr"}:
+            raise UserError(
+                f"problems.pretraining.{key}: the start model was trained with another kind; use "
+                "the same for the control to go on from it"
+            )
+    optimizer.load_state_dict(saved["optimizer"])
+    if scheduler is not None:
+        scheduler.load_state_dict(saved["scheduler"])
+
+
+def training_state(problem: Problem) -> dict[str, Any]:
+    """Of its optimizer and its scheduler, if it has one: what :func:`go_on` needs."""
+    scheduler = problem.scheduler
+    return {
+        "optimizer": problem.optimizer.state_dict(),
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+    }

@@ -105,7 +105,7 @@ class SmpSegmentor(nn.Module):
         self.fixed_size = self._find_fixed_size()
         stride = int(self.network.encoder.output_stride)
         # FPN and PSPNet enlarge by a fixed factor that may exceed a shallow encoder's stride.
-        self.multiple = max(stride, 32)
+        self.multiple = stride if architecture.startswith("deeplab") else max(stride, 32)
         self.smallest = _SMALLEST_SIDE.get(architecture, 1)
 
     def _find_fixed_size(self) -> tuple[int, int] | None:

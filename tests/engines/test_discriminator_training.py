@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from mlseg.data import to_float
 from mlseg.errors import RunError
 
 Script = list[tuple[float, float]]
@@ -69,10 +70,10 @@ def test_a_pass_sees_every_map_once() -> None:
     seen: list[int] = []
     original = made._batch
 
-    def batch(part: str, chosen: Any, augmentation: Any) -> Any:
+    def batch(part: str, chosen: Any, *how: Any) -> Any:
         if part == "train":
             seen.extend(chosen.tolist())
-        return original(part, chosen, augmentation)
+        return original(part, chosen, *how)
 
     made._batch = batch
     run(made)
@@ -107,3 +108,33 @@ def test_it_learns_to_tell() -> None:
     engine.buffer.open("g0", 0)
     engine.buffer.write(0, 0, torch.zeros(engine.buffer.shape, dtype=torch.uint8))
     assert run(engine.discriminator_training)["accuracy"] > 0.9
+
+
+def test_windows_of_the_hold_out_stay_where_they_are() -> None:
+    engine: Any = tiny.build(
+        "load", {"augmentation": {"preset": "flip", "window": [20, 24]}, "seed": 3}
+    )
+    made = engine.discriminator_training
+    engine.train()
+    engine.enter_stage(1)
+    engine.buffer.open("g0", 0)
+    seen: list[list[Any]] = []
+    original = made._batch
+
+    def batch(part: str, chosen: Any, *how: Any) -> Any:
+        found = original(part, chosen, *how)
+        assert found[0].shape[-2:] == found[1].shape[-2:] == (20, 24)
+        seen[-1].append(found[0])
+        return found
+
+    made._batch = batch
+    for _ in range(2):
+        seen.append([])
+        made._evaluate()
+    whole = to_float(engine.hold_out.samples.images)
+    for first, again in zip(*seen, strict=True):
+        assert torch.equal(first, again)
+        cut = [part for image in whole for part in image.unfold(1, 20, 1).unfold(2, 24, 1)[0]]
+        places = torch.stack([p for rows in cut for p in rows])
+        for image in first:
+            assert (places == image[0]).flatten(1).all(1).any(), "a window, not flipped"

@@ -126,10 +126,14 @@ def test_the_control_makes_as_many_updates_from_the_same_start(tmp_path: Path) -
     assert not kinds & {"discriminator", "rollback", "cycle_end"}
 
 
-def test_the_control_goes_on_with_the_optimizer_of_stage_1(
+def test_the_control_goes_on_with_the_optimizer_and_the_rate_of_stage_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    still = {"pretraining": {"weighted_epochs": 0, "epochs": 3}, "data.train": 6}
+    still = {
+        "pretraining": {"weighted_epochs": 0, "epochs": 3},
+        "data.train": 6,
+        "problems.pretraining.scheduler": {"name": "linear", "length": 4, "end": 0.1},
+    }
     first: Any = tiny.build("load", {**still, "problems.pretraining.batch_size": 6}, tmp_path)
     while not first.looking_ahead or first.best is None:
         assert first._advance_stage()
@@ -142,11 +146,18 @@ def test_the_control_goes_on_with_the_optimizer_of_stage_1(
     )
     mine, saved = (e.pretraining.optimizer.state_dict() for e in (control, first))
     assert saved["state"]
-    assert tiny.same(mine["state"], saved["state"])
+    assert tiny.same(mine, saved)
+    rates = [control.pretraining.optimizer.param_groups[0]["lr"]]
+    assert rates[0] < 0.5 * 1e-2  # three steps of stage 1 on the way to a tenth
+    for _ in range(2):
+        control.pretraining.step_normal()
+        rates.append(control.pretraining.optimizer.param_groups[0]["lr"])
+    assert rates[1:] == pytest.approx([1e-3, 1e-3])
     path = tiny.write_config(tmp_path / "c.yaml", "load", {**still, "start": start, "control": 1})
-    other = "problems.pretraining.optimizer={name: sgd, lr: 0.1}"
-    assert run.main([str(path), other, "--out", str(tmp_path / "c")]) == 2
-    assert "problems.pretraining.optimizer" in one_line(capsys)
+    for key, value in (("optimizer", "{name: sgd, lr: 0.1}"), ("scheduler", "null")):
+        other = f"problems.pretraining.{key}={value}"
+        assert run.main([str(path), other, "--out", str(tmp_path / "c")]) == 2
+        assert f"problems.pretraining.{key}" in one_line(capsys)
 
 
 @pytest.mark.parametrize("relaxation", ["softmax", "gumbel", "straight_through"])
@@ -205,7 +216,7 @@ def test_real_and_fake_have_half_of_the_weight_each() -> None:
         for position in range(entries):
             engine.buffer.open(f"g{position}", position)
         everything = torch.arange(6 * (entries + 1))
-        _, _, real, weight = training._batch("train", everything, None)
+        _, _, real, weight = training._batch("train", everything, training._window, torch.Generator())
         assert float(weight[real > 0].sum()) == pytest.approx(float(weight[real == 0].sum()))
         assert float(weight.mean()) == pytest.approx(1.0)
         assert real.sum() == 6
@@ -218,7 +229,10 @@ def test_an_image_and_its_maps_are_flipped_together() -> None:
     engine.buffer.open("g0", 0)
     maps = torch.randint(7, (10, 32, 32), dtype=torch.uint8)
     engine.buffer.write(0, 0, maps)
-    image, label, real, _ = training._batch("train", torch.tensor([2, 3]), training._augmentation)
+    pair = torch.tensor([2, 3])
+    image, label, real, _ = training._batch(
+        "train", pair, training._augmentation, training._generator
+    )
     assert real.tolist() == [1.0, 0.0]
     assert torch.equal(label[0], samples.masks[1].long().flip(1))
     assert torch.equal(label[1], maps[1].long().flip(1))
