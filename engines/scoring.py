@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mlseg.data import Samples, to_float
+from mlseg.data import Fit, Samples, placed, to_float
 from mlseg.metrics import SegmentationMetrics
 from mlseg.nets import decide
 
@@ -77,11 +77,24 @@ def evaluating(segmentor: nn.Module) -> Iterator[None]:
         segmentor.train(mode)
 
 
-def resized(probabilities_BKHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Class probabilities at another size, (H', W'), bilinearly: before a decision, not after."""
-    if tuple(probabilities_BKHW.shape[-2:]) == size:
-        return probabilities_BKHW
-    return functional.interpolate(probabilities_BKHW, size, mode="bilinear", align_corners=False)
+def at_native(probabilities_BKHW: Tensor, native: tuple[int, int], fit: Fit) -> Tensor:
+    """Class probabilities at an image's own size: before a decision, not after.
+
+    What predicts padding is cut away first; the rest is resized bilinearly.
+
+    Args:
+        native: (H', W') in pixels, of the image or its mask.
+        fit: how the image was brought to the size of the probabilities.
+
+    Returns:
+        (B, K, H', W').
+    """
+    size = probabilities_BKHW.shape[-2], probabilities_BKHW.shape[-1]
+    height, width = placed(native, size, fit)
+    found = probabilities_BKHW[..., :height, :width]
+    if (height, width) == native:
+        return found
+    return functional.interpolate(found, native, mode="bilinear", align_corners=False)
 
 
 def predictions(
@@ -125,6 +138,6 @@ def score(
             continue
         for name, own in zip(ids, found, strict=True):
             mask = next(masks).to(device)
-            at_size = resized(own[None], (mask.shape[0], mask.shape[1]))
-            metrics.update(decide(at_size, threshold), mask[None], [name])
+            upsampled = at_native(own[None], (mask.shape[0], mask.shape[1]), samples.fit)
+            metrics.update(decide(upsampled, threshold), mask[None], [name])
     return metrics

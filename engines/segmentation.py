@@ -79,6 +79,7 @@ class SegmentationEngine(Engine):
             "in_channels": spec.channels,
             "num_classes": spec.num_classes,
             "image_size": list(data.val.images.shape[-2:]),
+            "fit": data.val.fit,
             "classes": list(spec.classes),
             "ignore_index": spec.ignore_index,
             "palette": [list(colour) for colour in spec.palette],

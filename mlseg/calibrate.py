@@ -29,7 +29,7 @@ from mlseg import calibration
 from mlseg.commands import guarded, make_console
 from mlseg.data import Samples, to_float
 from mlseg.engines.recording import write_text, writing
-from mlseg.engines.scoring import SCORING_BATCH, resized, score
+from mlseg.engines.scoring import SCORING_BATCH, at_native, score
 from mlseg.engines.settings import choose_device
 from mlseg.errors import UserError
 from mlseg.evaluate import above_zero, own_data, probability
@@ -162,7 +162,8 @@ def search(
         by_image = torch.stack(means, 1)  # (B, len(ks), H, W)
         for own in by_image:
             mask = next(masks).to(device)
-            foreground = resized(own[None], (mask.shape[0], mask.shape[1]))[0]
+            native_size = mask.shape[0], mask.shape[1]
+            foreground = at_native(own[None], native_size, samples.fit)[0]
             ignore = samples.spec.ignore_index
             counts.append(
                 torch.stack([_confusions(p, mask, cuts, ignore) for p in foreground]).cpu()

@@ -23,6 +23,7 @@ from mlseg import config
 from mlseg.calibration import calibrated, describe
 from mlseg.commands import guarded, make_console
 from mlseg.data import DataSettings, SegmentationData, load_data, load_examples
+from mlseg.data.catalog import CATALOG
 from mlseg.engines.recording import write_json
 from mlseg.engines.scoring import score
 from mlseg.engines.segmentation import check_same_data
@@ -60,9 +61,11 @@ def _run(arguments: argparse.Namespace) -> int:
         data = own_data(arguments.runs)
         own = {"test": data.test, **data.out_of_distribution}
         sets = {name: samples for name, samples in own.items() if len(samples)}
+        if not sets:
+            raise _nothing_of_its_own(arguments.runs[0], data.spec.name)
     else:
         sets = {
-            name: load_examples(name, arguments.root, trained.image_size, trained.spec)
+            name: load_examples(name, arguments.root, trained.image_size, trained.spec, trained.fit)
             for name in arguments.data
         }
     scale = arguments.scale or trained.scoring
@@ -131,6 +134,13 @@ def own_data(runs: Sequence[Path]) -> SegmentationData:
     for run in runs:
         check_same_data(run, data)
     return data
+
+
+def _nothing_of_its_own(run: Path, name: str) -> UserError:
+    mend = "name a data set by --data"
+    if CATALOG[name].withheld_test:
+        mend += f" (--data {name} scores its validation part)"
+    return UserError(f"{run}: its test split is empty, so it has nothing to be scored on; {mend}")
 
 
 def above_zero(text: str) -> float:

@@ -22,7 +22,7 @@ from PIL import Image
 from rich.progress import track
 
 from mlseg.commands import guarded, make_console
-from mlseg.data import DatasetSpec, to_float
+from mlseg.data import PADDING, DatasetSpec, padded, placed, to_float
 from mlseg.data.decode import read_image
 from mlseg.engines.pictures import overlay
 from mlseg.engines.recording import writing
@@ -104,8 +104,8 @@ def find_images(where: str) -> list[Path]:
 def segment(ensemble: Ensemble, image_CHW: np.ndarray) -> np.ndarray:
     """Label map of one image, at its own size.
 
-    The image is resized to the size the networks were trained at (bilinear, antialiased, as in
-    training), and the class probabilities back to the image's size.
+    The image is brought to the size the networks were trained at as in training (bilinear,
+    antialiased; stretched or padded), and the class probabilities back to the image's size.
 
     Args:
         image_CHW: uint8, (C, H, W).
@@ -114,10 +114,10 @@ def segment(ensemble: Ensemble, image_CHW: np.ndarray) -> np.ndarray:
         (H, W) uint8 class indices.
     """
     device = next(ensemble.first.module.parameters()).device
-    size = image_CHW.shape[1:]
-    resized = _resized(image_CHW, ensemble.first.image_size)
-    tensor = torch.from_numpy(resized).unsqueeze(0).to(device)
-    found = ensemble.probabilities(to_float(tensor), (size[0], size[1]))
+    native, size = (image_CHW.shape[1], image_CHW.shape[2]), ensemble.first.image_size
+    resized = _resized(image_CHW, placed(native, size, ensemble.first.fit))
+    tensor = torch.from_numpy(padded(resized, size, PADDING)).unsqueeze(0).to(device)
+    found = ensemble.probabilities(to_float(tensor), native)
     return decide(found, ensemble.threshold)[0].to("cpu", torch.uint8).numpy()
 
 

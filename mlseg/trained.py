@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mlseg import checkpoint
-from mlseg.data import DatasetSpec
-from mlseg.engines.scoring import predict_logits, resized
+from mlseg.data import DatasetSpec, Fit
+from mlseg.engines.scoring import at_native, predict_logits
 from mlseg.errors import UserError
 from mlseg.nets import SegmentorSettings, build_segmentor, class_probabilities
 
@@ -25,6 +25,7 @@ class Trained:
         module: (B, C, H, W) in [-1, 1] to (B, K, H, W) logits, in evaluation mode.
         spec: what its training data were.
         image_size: (H, W) it was trained at, pixels.
+        fit: how images were brought to that size; see ``DataSettings``.
         window: (H, W) of the windows that it was trained on; None: whole images.
         step: at which the weights were taken.
         autocast: whether the run computed in bfloat16.
@@ -38,6 +39,7 @@ class Trained:
     module: nn.Module
     spec: DatasetSpec
     image_size: tuple[int, int]
+    fit: Fit
     window: tuple[int, int] | None
     step: int
     autocast: bool
@@ -69,7 +71,7 @@ class Ensemble:
     """One or more trained segmentors whose class probabilities are averaged.
 
     Attributes:
-        members: of one kind of data and one image size.
+        members: of one kind of data, one image size and one fit.
         threshold: of the mean probability.
     """
 
@@ -91,12 +93,12 @@ class Ensemble:
         return self.probabilities(image_BCHW)
 
     @torch.no_grad()
-    def probabilities(self, image_BCHW: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Mean class probabilities of images, at their size or another.
+    def probabilities(self, image_BCHW: Tensor, native: tuple[int, int] | None = None) -> Tensor:
+        """Mean class probabilities of images, at the size given or that of their file.
 
         Args:
-            image_BCHW: in [-1, 1].
-            size: (H', W') to upsample the probabilities to, bilinearly.
+            image_BCHW: in [-1, 1], brought to the networks' size as they were in training.
+            native: (H', W') to bring the probabilities back to; None: (H, W) as they are.
 
         Returns:
             (B, K, H', W').
@@ -105,7 +107,7 @@ class Ensemble:
         for member in self.members[1:]:
             total = total + member.probabilities(image_BCHW)
         mean = total / len(self.members)
-        return mean if size is None else resized(mean, size)
+        return mean if native is None else at_native(mean, native, self.first.fit)
 
 
 def load_runs(runs: Sequence[Path], device: torch.device, weights: str = "best") -> Ensemble:
@@ -126,6 +128,7 @@ def load_runs(runs: Sequence[Path], device: torch.device, weights: str = "best")
             ("channels", first.spec.channels, other.spec.channels),
             ("ignore_index", first.spec.ignore_index, other.spec.ignore_index),
             ("image_size", first.image_size, other.image_size),
+            ("fit", first.fit, other.fit),
         ):
             if mine != its:
                 raise UserError(
@@ -171,6 +174,7 @@ def load_trained(run: Path, device: torch.device, weights: str = "best") -> Trai
             palette=tuple((r, g, b) for r, g, b in found["palette"]),
         ),
         image_size=(height, width),
+        fit=found.get("fit", "stretch"),
         window=None if window is None else (window[0], window[1]),
         step=state["engine"]["global_step"],
         autocast=found["precision"] == "bf16",

@@ -90,6 +90,26 @@ def test_evaluate_on_another_set(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "camvid" in one_line(capsys)
 
 
+@pytest.mark.parametrize(
+    ("name", "mend"),
+    [
+        ("synthetic_scenes", "name a data set by --data"),
+        ("voc2012", "--data voc2012 scores its validation part"),
+    ],
+)
+def test_evaluate_without_a_test_split_says_so(
+    name: str, mend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = [f"data.name={name}", "data.when_missing=synthetic", "data.test=0"]
+    out = train(tmp_path, *changes, "data.root=none", system="supervised")
+    capsys.readouterr()
+    assert evaluate.main([str(out), "--out", str(tmp_path / "scores.json")]) == 2
+    said = one_line(capsys)
+    assert "its test split is empty" in said
+    assert said.rstrip(")").endswith(mend)
+    assert not (tmp_path / "scores.json").exists()
+
+
 def test_predict_writes_masks_at_each_images_own_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ A data set is one entry of `mlseg.data.catalog`; `python -m mlseg.data` lists an
 from mlseg.data.augmentation import Augmentation, AugmentationSettings
 from mlseg.data.decode import read_image, read_mask
 from mlseg.data.loader import BatchLoader
+from mlseg.data.placement import PADDING, Fit, padded, placed
 from mlseg.data.prepare import SegmentationData, load_data, load_examples
 from mlseg.data.samples import DatasetSpec, Samples, to_device, to_float, to_uint8
 from mlseg.data.scenes import synthetic_scenes
@@ -17,15 +18,19 @@ from mlseg.data.settings import DataSettings
 from mlseg.data.synthetic import synthetic_lesions
 
 __all__ = [
+    "PADDING",
     "Augmentation",
     "AugmentationSettings",
     "BatchLoader",
     "DataSettings",
     "DatasetSpec",
+    "Fit",
     "Samples",
     "SegmentationData",
     "load_data",
     "load_examples",
+    "padded",
+    "placed",
     "read_image",
     "read_mask",
     "synthetic_lesions",

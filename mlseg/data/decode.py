@@ -2,7 +2,7 @@
 
 Images are resized by antialiased bilinear interpolation, masks by nearest neighbour, and a binary
 mask is cut at half its range *after* that: the other way round, or with an interpolating filter and
-truncation, it loses part of its foreground. Shapes are stretched, not cropped.
+truncation, it loses part of its foreground. Shapes are stretched or padded, never cropped.
 """
 
 import hashlib
@@ -11,8 +11,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rich.progress import track
 
 from mlseg.data.catalog import Entry, RawFormat
 from mlseg.data.layout import Example
+from mlseg.data.placement import PADDING, Fit, padded, placed
 from mlseg.data.samples import DatasetSpec, Samples
 from mlseg.errors import RunError, UserError
 
@@ -129,10 +131,14 @@ def decode(
     spec: DatasetSpec,
     size: tuple[int, int],
     cache: Path | None = None,
+    fit: Fit = "stretch",
 ) -> Samples:
     """Decode all examples, in their order, on several threads.
 
     Args:
+        size: (H, W) of the arrays.
+        fit: how images of other shapes get there; "pad" fills them with grey, and the masks with
+            the ignore index, which `spec` must have.
         cache: a folder for memory-mapped files; what is there already and was made from the same
             files is used. None: in memory.
 
@@ -145,24 +151,25 @@ def decode(
     def native(index: int) -> torch.Tensor:
         return torch.from_numpy(_read_masks(examples[index], entry, spec, None))
 
+    def samples(images: NDArray[np.uint8], masks: NDArray[np.uint8], mapped: bool) -> Samples:
+        tensors = torch.from_numpy(images), torch.from_numpy(masks)
+        return Samples(ids, *tensors, spec, mapped=mapped, fit=fit, native_mask=native)
+
+    fill = partial(_fill, examples, entry, spec, fit)
     shapes = (len(ids), spec.channels, *size), (len(ids), *size)
     if cache is None or not ids:
         images, masks = (np.empty(shape, np.uint8) for shape in shapes)
-        _fill(examples, entry, spec, images, masks)
-        return Samples(
-            ids, torch.from_numpy(images), torch.from_numpy(masks), spec, native_mask=native
-        )
-    folder = cache / f"{spec.name}-{_key(examples, entry, spec, size)}"
+        fill(images, masks)
+        return samples(images, masks, mapped=False)
+    folder = cache / f"{spec.name}-{_key(examples, entry, spec, size, fit)}"
     if not folder.is_dir():
         try:
-            _write(folder, examples, entry, spec, shapes)
+            _write(folder, shapes, fill)
         except OSError as error:
             raise RunError(f"{cache}: can't keep decoded images here ({error})") from None
     # Mode "c" gives writable pages that never reach the file; torch wants writable memory.
     images, masks = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("images", "masks"))
-    return Samples(
-        ids, torch.from_numpy(images), torch.from_numpy(masks), spec, True, native_mask=native
-    )
+    return samples(images, masks, mapped=True)
 
 
 def _read_masks(
@@ -180,6 +187,7 @@ def _fill(
     examples: Sequence[Example],
     entry: Entry,
     spec: DatasetSpec,
+    fit: Fit,
     images: NDArray[np.uint8],
     masks: NDArray[np.uint8],
 ) -> None:
@@ -187,9 +195,10 @@ def _fill(
 
     def one(position: int) -> None:
         example = examples[position]
-        _check_sizes(example, entry)
-        images[position] = read_image(example.image, spec.channels, size, entry.raw)
-        masks[position] = _read_masks(example, entry, spec, size)
+        part = placed(_native_size(example, entry), size, fit)
+        image = read_image(example.image, spec.channels, part, entry.raw)
+        images[position] = padded(image, size, PADDING)
+        masks[position] = padded(_read_masks(example, entry, spec, part), size, spec.ignore_index)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         done: Iterable[None] = pool.map(one, range(len(examples)))
@@ -209,7 +218,8 @@ def _fill(
             raise
 
 
-def _check_sizes(example: Example, entry: Entry) -> None:
+def _native_size(example: Example, entry: Entry) -> tuple[int, int]:
+    """(H, W) of an example's image; a UserError if its masks don't fit it."""
     height, width = image_size(example.image, entry.raw)
     for path in example.masks:
         mask_height, mask_width = image_size(path)
@@ -222,14 +232,13 @@ def _check_sizes(example: Example, entry: Entry) -> None:
                 f"{path}: mask of {mask_width}x{mask_height} pixels for the image "
                 f"{example.image.name} of {width}x{height}; they must be of one size"
             )
+    return height, width
 
 
 def _write(
     folder: Path,
-    examples: Sequence[Example],
-    entry: Entry,
-    spec: DatasetSpec,
     shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    fill: Callable[[NDArray[np.uint8], NDArray[np.uint8]], None],
 ) -> None:
     """Decode into files; the folder appears under its name only when it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -239,7 +248,7 @@ def _write(
             np.lib.format.open_memmap(work / f"{name}.npy", "w+", np.uint8, shape)
             for name, shape in zip(("images", "masks"), shapes, strict=True)
         )
-        _fill(examples, entry, spec, images, masks)
+        fill(images, masks)
         images.flush()
         masks.flush()
         del images, masks
@@ -253,7 +262,11 @@ def _write(
 
 
 def _key(
-    examples: Sequence[Example], entry: Entry, spec: DatasetSpec, size: tuple[int, int]
+    examples: Sequence[Example],
+    entry: Entry,
+    spec: DatasetSpec,
+    size: tuple[int, int],
+    fit: Fit,
 ) -> str:
     """Changes with anything that changes the decoded arrays."""
     files = []
@@ -271,7 +284,7 @@ def _key(
         spec.num_classes,
         spec.ignore_index,
     ]
-    return hashlib.sha256(json.dumps([what, size]).encode()).hexdigest()[:20]
+    return hashlib.sha256(json.dumps([what, size, fit]).encode()).hexdigest()[:20]
 
 
 def _open_image(path: Path, raw: RawFormat | None) -> Image.Image:

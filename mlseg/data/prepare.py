@@ -15,9 +15,10 @@ from mlseg.data.decode import decode
 from mlseg.data.fetch import fetch, incomplete
 from mlseg.data.layout import Example, find_examples
 from mlseg.data.palettes import spread_palette
+from mlseg.data.placement import Fit
 from mlseg.data.samples import DatasetSpec, Samples
 from mlseg.data.scenes import synthetic_scenes
-from mlseg.data.settings import DataSettings, check_name, resolve_root
+from mlseg.data.settings import DataSettings, check_fit, check_name, resolve_root
 from mlseg.data.synthetic import synthetic_lesions
 from mlseg.errors import UserError
 
@@ -78,7 +79,7 @@ def load_data(settings: DataSettings) -> SegmentationData:
 
     def decoded(key: str) -> Samples:
         of, examples = wanted[key]
-        return decode(examples, of, of.spec, settings.size, cache)
+        return decode(examples, of, of.spec, settings.size, cache, settings.fit)
 
     return SegmentationData(
         train=decoded("train"),
@@ -99,7 +100,13 @@ def load_data(settings: DataSettings) -> SegmentationData:
     )
 
 
-def load_examples(name: str, root: str | None, size: tuple[int, int], spec: DatasetSpec) -> Samples:
+def load_examples(
+    name: str,
+    root: str | None,
+    size: tuple[int, int],
+    spec: DatasetSpec,
+    fit: Fit = "stretch",
+) -> Samples:
     """All examples of a data set, for scoring a trained model on it.
 
     Args:
@@ -108,22 +115,26 @@ def load_examples(name: str, root: str | None, size: tuple[int, int], spec: Data
         root: as `DataSettings.root`.
         size: (H, W) in pixels.
         spec: of the data the model was trained on; classes and channels must fit.
+        fit: as `DataSettings.fit`.
 
     Raises:
-        UserError: data are missing, bad or of other classes.
+        UserError: data are missing, bad, of other classes, or can't be padded.
     """
     try:
         check_name(name)
+        entry = _fitting(_as_trained(CATALOG[name], spec), spec)
+        mend = "a model of padded images can only be scored on sets that have one"
+        check_fit(fit, name, entry.spec.ignore_index, mend)
     except ValueError as error:
         raise UserError(str(error)) from None
-    entry = _fitting(_as_trained(CATALOG[name], spec), spec)
     folder = resolve_root(name, root)
     if entry.synthetic:
         ids = _synthetic_ids(SYNTHETIC_COUNTS["test"])
-        return _draw_synthetic(entry.spec, ids, size, 0)
+        return _draw_synthetic(entry.spec, ids, size, fit, 0)
     if _absent(folder):
         raise _missing(entry, folder)
-    return decode(_whole(entry, find_examples(entry, folder)), entry, entry.spec, size)
+    examples = _whole(entry, find_examples(entry, folder))
+    return decode(examples, entry, entry.spec, size, fit=fit)
 
 
 def _entry(name: str, settings: DataSettings) -> Entry:
@@ -282,13 +293,15 @@ def _synthetic(entry: Entry, root: Path, settings: DataSettings) -> Segmentation
         _synthetic_ids(SYNTHETIC_POOL), **counts, seed=settings.split_seed, name=f"synthetic {name}"
     )
     train, val, test = (
-        _draw_synthetic(entry.spec, ids, settings.size, 0) for ids in split.as_dict().values()
+        _draw_synthetic(entry.spec, ids, settings.size, settings.fit, 0)
+        for ids in split.as_dict().values()
     )
     others = {}
     for number, other in enumerate(settings.out_of_distribution, 1):
         spec = _fitting(CATALOG[other], entry.spec).spec
         ids = _synthetic_ids(SYNTHETIC_COUNTS["test"])
-        others[other] = _shifted(_draw_synthetic(spec, ids, settings.size, number))
+        drawn = _draw_synthetic(spec, ids, settings.size, settings.fit, number)
+        others[other] = _shifted(drawn)
     if entry.synthetic:
         notice = f"SYNTHETIC DATA: {name} is drawn by mlseg"
     else:
@@ -320,7 +333,7 @@ def _synthetic_ids(number: int) -> list[str]:
 
 
 def _draw_synthetic(
-    spec: DatasetSpec, ids: Sequence[str], size: tuple[int, int], seed: int
+    spec: DatasetSpec, ids: Sequence[str], size: tuple[int, int], fit: Fit, seed: int
 ) -> Samples:
     """Lesions for two classes, scenes for more, with the channels of `spec`."""
     numbers = [int(name.rpartition("-")[2]) for name in ids]
@@ -330,7 +343,7 @@ def _draw_synthetic(
         images, masks = synthetic_scenes(
             numbers, size, spec.classes, spec.ignore_index, seed, spec.channels
         )
-    return Samples(list(ids), images, masks, spec)
+    return Samples(list(ids), images, masks, spec, fit=fit)
 
 
 def _shifted(samples: Samples) -> Samples:

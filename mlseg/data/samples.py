@@ -4,10 +4,12 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from mlseg.data.placement import Fit
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Samples:
         masks: (N, H, W) uint8, class indices or the ignore index.
         spec: of the data set they come from.
         mapped: whether the tensors are memory-mapped files, larger than should be held in memory.
+        fit: how files of other shapes were, or would be, brought to that size.
         native_mask: reads the mask of one example, by its place, at its own size, (H', W') uint8;
             None where the masks have no other size than that of `masks`.
     """
@@ -54,6 +57,7 @@ class Samples:
     masks: Tensor
     spec: DatasetSpec
     mapped: bool = False
+    fit: Fit = "stretch"
     native_mask: Callable[[int], Tensor] | None = field(default=None, repr=False, compare=False)
     _copies: dict[torch.device, tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -77,13 +81,13 @@ class Samples:
         """The examples at `indices`, copied, in that order."""
         chosen = torch.as_tensor(list(indices), dtype=torch.int64)
         places = chosen.tolist()
-        ids = [self.ids[index] for index in places]
         read = self.native_mask
-        return Samples(
-            ids,
-            self.images[chosen],
-            self.masks[chosen],
-            self.spec,
+        return replace(
+            self,
+            ids=[self.ids[index] for index in places],
+            images=self.images[chosen],
+            masks=self.masks[chosen],
+            mapped=False,
             native_mask=None if read is None else lambda index: read(places[index]),
         )
 

@@ -9,6 +9,7 @@ import pydantic
 
 from mlseg.config import Settings
 from mlseg.data.catalog import CATALOG, OWN_DATA
+from mlseg.data.placement import Fit
 
 Count = Annotated[int, pydantic.Field(ge=0)]
 
@@ -24,7 +25,11 @@ class DataSettings(Settings):
             at the working directory. Not given: data/<name>.
         when_missing: what to do if the folder isn't there or is empty: stop, take a synthetic
             stand-in of the same number of channels and classes, or download.
-        image_size: pixels, one number or [height, width]; images are stretched to it.
+        image_size: pixels, one number or [height, width].
+        fit: how images get there. "stretch" gives them its shape. "pad" keeps theirs: what is
+            larger is shrunk, nothing is enlarged; they lie at the top left, the rest is grey and,
+            in the masks, ignored. Only for sets with an ignore index; drawn images have the size
+            already.
         train, val, test: number of examples; not given: see `mlseg.data.splits`.
         split_seed: another seed, another draw of the examples.
         splits: "official" takes the split that the set comes with, "drawn" draws from its
@@ -45,6 +50,7 @@ class DataSettings(Settings):
     root: str | None = None
     when_missing: Literal["error", "synthetic", "download"] = "error"
     image_size: int | list[int] = 256
+    fit: Fit = "stretch"
     train: Annotated[int, pydantic.Field(ge=1)] | None = None
     val: Count | None = None
     test: Count | None = None
@@ -104,6 +110,17 @@ class DataSettings(Settings):
             raise ValueError(f"out_of_distribution_roots: {unused[0]!r} isn't tested on")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _can_pad(self) -> "DataSettings":
+        for name in (self.name, *self.out_of_distribution):
+            if name in OWN_DATA:
+                mend = "set data.ignore_index, or data.fit to stretch"
+                check_fit(self.fit, name, self.ignore_index, mend)
+            else:
+                ignore_index = CATALOG[name].spec.ignore_index
+                check_fit(self.fit, name, ignore_index, "set data.fit to stretch")
+        return self
+
     @property
     def size(self) -> tuple[int, int]:
         """(H, W) in pixels."""
@@ -123,6 +140,21 @@ def check_name(name: str) -> str:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"no data set {name!r}; {hint}there are {', '.join(CATALOG)}")
     return name
+
+
+def check_fit(fit: Fit, name: str, ignore_index: int | None, mend: str) -> None:
+    """Check that a data set's images can be padded, if they are to be.
+
+    Args:
+        mend: what else to do, for the message.
+
+    Raises:
+        ValueError: its masks have no value for what is padded.
+    """
+    if fit == "pad" and ignore_index is None and not CATALOG[name].synthetic:
+        raise ValueError(
+            f"data.fit: pad gives padding the ignore index, and {name!r} has none; {mend}"
+        )
 
 
 def resolve_root(name: str, root: str | None) -> Path:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,62 @@ def test_decoding_a_set_in_memory_and_in_a_cache(folder: Path, tmp_path: Path) -
     assert made.stat().st_mtime_ns == stamp
     write_image(folder / "images" / "p03.png", 250, "RGB")  # a changed file is decoded anew
     assert decode_examples(examples, entry, entry.spec, SIZE, cache).images[3].max() == 250
+
+
+def test_padded_images_keep_their_shape(folder: Path, tmp_path: Path) -> None:
+    size, ignore = (20, 24), 255
+    shapes = [(20, 24), (7, 11), (20, 9), (5, 24), (40, 30), (21, 60)]
+    seen = [(20, 24), (7, 11), (20, 9), (5, 24), (20, 15), (8, 24)]  # 21 * 24 / 60 = 8.4
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+    masks = [rng.choice([0, 1, ignore], shape).astype(np.uint8) for shape in shapes]
+    for number, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        write_image(folder / "images" / f"p{number:02d}.png", image)
+        write_image(folder / "masks" / f"p{number:02d}.png", mask)
+    examples, entry = folder_examples(folder)
+    examples, entry = examples[: len(shapes)], replace(entry, masks="index")
+    spec = replace(entry.spec, ignore_index=ignore)
+    samples = decode_examples(examples, entry, spec, size, fit="pad")
+    assert samples.fit == samples.subset([1]).fit == "pad"
+    for number, (height, width) in enumerate(seen):
+        image, mask = Image.fromarray(images[number]), Image.fromarray(masks[number])
+        if shapes[number] != seen[number]:
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+            mask = mask.resize((width, height), Image.Resampling.NEAREST)
+        expected = np.full((*size, 3), 128, np.uint8)
+        expected[:height, :width] = np.asarray(image)
+        assert np.array_equal(samples.images[number].permute(1, 2, 0), expected)
+        labels = np.full(size, ignore, np.uint8)
+        labels[:height, :width] = np.asarray(mask)
+        assert np.array_equal(samples.masks[number], labels)
+    for own, mask in zip(samples.native_masks(), masks, strict=True):
+        assert np.array_equal(own, mask)
+
+    cache = tmp_path / "cache"
+    for fit in ("pad", "stretch", "pad"):  # each has its own files
+        cached = decode_examples(examples, entry, spec, size, cache, fit)
+        assert cached.images.equal(samples.images) == (fit == "pad")
+        assert cached.masks.equal(samples.masks) == (fit == "pad")
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_turned_photo_is_padded_as_it_is_shown(folder: Path) -> None:
+    examples, entry = folder_examples(folder)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter turn: 10 rows of 12 are shown as 12 rows of 10
+    path = folder / "images" / "p00.png"
+    with Image.open(path) as image:
+        image.save(path, exif=turned)
+    write_image(folder / "masks" / "p00.png", np.ones((12, 10), np.uint8))
+    spec = replace(entry.spec, ignore_index=255)
+    masks = decode_examples(examples[:1], entry, spec, (16, 16), fit="pad").masks
+    assert (masks != 255).sum() == 120
+    assert (masks[0, :12, :10] == 1).all()
+
+
+def test_the_mask_of_what_can_be_padded_has_its_images_size() -> None:
+    """Scoring finds the image's place from the mask's size."""
+    assert all(e.same_size for e in CATALOG.values() if e.spec.ignore_index is not None)
 
 
 def test_a_fault_leaves_no_half_written_cache(folder: Path, tmp_path: Path) -> None:

@@ -231,6 +231,39 @@ def test_examples_for_scoring_a_trained_model(tmp_path: Path, folder: Path) -> N
         load_examples("phh2", None, (8, 8), spec)
 
 
+def test_padded_data_and_examples(folder: Path) -> None:
+    for path in (folder / "masks").iterdir():
+        write_image(path, half_mask(value=1))  # 10 rows of 12, as the images
+    data = load_data(own(folder, ignore_index=9, fit="pad"))
+    for samples in (data.train, data.val, data.test):
+        assert samples.fit == "pad"
+        assert (samples.masks[:, :10, :6] == 1).all()
+        assert (samples.masks[:, :10, 6:12] == 0).all()
+        assert (samples.masks == 9).sum() == len(samples) * (16 * 16 - 10 * 12)
+    whole = load_examples("folder", str(folder), (16, 16), data.spec, "pad")
+    assert whole.subset([whole.ids.index(data.val.ids[0])]).images.equal(data.val.images[:1])
+    assert load_data(own(folder, ignore_index=9)).train.masks.max() == 1, "stretched by default"
+    message = "data.fit: pad .* 'ph2' has none; a model of padded images"
+    with pytest.raises(UserError, match=message) as error:
+        load_examples("ph2", None, (16, 16), data.spec, "pad")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["voc2012", "synthetic_lesions"])
+def test_what_is_drawn_needs_no_padding(name: str) -> None:
+    stretched, data = (
+        load_data(
+            DataSettings(
+                name=name, when_missing="synthetic", image_size=32, train=2, val=1, test=1, fit=fit
+            )
+        )
+        for fit in ("stretch", "pad")
+    )
+    assert data.train.images.equal(stretched.train.images)
+    assert data.train.masks.equal(stretched.train.masks)
+    assert (stretched.val.fit, data.val.fit) == ("stretch", "pad")
+
+
 def test_where_a_root_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_root("ph2", None) == Path("data/ph2")
     assert resolve_root("ph2", "there") == Path("there")
@@ -253,6 +286,19 @@ def test_where_a_root_is(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"name": "ph2", "out_of_distribution": ["dermis", "dermis"]}, "named twice"),
         ({"name": "ph2", "out_of_distribution_roots": {"dermis": "x"}}, "isn't tested on"),
         ({"name": "ph2", "train": 0}, "greater than or equal to 1"),
+        (
+            {"name": "ph2", "fit": "pad"},
+            r"data\.fit: pad .* 'ph2' has none; set data\.fit to stretch",
+        ),
+        (
+            {"name": "pairs", "fit": "pad"},
+            r"data\.fit: pad .* 'pairs' has none; set data\.ignore_index, or data\.fit to stretch",
+        ),
+        (
+            {"name": "folder", "ignore_index": 9, "fit": "pad", "out_of_distribution": ["ph2"]},
+            "'ph2' has none",
+        ),
+        ({"name": "ph2", "fit": "crop"}, "'stretch' or 'pad'"),
         ({"name": "ph2", "when_missing": "skip"}, "'error', 'synthetic' or 'download'"),
     ],
 )
