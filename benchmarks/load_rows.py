@@ -20,9 +20,9 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydantic import NonNegativeInt
 
@@ -114,8 +114,7 @@ class Grid:
                 log = self.out / "logs" / f"{name}_{seed}.log"
                 log.parent.mkdir(parents=True, exist_ok=True)
                 with log.open("wb") as file:
-                    command = [sys.executable, "-m", "mlseg.run", *self.command(name, seed)]
-                    code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+                    code = _call(["-m", "mlseg.run", *self.command(name, seed)], file)
                 if code:
                     said = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
                     raise UserError(f"{name}, seed {seed}: exit code {code}: {said} (see {log})")
@@ -138,6 +137,11 @@ class Grid:
                 raise UserError(f"the runs differ in {key}; keep them apart")
         return result
 
+    def changes(self, name: str, seeds: Iterable[int]) -> list[dict[str, Any]]:
+        """``classes.json`` of a row's finished runs."""
+        paths = (self.directory(name, seed) / "classes.json" for seed in seeds)
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
     def write(self, command: str) -> None:
         """Write ``table.md`` and ``table.json``; print the first."""
         found = self.found()
@@ -153,10 +157,20 @@ class Grid:
                 said += f", as many updates as {row.updates_of}" if row.updates_of else ""
                 lines.append(f"- {name}: {said or 'as configured'}")
         lines += _scores(rows, {name: sorted(seeds) for name, seeds in found.items()})
-        lines += _classes(found)
+        lines += _classes({name: self.changes(name, seeds) for name, seeds in found.items()})
         write_json(self.out / "table.json", {"machine": head, "rows": rows})
         write_text(self.out / "table.md", "\n".join(lines) + "\n")
         print("\n".join(lines))
+
+
+def _call(arguments: Sequence[str], log: BinaryIO) -> int:
+    """Run Python; its exit code. Ctrl-C reaches it as well: it is given the time to save."""
+    process = subprocess.Popen([sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
 
 
 def _row(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -195,41 +209,43 @@ def _scores(rows: Mapping[str, Any], seeds: Mapping[str, Sequence[int]]) -> list
     return lines
 
 
-def _classes(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[str]:
-    """IoU of every class before and after, by mean gain, with its spread over seeds."""
+def _classes(changes: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """IoU of every class before and after, by mean gain, with its spread over seeds.
+
+    Args:
+        changes: ``classes.json`` of each seed, by row.
+    """
     lines: list[str] = []
-    for name, seeds in found.items():
-        scores = [r["scores"] for r in seeds.values()]
-        split = next((s for s in CLASS_SPLITS if all(s in x["start"] for x in scores)), None)
+    for name, seeds in changes.items():
+        split = next((s for s in CLASS_SPLITS if all(s in seed for seed in seeds)), None)
         if split is None:
             continue
-        keys = [key for key in scores[0]["start"][split] if key.startswith("iou_")]
         rows = []
-        for key in keys:
-            start = [100 * x["start"][split][key] for x in scores]
-            best = [100 * x["best"][split][key] for x in scores]
-            gain = _spread([b - a for a, b in zip(start, best, strict=True)])
-            rows.append((gain["mean"], key.removeprefix("iou_"), start, best, gain))
-        rows.sort(key=lambda row: -row[0])
+        for key in seeds[0][split]["classes"]:
+            pairs = [[100 * iou for iou in seed[split]["classes"][key]] for seed in seeds]
+            start, best = ([pair[which] for pair in pairs] for which in (0, 1))
+            rows.append((key, start, best, _spread([b - a for a, b in pairs])))
+        rows.sort(key=lambda row: -row[-1]["mean"])
         lines += ["", f"## {name}: IoU by class, {split}, per cent, by gain", ""]
         lines += _table(
             ["class", "start", "final", "gain"],
             [
                 [key, _show(_spread(start), 2), _show(_spread(best), 2), _show(gain, 2, "+")]
-                for _, key, start, best, gain in rows
+                for key, start, best, gain in rows
             ],
         )
     return lines
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean and sample standard deviation (0 for a single value)."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and sample standard deviation; None for a single value's."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "std": deviation}
 
 
-def _show(spread: Mapping[str, float], digits: int, sign: str = "") -> str:
-    return f"{spread['mean']:{sign}.{digits}f} ± {spread['std']:.{digits}f}"
+def _show(spread: Mapping[str, float | None], digits: int, sign: str = "") -> str:
+    mean = f"{spread['mean']:{sign}.{digits}f}"
+    return mean if spread["std"] is None else f"{mean} ± {spread['std']:.{digits}f}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -129,7 +129,7 @@ class DiscriminatorTraining:
         if not math.isfinite(loss):
             raise RunError(
                 f"the discriminator's loss on the hold-out is {loss} after {self._epoch} epochs; "
-                "try a lower problems.discriminator.optimizer.lr"
+                "the best model so far is kept; try a lower problems.discriminator.optimizer.lr"
             )
         if loss < self._lowest - self.settings.min_delta:
             self._lowest, self._accuracy, self._patience = loss, accuracy, 0

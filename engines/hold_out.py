@@ -6,6 +6,8 @@ Also the label maps of many images, a batch at a time.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +16,12 @@ from mlseg.data import Samples, to_float
 from mlseg.data.splits import seeded_order
 from mlseg.errors import UserError
 
+T = TypeVar("T")
+
 CPU_BATCH, CPU_PIXELS = 16, 2**20
 """Most images, and most pixels of them, at once on a CPU, where more of them save no time."""
+CUDA_LOGITS = 2**31 // 2
+"""Most logits at once on CUDA: kernels count in 32 bits, and networks pad their input."""
 
 
 def hold_out_indices(ids: list[str], fraction: float, seed: int) -> list[int]:
@@ -86,13 +92,11 @@ class HoldOut:
         self.device = device
         self.autocast = autocast
         self._halve = batch_size is None and device.type == "cuda"
-        height, width = samples.image_size
-        on_cpu = max(1, min(CPU_BATCH, CPU_PIXELS // (height * width)))
-        default = len(samples) if self._halve else on_cpu
-        self.batch_size = min(batch_size or default, len(samples))
-        classes = self.spec.num_classes
-        images, masks = (samples.images, samples.masks) if samples.mapped else samples.on(device)
-        self._images = images
+        classes, pixels = self.spec.num_classes, math.prod(samples.image_size)
+        on_cpu = min(CPU_BATCH, CPU_PIXELS // pixels)
+        default = CUDA_LOGITS // (classes * pixels) if self._halve else on_cpu
+        self.batch_size = min(batch_size or max(1, default), len(samples))
+        self._images, masks = samples.on(device)
         # Truth K + prediction is a cell of the matrix; ignored pixels land in K spare cells.
         row = masks.to(torch.int32)
         ignored = row >= classes if self.spec.ignore_index is None else row == self._ignore
@@ -113,9 +117,13 @@ class HoldOut:
 
         NaN where the network's output isn't finite. The module is left in evaluation mode.
         """
+        return self._as_fits(lambda: self._miou(module))
+
+    def _as_fits(self, once: Callable[[], T]) -> T:
+        """What ``once`` gives with the largest batches that fit."""
         while True:
             try:
-                return self._miou(module)
+                return once()
             except torch.OutOfMemoryError:
                 if not self._halve or self.batch_size == 1:
                     raise
@@ -154,4 +162,13 @@ class HoldOut:
     def maps(self, module: nn.Module, images: Tensor) -> Tensor:
         """Hard label maps of (B, C, H, W) uint8 images, (B, H, W) uint8, in evaluation mode."""
         module.eval()
-        return self._logits(module, images.to(self.device)).argmax(1).to(torch.uint8)
+
+        def once() -> Tensor:
+            parts = images.split(self.batch_size)
+            return torch.cat([self._logits(module, x.to(self.device)).argmax(1) for x in parts])
+
+        return self._as_fits(once).to(torch.uint8)
+
+    def find_batch_size(self, module: nn.Module) -> None:
+        """Settle ``batch_size``, which otherwise the first pass does."""
+        self.maps(module, self.samples.images[: self.batch_size])

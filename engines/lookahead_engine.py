@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ from mlseg.engines.map_buffer import MapBuffer
 from mlseg.engines.segmentation import SegmentationEngine
 from mlseg.engines.settings import EngineSettings, Work
 from mlseg.engines.snapshot import Snapshot
+from mlseg.errors import RunError
 from mlseg.problems.base import Problem
 
 LOOKAHEAD = "lookahead"
@@ -42,7 +44,7 @@ class LookaheadEngine(SegmentationEngine):
         stepper: the problem that updates the model; its module is the segmentor's.
         hold_out: scores the model.
         buffer, training: of the discriminator; None for a controller that never asks for them.
-        rest: validation examples that are not in the hold-out.
+        rest: validation examples, by their places, that are not in the hold-out.
         start_state: gives what ``start.pt`` holds beside the model.
         on_results: is given the scores and both models at the end; writes tables and pictures.
     """
@@ -59,7 +61,7 @@ class LookaheadEngine(SegmentationEngine):
         hold_out: HoldOut,
         buffer: MapBuffer | None,
         training: DiscriminatorTraining | None,
-        rest: Samples,
+        rest: Sequence[int],
         start_state: Callable[[], Mapping[str, Any]] = dict,
         on_results: Sequence[Callable[[LookaheadEngine, Mapping[str, Any]], None]] = (),
         **options: Any,
@@ -70,12 +72,14 @@ class LookaheadEngine(SegmentationEngine):
         self.hold_out = hold_out
         self.buffer = buffer
         self.discriminator_training = training
-        self.rest = rest
+        self.rest = list(rest)
         self.start_state = start_state
         self.on_results = list(on_results)
         self.snapshots = {
             slot: Snapshot(stepper.module, stepper.optimizer) for slot in ("start", "peak")
         }
+        self._taken_at = {"start": 0, "peak": 0}
+        """The step at which each snapshot was taken."""
         self._queue: deque[Command] = deque()
         self._written: int | None = None
         """Maps of the entry that is being made; None between entries."""
@@ -96,9 +100,15 @@ class LookaheadEngine(SegmentationEngine):
         """
         try:
             super().run(iterations)
-        finally:
-            if self.looking_ahead:
-                self._keep_best()
+        except BaseException:
+            with suppress(RunError):  # of the two, the first is the one to tell
+                self._keep_best_of_lookahead()
+            raise
+        self._keep_best_of_lookahead()
+
+    def _keep_best_of_lookahead(self) -> None:
+        if self.looking_ahead:
+            self._keep_best()
 
     def train_step(self) -> None:
         """One piece of work, and what follows from it at once."""
@@ -175,6 +185,7 @@ class LookaheadEngine(SegmentationEngine):
 
     def _snapshot(self, values: Mapping[str, Any]) -> None:
         self.snapshots[values["slot"]].take()
+        self._taken_at[values["slot"]] = self.global_step
         if self.best is None:
             self._keep_best()
             if self.recorder.directory is not None:
@@ -184,6 +195,7 @@ class LookaheadEngine(SegmentationEngine):
     def _promote(self, _: Mapping[str, Any]) -> None:
         start, peak = self.snapshots["start"], self.snapshots["peak"]
         self.snapshots.update(start=peak, peak=start)  # the memory of either is used again
+        self._taken_at["start"] = self._taken_at["peak"]
         self._keep_best()
 
     def _restore(self, _: Mapping[str, Any]) -> None:
@@ -220,6 +232,7 @@ class LookaheadEngine(SegmentationEngine):
             return super().work()
         updates, cycles = self.controller.longest
         held = self.hold_out
+        held.find_batch_size(self.stepper.module)
         batch = held.samples.images[: held.batch_size]
         batches = math.ceil(len(held) / held.batch_size)
         module = self.stepper.module
@@ -247,7 +260,8 @@ class LookaheadEngine(SegmentationEngine):
         name, miou = self.controller.best
         if not math.isfinite(miou) or (self.best is not None and self.best["model"] == name):
             return
-        self.best = {"metric": METRIC, "value": miou, "step": self.global_step, "model": name}
+        step = self._taken_at[self.controller.best_slot]
+        self.best = {"metric": METRIC, "value": miou, "step": step, "model": name}
         if self.recorder.directory is not None:
             checkpoint.save(self._checkpoint(BEST), self.best_state_dict())
 
@@ -285,6 +299,8 @@ class LookaheadEngine(SegmentationEngine):
                 "queue": [[command.action, dict(command.values)] for command in self._queue],
                 "written": self._written,
                 "snapshots": {key: value.state_dict() for key, value in self.snapshots.items()},
+                "taken_at": dict(self._taken_at),
+                "hold_out_batch": self.hold_out.batch_size,
                 "buffer": None if buffer is None else buffer.state_dict(),
                 "training": None if training is None else training.state_dict(),
             },
@@ -299,6 +315,8 @@ class LookaheadEngine(SegmentationEngine):
         self._written = mine["written"]
         for key, value in mine["snapshots"].items():
             self.snapshots[key].load_state_dict(value)
+        self._taken_at = dict(mine["taken_at"])
+        self.hold_out.batch_size = mine["hold_out_batch"]
         if self.buffer is not None:
             self.buffer.load_state_dict(mine["buffer"])
         if self.discriminator_training is not None:
@@ -311,7 +329,7 @@ class LookaheadEngine(SegmentationEngine):
 
         The model was chosen on ``val_hold_out``; ``val_rest`` and ``test`` it has never met.
         """
-        named = {"val_hold_out": self.hold_out.samples, "val_rest": self.rest}
+        named = {"val_hold_out": self.hold_out.samples, "val_rest": self.data.val.subset(self.rest)}
         return super().splits() | {name: s for name, s in named.items() if len(s)}
 
     def results(self) -> dict[str, Any]:

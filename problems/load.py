@@ -46,7 +46,7 @@ from mlseg.errors import UserError
 from mlseg.losses import balanced_cross_entropy, fooling_loss, relax
 from mlseg.nets import build_segmentor
 from mlseg.nets.discriminators import Discriminator as DiscriminatorNetwork
-from mlseg.nets.discriminators import one_hot
+from mlseg.nets.discriminators import one_hot, require_input_size
 from mlseg.nets.layers import freeze_batch_norm
 from mlseg.problems import load_records as records
 from mlseg.problems.base import Problem
@@ -73,7 +73,9 @@ class Pretraining(Problem):
         if self.count <= self.weighted_steps:
             return balanced_cross_entropy(logits, mask, self.mean_pixels, self.ignore_index)
         ignore = -100 if self.ignore_index is None else self.ignore_index
-        return functional.cross_entropy(logits.float(), mask, ignore_index=ignore)
+        loss = functional.cross_entropy(logits.float(), mask, ignore_index=ignore, reduction="sum")
+        # A batch of windows may lie in the padding, whole.
+        return loss / (mask != ignore).sum().clamp_min(1)
 
 
 class Generator(Problem):
@@ -151,7 +153,7 @@ def build(settings: LoadSettings, out: Path | None) -> LookaheadEngine:
     chosen = hold_out_indices(data.val.ids, settings.hold_out.fraction, settings.hold_out.seed)
     held = data.val.subset(chosen)
     require_every_class(held, "hold_out.fraction")
-    rest = data.val.subset(sorted(set(range(len(data.val))) - set(chosen)))
+    rest = sorted(set(range(len(data.val))) - set(chosen))
 
     with seeded(settings.seed, "segmentor"):
         network = build_segmentor(settings.segmentor, spec.channels, spec.num_classes)
@@ -165,6 +167,8 @@ def build(settings: LoadSettings, out: Path | None) -> LookaheadEngine:
     critic.to(memory_format=torch.channels_last)
 
     augmentation = Augmentation(settings.augmentation, spec.ignore_index)
+    size = settings.augmentation.output_size(data.train.image_size)
+    require_input_size(settings.discriminator, size)
 
     def problem(cls: type[Problem], name: str, module: nn.Module, with_loader: bool = True) -> Any:
         level = getattr(levels, name)
@@ -262,9 +266,8 @@ def load_start(network: nn.Module, path: Path, num_classes: int) -> dict[str, An
             f"start: {path} has {description['num_classes']} classes, the data have {num_classes}; "
             "name a model of the same classes, or train one (start=null)"
         )
-    weights = state["problems"][description["problem"]]["module"]
     try:
-        network.load_state_dict(weights)
+        network.load_state_dict(state["problems"][description["problem"]]["module"])
     except RuntimeError as error:
         raise UserError(
             f"start: {path} doesn't fit the segmentor of this config "

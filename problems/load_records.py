@@ -38,7 +38,7 @@ def attach(engine: LookaheadEngine, pictures: int) -> None:
         directory = engine.recorder.directory
         if directory is None:
             return
-        changes = class_changes(report["scores"], engine.data.spec.classes)
+        changes = class_changes(report["scores"], engine.data.spec.classes, shown(engine.splits()))
         write_json(directory / "classes.json", changes)
         write_text(directory / "classes.md", markdown(changes))
         tables.append(changes)
@@ -53,8 +53,24 @@ def attach(engine: LookaheadEngine, pictures: int) -> None:
 # ------------------------------------------------------------------------ per class
 
 
-def class_changes(scores: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+def shown(splits: Mapping[str, Samples]) -> dict[str, set[str]]:
+    """Names of the classes that the masks of each split hold."""
+    found = {}
+    for split, samples in splits.items():
+        counts = torch.bincount(samples.masks.flatten(), minlength=256)
+        found[split] = {name for name, n in zip(samples.spec.classes, counts, strict=False) if n}
+    return found
+
+
+def class_changes(
+    scores: Mapping[str, Any], classes: Sequence[str], present: Mapping[str, set[str]]
+) -> dict[str, Any]:
     """IoU, as fractions, of the start and of the best model; classes by gain on the split.
+
+    Args:
+        scores: of both models.
+        classes: names.
+        present: those that each split's truth shows; of others nothing could be hit.
 
     Returns:
         {split: {"miou": [start, best], "classes": {class: [start, best]}}}
@@ -64,7 +80,8 @@ def class_changes(scores: Mapping[str, Any], classes: Sequence[str]) -> dict[str
         if not all(split in scores.get(name, {}) for name in ("start", "best")):
             continue
         start, best = scores["start"][split], scores["best"][split]
-        rows = {name: [start[f"iou_{name}"], best[f"iou_{name}"]] for name in classes}
+        named = [name for name in classes if name in present[split]]
+        rows = {name: [start[f"iou_{name}"], best[f"iou_{name}"]] for name in named}
         found[split] = {
             "miou": [start["pooled_jaccard"], best["pooled_jaccard"]],
             "classes": dict(sorted(rows.items(), key=lambda row: row[1][0] - row[1][1])),
@@ -95,6 +112,8 @@ def summary(changes: Mapping[str, Any]) -> Table:
     table = Table("class", "start", "best", "gain", title=f"IoU on {split}, per cent, by gain")
     for line in _lines(changes, split) if split else []:
         table.add_row(*line)
+    if changes and all(start == best for start, best in (c["miou"] for c in changes.values())):
+        table.caption = "no peak was found: the best model is the one it started from"
     return table
 
 

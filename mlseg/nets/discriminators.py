@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mlseg.config import Settings
+from mlseg.errors import UserError
 from mlseg.nets.layers import BatchNorm
 
 _TIMM = {"mobilenet_v1": "mobilenetv1_100", "vgg16": "vgg16"}
+_SMALLEST = {"cnn": 16, "vgg16": 32, "mobilenet_v1": 1}
+"""Pixels a side, which halvings without padding leave something of."""
 
 
 class DiscriminatorSettings(Settings):
@@ -33,6 +36,21 @@ class DiscriminatorSettings(Settings):
     input_size: PositiveInt | None = 224
     dropout: float = Field(default=0.01, ge=0.0, lt=1.0)
     channels: PositiveInt = 32
+
+
+def require_input_size(settings: DiscriminatorSettings, size: tuple[int, int]) -> None:
+    """Raise UserError for an input that is too small for the network.
+
+    Args:
+        settings: which network.
+        size: (H, W) of the images it is given.
+    """
+    side = settings.input_size or min(size)
+    if side < _SMALLEST[settings.name]:
+        raise UserError(
+            f"discriminator.input_size: {side} pixels are too few for {settings.name!r}; give "
+            f"{_SMALLEST[settings.name]} or more"
+        )
 
 
 class Discriminator(nn.Module):

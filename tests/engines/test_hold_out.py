@@ -1,5 +1,6 @@
 """The mIoU after every update: the same as the final scores', at one synchronisation."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,6 +93,28 @@ def test_the_largest_batch_that_fits_is_found_once() -> None:
     given = HoldOut(samples(11), CPU, 7)
     with pytest.raises(torch.OutOfMemoryError):
         given.miou(module)
+
+
+def test_maps_and_dry_runs_find_it_too() -> None:
+    module, images = Greedy(), samples(11).images
+    held = HoldOut(samples(11), CPU, 7)
+    held._halve = True
+    assert torch.equal(
+        held.maps(module, images), HoldOut(samples(11), CPU).maps(module.inner, images)
+    )
+    assert held.batch_size == 2
+    held = HoldOut(samples(11), CPU, 7)
+    held._halve = True
+    held.find_batch_size(module)
+    assert held.batch_size == 2
+
+
+def test_large_images_pass_a_few_at_once() -> None:
+    assert HoldOut(samples(None, 20), CPU).batch_size == 16
+    held = samples(None, 4)
+    wide = [torch.zeros(4, *shape, dtype=torch.uint8) for shape in ((3, 513, 513), (513, 513))]
+    large = replace(held, images=wide[0], masks=wide[1])
+    assert HoldOut(large, CPU).batch_size == 3
 
 
 def test_which_images() -> None:

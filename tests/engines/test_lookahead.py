@@ -96,9 +96,9 @@ def test_the_order_in_which_a_cycle_ends() -> None:
         ("step", None),
         ("snapshot", None),
         ("step", None),
+        ("promote", None),
         ("flush", None),
         ("append", "g2"),
-        ("promote", None),
         ("restore", None),
         ("append", "g1"),
         ("train", None),
@@ -121,6 +121,9 @@ def test_a_number_that_is_none_ends_the_run_and_names_the_best(mu: float) -> Non
     control.observe(0.5)
     with pytest.raises(RunError, match="g0 with"):
         control.observe(mu)
+    for fresh in (Lookahead(settings()), StraightAhead(3)):
+        with pytest.raises(RunError, match="check the start model"):
+            fresh.observe(mu)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +136,7 @@ def test_a_number_that_is_none_ends_the_run_and_names_the_best(mu: float) -> Non
         ({"beta_u": 5.0}, "beta_u"),
         ({"patience": 0}, "patience"),
         ({"on_peak": "retain", "buffer_size": 2}, "can't hold a peak"),
+        ({"retained_peaks": 2, "buffer_size": 5}, "set on_peak to retain"),
     ],
 )
 def test_settings_that_make_no_sense(changes: dict[str, Any], names: str) -> None:
@@ -163,14 +167,24 @@ def test_the_control_keeps_the_best_of_its_updates() -> None:
 
 # ------------------------------------------------------------------------- any script
 
+buffers = st.sampled_from(
+    [
+        *({"buffer_size": size} for size in (2, 3, 5)),
+        *(
+            {"buffer_size": size, "on_peak": "retain", "retained_peaks": peaks}
+            for size, peaks in ((3, 1), (5, 1), (4, 2), (5, 3))
+        ),
+    ]
+)
 anything = st.builds(
-    settings,
+    lambda buffer, **others: settings(**buffer, **others),
+    buffers,
     cycles=st.integers(1, 4),
     patience=st.integers(1, 6),
     peak_patience=st.none() | st.integers(0, 6),
     peak_rule=st.sampled_from(["exceed", "reach"]),
-    buffer_size=st.integers(3, 5),
-    on_peak=st.sampled_from(["flush", "retain"]),
+    beta_l=st.integers(1, 20).map(lambda n: n / UNIT),
+    beta_u=st.integers(0, 3).map(lambda n: n / UNIT),
 )
 # Whole percents: ties and thresholds that are met exactly come up often.
 scores = st.integers(40, 65).map(lambda n: n / UNIT) | st.floats(0.0, 1.0)

@@ -203,6 +203,75 @@ def test_a_nan_in_mid_cycle_keeps_the_best_model(tmp_path: Path) -> None:
     assert tiny.same(best["problems"]["generator"]["module"], dict(watch.models["g4"]["module"]))
 
 
+@pytest.mark.parametrize("peak_patience", [None, 1])
+def test_the_best_model_is_kept_wherever_it_stops(
+    peak_patience: int | None, tmp_path: Path
+) -> None:
+    """After every piece of work: ``best.pt`` has the weights of the model that it names."""
+    engine = play(
+        "52,51,50 / 54,55,53 / 53,53,53 / 53,53,53",
+        tmp_path,
+        lookahead__peak_patience=peak_patience,
+    )
+    watch = Watch(engine)
+    original, named = engine.train_step, []
+
+    def step() -> None:
+        original()
+        engine._keep_best_of_lookahead()
+        if engine.best is None:
+            return
+        best = checkpoint.load(tmp_path / "checkpoints" / "best.pt")
+        name = best["engine"]["best"]["model"]
+        module = best["problems"]["generator"]["module"]
+        assert tiny.same(module, dict(watch.models[name]["module"])), name
+        named.append((name, best["engine"]["best"]["step"]))
+
+    engine.train_step = step  # type: ignore[method-assign]
+    engine.run()
+    found = list(dict.fromkeys(named))
+    assert [name for name, _ in found] == ["g0", "g1", "g4", "g5"]
+    steps = {f"g{e['update']}": e["step"] for e in events(tmp_path, "peak")}
+    assert all(steps[name] == step for name, step in found[1:]), "where it was found"
+
+
+def test_a_disk_that_fills_up_keeps_the_peak(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = play("52,51,50 / 51,51,51 / 51,51,51", tmp_path, buffer_limit_mib=0.0)
+    watch, opened = Watch(engine), engine.buffer.open
+
+    def full(label: str, position: int) -> None:
+        if label == "g3":
+            raise RunError("can't write maps: No space left on device")
+        opened(label, position)
+
+    monkeypatch.setattr(engine.buffer, "open", full)
+    with pytest.raises(RunError, match="No space left"):
+        engine.run()
+    best = checkpoint.load(tmp_path / "checkpoints" / "best.pt")
+    assert best["engine"]["best"]["model"] == "g1"
+    assert tiny.same(best["problems"]["generator"]["module"], dict(watch.models["g1"]["module"]))
+
+
+def test_the_first_error_is_the_one_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = play("52,51,50 / 51,51,51 / 51,51,51")
+    original = engine.hold_out.miou
+
+    def miou(module: Any) -> float:
+        if engine.controller.updates < 2:
+            return original(module)
+        monkeypatch.setattr(engine, "_keep_best", full)
+        raise RunError("the first")
+
+    def full() -> None:
+        raise RunError("can't write best.pt")
+
+    engine.hold_out.miou = miou
+    with pytest.raises(RunError, match="the first"):
+        engine.run()
+
+
 def test_weights_that_are_nan_give_an_miou_that_is(tmp_path: Path) -> None:
     """An argmax over NaN is a class like any other: the number alone wouldn't tell."""
     engine = build()

@@ -96,9 +96,12 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     state = filled(tmp_path, 0.0).state_dict()
     with pytest.raises(UserError, match="resume with the config"):
         MapBuffer((8, 4, 5), 3, tmp_path, 0.0).load_state_dict(state)
-    (tmp_path / "maps_00002.npy").write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"maps_00002\.npy: label maps that the checkpoint needs"):
-        MapBuffer(SHAPE, 3, tmp_path, 0.0).load_state_dict(state)
+    whole = (tmp_path / "maps_00002.npy").read_bytes()
+    for content in (b"broken", b"", whole[:-1], whole[: len(whole) // 2]):
+        (tmp_path / "maps_00002.npy").write_bytes(content)
+        with pytest.raises(UserError, match=r"maps_00002\.npy: label maps that the checkpoint"):
+            MapBuffer(SHAPE, 3, tmp_path, 0.0).load_state_dict(state)
+        assert (tmp_path / "maps_00002.npy").read_bytes() == content, "left as it was found"
     (tmp_path / "maps_00002.npy").unlink()
     with pytest.raises(UserError, match=r"maps_00002\.npy"):
         MapBuffer(SHAPE, 3, tmp_path, 0.0).load_state_dict(state)

@@ -107,7 +107,9 @@ def test_the_picture_shows_what_changed(tmp_path: Path) -> None:
 def test_classes_are_ordered_by_gain() -> None:
     start = {"iou_a": 0.5, "iou_b": 0.5, "pooled_jaccard": 0.5}
     best = {"iou_a": 0.4, "iou_b": 0.8, "pooled_jaccard": 0.6}
-    changes = class_changes({"start": {"test": start}, "best": {"test": best}}, ["a", "b"])
+    absent = {"iou_c": 1.0}
+    scores = {"start": {"test": start | absent}, "best": {"test": best | absent}}
+    changes = class_changes(scores, ["a", "b", "c"], {"test": {"a", "b"}})
     assert list(changes["test"]["classes"]) == ["b", "a"]
     assert "| b | 50.00 | 80.00 | +30.00 |\n| a | 50.00 | 40.00 | -10.00 |" in markdown(changes)
 
@@ -183,6 +185,21 @@ def test_a_step_fools_the_discriminator_more(relaxation: str, loss: str) -> None
     assert torch.stack(losses[-5:]).mean() < losses[0] - 0.001
 
 
+def test_a_batch_without_a_label_teaches_nothing() -> None:
+    """As windows of padded images may be, whole."""
+    engine: Any = tiny.build("load", QUICK)
+    engine.pretraining.ignore_index = 255
+    engine.train()
+    image, mask = engine.pretraining.get_batch()
+    engine.pretraining.weighted_steps = -1  # none
+    with torch.no_grad():
+        loss = engine.pretraining.training_step((image, mask))
+        logits = engine.pretraining.module(image)
+        none = engine.pretraining.training_step((image, torch.full_like(mask, 255)))
+    assert float(loss) == pytest.approx(float(torch.nn.functional.cross_entropy(logits, mask)))
+    assert float(none) == 0
+
+
 def test_ignored_pixels_are_zero_on_both_sides() -> None:
     """The discriminator can't tell real from fake by what nobody has labelled."""
     engine: Any = tiny.build("load", QUICK)
@@ -216,7 +233,9 @@ def test_real_and_fake_have_half_of_the_weight_each() -> None:
         for position in range(entries):
             engine.buffer.open(f"g{position}", position)
         everything = torch.arange(6 * (entries + 1))
-        _, _, real, weight = training._batch("train", everything, training._window, torch.Generator())
+        _, _, real, weight = training._batch(
+            "train", everything, training._window, torch.Generator()
+        )
         assert float(weight[real > 0].sum()) == pytest.approx(float(weight[real == 0].sum()))
         assert float(weight.mean()) == pytest.approx(1.0)
         assert real.sum() == 6
@@ -259,6 +278,8 @@ def test_an_image_and_its_maps_are_flipped_together() -> None:
         ("problems.pretraining.scheduler={name: reduce_on_plateau}", "stage 1 isn't validated"),
         ("discriminator.name=mobilenet_v3", "discriminator.name"),
         ("adversarial.relaxation=hard", "adversarial.relaxation"),
+        ("discriminator.input_size=8", "discriminator.input_size: 8 pixels are too few for 'cnn'"),
+        ("augmentation={window: [12, 30]}", "discriminator.input_size: 12 pixels"),
     ],
 )
 def test_mistakes_are_one_line(

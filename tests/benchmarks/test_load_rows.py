@@ -1,0 +1,141 @@
+"""The grid of LoAd's rows: one command, resumable, one table."""
+
+import json
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import load_rows
+import pytest
+import tiny
+
+from mlseg import run
+
+GRID = """
+config: tiny.yaml
+seeds: [0, 1]
+rows:
+  first: {overrides: [lookahead.beta_l=0.5]}
+  wide: {start_of: first, overrides: [lookahead.buffer_size=4]}
+  control: {start_of: first, updates_of: first}
+"""
+QUICK = {
+    "pretraining.weighted_epochs": 0,
+    "lookahead.cycles": 1,
+    "lookahead.patience": 2,
+    "discriminator_training.max_epochs": 1,
+}
+
+
+@pytest.fixture
+def grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A grid's file; its runs are made in this process."""
+
+    def call(arguments: Sequence[str], log: BinaryIO) -> int:
+        assert list(arguments[:2]) == ["-m", "mlseg.run"]
+        calls.append(list(arguments[2:]))
+        return run.main(arguments[2:])
+
+    calls.clear()
+    monkeypatch.setattr(load_rows, "_call", call)
+    tiny.write_config(tmp_path / "tiny.yaml", "load", QUICK)
+    (tmp_path / "grid.yaml").write_text(GRID, encoding="utf-8")
+    return tmp_path / "grid.yaml"
+
+
+calls: list[list[str]] = []
+
+
+def test_one_command_and_one_table(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = grid.parent / "rows"
+    assert load_rows.main([str(grid), "--out", str(out)]) == 0
+    assert len(calls) == 6
+    text = (out / "table.md").read_text(encoding="utf-8")
+    assert text in capsys.readouterr().out
+    found: dict[str, list[dict[str, Any]]] = {
+        name: [json.loads((out / name / f"seed_{n}" / "results.json").read_text()) for n in (0, 1)]
+        for name in ("first", "wide", "control")
+    }
+    for seed in (0, 1):
+        starts = [found[name][seed]["scores"]["start"] for name in found]
+        assert starts[0] == starts[1] == starts[2], "stage 1 is trained once"
+        assert found["control"][seed]["updates"] == found["first"][seed]["updates"]
+        assert found["first"][seed]["seed"] == seed
+    a, b = (100 * r["scores"]["best"]["test"]["pooled_jaccard"] for r in found["first"])
+    mean, deviation = (a + b) / 2, abs(a - b) / 2**0.5
+    assert f"| {mean:.2f} ± {deviation:.2f} |" in text.partition("## mIoU, test")[2]
+    assert "synthetic images" in text
+    row = json.loads((out / "table.json").read_text())["rows"]["first"]["test"]["best"]
+    assert row == pytest.approx({"mean": mean, "std": deviation})
+
+
+def test_it_goes_on_where_it_was(grid: Path) -> None:
+    out = grid.parent / "rows"
+    assert load_rows.main([str(grid), "--out", str(out), "--seeds", "0"]) == 0
+    (out / "control" / "seed_0" / "results.json").unlink()
+    calls.clear()
+    assert load_rows.main([str(grid), "--out", str(out), "--seeds", "0"]) == 0
+    assert calls == [["--resume", str(out / "control" / "seed_0")]]
+    calls.clear()
+    assert load_rows.main([str(grid), "--out", str(out), "--table"]) == 0
+    assert not calls
+    table = (out / "table.md").read_text(encoding="utf-8").splitlines()
+    assert not [x for x in table if x.startswith("|") and "±" in x], "one seed has no spread"
+
+
+def test_what_does_not_fit_is_one_line(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = grid.parent / "rows"
+
+    def said(*arguments: str) -> str:
+        assert load_rows.main([str(grid), *arguments, "--out", str(out)]) == 2
+        text = capsys.readouterr().err.strip()
+        assert "\n" not in text
+        return text
+
+    assert "no run below" in said("--table")
+    assert "lookahead.patience" in said("lookahead.patience=x")
+    assert not out.exists()
+    grid.write_text(GRID.replace("updates_of: first", "updates_of: last"), encoding="utf-8")
+    assert "rows.control.updates_of: 'last' is no row above it" in said()
+    grid.write_text(GRID.replace("seeds", "sedes"), encoding="utf-8")
+    assert "sedes" in said()
+
+
+def test_runs_on_other_data_are_not_mixed(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = grid.parent / "rows"
+    assert load_rows.main([str(grid), "--out", str(out), "--seeds", "0"]) == 0
+    path = out / "wide" / "seed_0" / "results.json"
+    path.write_text(path.read_text().replace('"synthetic"', '"real"'))
+    assert load_rows.main([str(grid), "--out", str(out), "--table"]) == 2
+    assert "provenance" in capsys.readouterr().err
+
+
+def test_a_failed_run_is_named(
+    grid: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call(arguments: Sequence[str], log: BinaryIO) -> int:
+        log.write(b"failed: a reason\n")
+        return 1
+
+    monkeypatch.setattr(load_rows, "_call", call)
+    assert load_rows.main([str(grid), "--out", str(grid.parent / "rows")]) == 2
+    assert "first, seed 0: exit code 1: ['failed: a reason']" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    waited = []
+
+    class Process:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def wait(self) -> int:
+            waited.append(1)
+            if len(waited) == 1:
+                raise KeyboardInterrupt
+            return 130
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    with (tmp_path / "log").open("wb") as log, pytest.raises(KeyboardInterrupt):
+        load_rows._call(["-c", "pass"], log)
+    assert len(waited) == 2
