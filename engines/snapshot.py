@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,19 @@ from torch import Tensor, nn
 
 _Pairs = list[tuple[Tensor, Tensor]]
 """Where to, and what."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a copy moves, so that the next one needs no search.
+
+    Attributes:
+        tensors: live and kept, a pair of lists per type and device.
+        slots: of the optimizer: a parameter, its state, and the tensors in it.
+    """
+
+    tensors: list[tuple[list[Tensor], list[Tensor]]]
+    slots: list[tuple[Tensor, dict[str, Any], dict[str, Tensor]]]
 
 
 class Snapshot:
@@ -33,9 +47,35 @@ class Snapshot:
         self._tensors: dict[str, Tensor] = {}
         self._slots: list[dict[str, Any]] = []
         self._groups: list[dict[str, Any]] = []
+        self._plan: _Plan | None = None
 
     def take(self) -> None:
         """Copy the present state here."""
+        if self.optimizer is not None:
+            self._groups = [_settings(group) for group in self.optimizer.param_groups]
+        if not self._planned():
+            self._search_and_take()
+            return
+        assert self._plan is not None
+        with torch.no_grad():
+            for live, kept in self._plan.tensors:
+                torch._foreach_copy_(kept, live)
+
+    def restore(self) -> None:
+        """Put the copied state back."""
+        assert self.taken, "nothing has been copied yet"
+        if self.optimizer is not None:
+            for group, settings in zip(self.optimizer.param_groups, self._groups, strict=True):
+                group.update(settings)
+        if not self._planned():
+            self._search_and_restore()
+            return
+        assert self._plan is not None
+        with torch.no_grad():
+            for live, kept in self._plan.tensors:
+                torch._foreach_copy_(live, kept)
+
+    def _search_and_take(self) -> None:
         live = self._live()
         pairs: _Pairs = []
         if not self._tensors:
@@ -48,13 +88,11 @@ class Snapshot:
                 _into(old, new, pairs)
                 for old, new in zip(self._slots or [{} for _ in found], found, strict=True)
             ]
-            self._groups = [_settings(group) for group in self.optimizer.param_groups]
         _copy(pairs)
         self.taken = True
+        self._make_plan()
 
-    def restore(self) -> None:
-        """Put the copied state back."""
-        assert self.taken, "nothing has been copied yet"
+    def _search_and_restore(self) -> None:
         pairs: _Pairs = [(tensor, self._tensors[name]) for name, tensor in self._live().items()]
         if self.optimizer is not None:
             state = self.optimizer.state
@@ -63,9 +101,35 @@ class Snapshot:
                     state[parameter] = _into(state.get(parameter, {}), slot, pairs)
                 else:
                     state.pop(parameter, None)
-            for group, settings in zip(self.optimizer.param_groups, self._groups, strict=True):
-                group.update(settings)
         _copy(pairs)
+        self._make_plan()
+
+    def _planned(self) -> bool:
+        """Whether the tensors are still those that the plan was made for."""
+        if self._plan is None:
+            return False
+        state = {} if self.optimizer is None else self.optimizer.state
+        return all(
+            state.get(parameter) is slot
+            and len(slot) == len(tensors)
+            and all(slot[key] is tensor for key, tensor in tensors.items())
+            for parameter, slot, tensors in self._plan.slots
+        )
+
+    def _make_plan(self) -> None:
+        """Note which tensors go where, if every one of them has its place by now."""
+        pairs: _Pairs = [(tensor, self._tensors[name]) for name, tensor in self._live().items()]
+        slots = []
+        if self.optimizer is not None:
+            for parameter, kept in zip(self._parameters(), self._slots, strict=True):
+                slot = self.optimizer.state.get(parameter, {})
+                known = all(isinstance(value, Tensor) for value in (*slot.values(), *kept.values()))
+                if not slot or slot.keys() != kept.keys() or not known:
+                    self._plan = None
+                    return
+                slots.append((parameter, slot, dict(slot)))
+                pairs += [(slot[key], kept[key]) for key in slot]
+        self._plan = _Plan(_grouped(pairs), slots)
 
     def module_state(self) -> dict[str, Tensor]:
         """The copied weights and buffers, as in the module's ``state_dict``."""
@@ -80,6 +144,7 @@ class Snapshot:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`; tensors move to where the module's are."""
         self.taken = bool(state)
+        self._plan = None
         if not state:
             return
         live = self._live()
@@ -128,12 +193,17 @@ def _into(old: Mapping[str, Any], new: Mapping[str, Any], pairs: _Pairs) -> dict
 
 def _copy(pairs: _Pairs) -> None:
     """All at once: one kernel per type and device, where there are such kernels."""
-    groups: dict[tuple[torch.dtype, torch.device], _Pairs] = {}
-    for to, source in pairs:
-        groups.setdefault((to.dtype, to.device), []).append((to, source))
     with torch.no_grad():
-        for group in groups.values():
-            torch._foreach_copy_([to for to, _ in group], [source for _, source in group])
+        for to, source in _grouped(pairs):
+            torch._foreach_copy_(to, source)
+
+
+def _grouped(pairs: _Pairs) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Pairs by type and device, each group as two lists."""
+    groups: dict[tuple[torch.dtype, torch.device], _Pairs] = {}
+    for one, other in pairs:
+        groups.setdefault((one.dtype, one.device), []).append((one, other))
+    return [([a for a, _ in group], [b for _, b in group]) for group in groups.values()]
 
 
 def _like(parameter: Tensor, key: str, value: Any) -> Any:
