@@ -155,7 +155,7 @@ class Grid:
                 said = " ".join(f"`{text}`" for text in [*self.common, *row.overrides])
                 said += f" from the start of {row.start_of}" if row.start_of else ""
                 said += f", as many updates as {row.updates_of}" if row.updates_of else ""
-                lines.append(f"- {name}: {said or 'as configured'}")
+                lines.append(f"- {name}: {said.strip() or 'as configured'}")
         lines += _scores(rows, {name: sorted(seeds) for name, seeds in found.items()})
         lines += _classes({name: self.changes(name, seeds) for name, seeds in found.items()})
         write_json(self.out / "table.json", {"machine": head, "rows": rows})
