@@ -53,13 +53,8 @@ class Snapshot:
         """Copy the present state here."""
         if self.optimizer is not None:
             self._groups = [_settings(group) for group in self.optimizer.param_groups]
-        if not self._planned():
+        if not self._copied_by_plan(back=False):
             self._search_and_take()
-            return
-        assert self._plan is not None
-        with torch.no_grad():
-            for live, kept in self._plan.tensors:
-                torch._foreach_copy_(kept, live)
 
     def restore(self) -> None:
         """Put the copied state back."""
@@ -67,13 +62,8 @@ class Snapshot:
         if self.optimizer is not None:
             for group, settings in zip(self.optimizer.param_groups, self._groups, strict=True):
                 group.update(settings)
-        if not self._planned():
+        if not self._copied_by_plan(back=True):
             self._search_and_restore()
-            return
-        assert self._plan is not None
-        with torch.no_grad():
-            for live, kept in self._plan.tensors:
-                torch._foreach_copy_(live, kept)
 
     def _search_and_take(self) -> None:
         live = self._live()
@@ -104,17 +94,19 @@ class Snapshot:
         _copy(pairs)
         self._make_plan()
 
-    def _planned(self) -> bool:
-        """Whether the tensors are still those that the plan was made for."""
+    def _copied_by_plan(self, back: bool) -> bool:
+        """Copy, if the tensors are still those that the plan was made for; tells whether."""
         if self._plan is None:
             return False
         state = {} if self.optimizer is None else self.optimizer.state
-        return all(
-            state.get(parameter) is slot
-            and len(slot) == len(tensors)
-            and all(slot[key] is tensor for key, tensor in tensors.items())
-            for parameter, slot, tensors in self._plan.slots
-        )
+        for parameter, slot, tensors in self._plan.slots:
+            same = state.get(parameter) is slot and len(slot) == len(tensors)
+            if not (same and all(slot[key] is tensor for key, tensor in tensors.items())):
+                return False
+        with torch.no_grad():
+            for live, kept in self._plan.tensors:
+                torch._foreach_copy_(*((live, kept) if back else (kept, live)))
+        return True
 
     def _make_plan(self) -> None:
         """Note which tensors go where, if every one of them has its place by now."""
