@@ -139,3 +139,20 @@ def test_an_interrupted_run_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_p
     with (tmp_path / "log").open("wb") as log, pytest.raises(KeyboardInterrupt):
         load_rows._call(["-c", "pass"], log)
     assert len(waited) == 2
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+GRIDS = sorted(path for path in CONFIGS.glob("load_*.yaml") if "rows:" in path.read_text())
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_the_grids_of_configs(path: Path, tmp_path: Path) -> None:
+    """Every row is a config that can be run; three seeds, a control."""
+    made = load_rows.Grid(path, tmp_path, [], None).settings
+    assert len(made.seeds) == 3
+    assert any(row.updates_of for row in made.rows.values())
+    if path.stem == "load_ablation":
+        varied = {text.partition("=")[0] for row in made.rows.values() for text in row.overrides}
+        table_7 = {"beta_l", "beta_u", "patience", "buffer_size"}
+        assert {f"lookahead.{key}" for key in table_7} <= varied
+        assert {"segmentor.encoder", "discriminator.name"} <= varied
