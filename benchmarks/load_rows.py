@@ -9,7 +9,8 @@ model of another row (``start_of``), so that stage 1 is trained once, and be the
 many further cross-entropy updates as another row has made (``updates_of``).
 
 Every run is ``python -m mlseg.run`` in a process of its own. Calling this again goes on: a finished
-run (``results.json``) is kept, an interrupted one is resumed.
+run (``results.json``) is kept, an interrupted one is resumed; with other settings than the grid
+asks for, neither is.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from mlseg.run import parse_run
 
 SPLITS = ("val", "val_hold_out", "val_rest", "test")
 CLASS_SPLITS = ("test", "val_rest")
+TAKEN = ("start", "control")  # what a row takes from another row's run
 
 
 class RowSettings(Settings):
@@ -87,12 +89,16 @@ class Grid:
         """Of one run."""
         return self.out / name / f"seed_{seed}"
 
+    def overrides(self, name: str, seed: int) -> list[str]:
+        """Of the config, for one run, without what it takes from another row's."""
+        return [f"seed={seed}", *self.common, *self.settings.rows[name].overrides]
+
     def command(self, name: str, seed: int) -> list[str]:
         """That runs a row, or goes on with it."""
         directory, row = self.directory(name, seed), self.settings.rows[name]
         if (directory / "config.yaml").exists():
             return ["--resume", str(directory)]
-        overrides = [f"seed={seed}", *self.common, *row.overrides]
+        overrides = self.overrides(name, seed)
         if row.start_of is not None:
             start = self.directory(row.start_of, seed) / "checkpoints" / "start.pt"
             overrides.append(f"start={start}")
@@ -100,6 +106,27 @@ class Grid:
             other = self.directory(row.updates_of, seed) / "results.json"
             overrides.append(f"control={json.loads(other.read_text())['updates']}")
         return [str(self.source), *overrides, "--out", str(directory)]
+
+    def check(self) -> None:
+        """That every run found belongs to this grid, so that no table mixes settings.
+
+        Raises:
+            UserError: one has other settings; its key is named.
+        """
+        for name in self.settings.rows:
+            for path in sorted((self.out / name).glob("seed_*/config.yaml")):
+                seed = int(path.parent.name.removeprefix("seed_"))
+                asked = config.load(self.source, self.overrides(name, seed))
+                before, now = (
+                    parse_run(tree)[0].model_dump(mode="json")
+                    for tree in (config.load(path), asked)
+                )
+                changed = [key for key in config.differences(before, now) if key not in TAKEN]
+                if changed:
+                    raise UserError(
+                        f"{path}: {changed[0]} is not what this grid asks for; name another --out, "
+                        f"or remove {path.parent}"
+                    )
 
     def run(self) -> None:
         """Bring every run to its end, seed by seed.
@@ -152,7 +179,7 @@ class Grid:
         lines += [f"- runs on: {some['device']}", f"- command: `{command}`"]
         for name, row in self.settings.rows.items():
             if name in found:
-                said = " ".join(f"`{text}`" for text in [*self.common, *row.overrides])
+                said = " ".join(f"`{text}`" for text in row.overrides)
                 said += f" from the start of {row.start_of}" if row.start_of else ""
                 said += f", as many updates as {row.updates_of}" if row.updates_of else ""
                 lines.append(f"- {name}: {said.strip() or 'as configured'}")
@@ -266,6 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(given)
     try:
         grid = Grid(arguments.grid, arguments.out, arguments.overrides, arguments.seeds)
+        grid.check()
         if not arguments.table:
             grid.run()
         grid.write(f"python benchmarks/load_rows.py {shlex.join(given)}")

@@ -111,6 +111,19 @@ def test_runs_on_other_data_are_not_mixed(grid: Path, capsys: pytest.CaptureFixt
     assert "provenance" in capsys.readouterr().err
 
 
+def test_runs_with_other_settings_are_not_mixed(
+    grid: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = grid.parent / "rows"
+    assert load_rows.main([str(grid), "--out", str(out), "--seeds", "0"]) == 0
+    calls.clear()
+    for more in ([], ["--table"]):
+        given = [str(grid), "lookahead.patience=3", "--out", str(out), *more]
+        assert load_rows.main(given) == 2
+        assert "lookahead.patience is not what this grid asks for" in capsys.readouterr().err
+    assert not calls
+
+
 def test_a_failed_run_is_named(
     grid: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
