@@ -75,6 +75,8 @@ class LookaheadSettings(Settings):
                 f"buffer_size: {self.buffer_size} sets can't hold a peak, an ending model and "
                 f"{self.retained_peaks} earlier peaks; give {2 + self.retained_peaks} or more"
             )
+        if self.peak_patience is None and self.peak_rule != "exceed":
+            raise ValueError("peak_rule: there is no Omega to reach; set peak_patience as well")
         if self.on_peak == "flush" and self.retained_peaks != 1:
             raise ValueError("retained_peaks: a flush keeps none; set on_peak to retain as well")
         return self
@@ -89,7 +91,8 @@ class Command:
     =========  ====================================================================================
     evaluate   score the present model on the hold-out; the controller waits for the number
     step       one update of the present model, then evaluate; the controller waits for the number
-    snapshot   ``slot``: copy the present model and its optimizer into "start" or "peak"
+    snapshot   ``slot``: copy the present model and its optimizer into "start" or "peak"; ``model``,
+               ``miou``: its name and score
     promote    the peak's snapshot becomes the start's
     restore    put the start's snapshot back
     flush      ``keep``: positions in the buffer that stay, in this order
@@ -120,10 +123,6 @@ class Controller(Protocol):
     @property
     def best(self) -> tuple[str, float]:
         """Name and mIoU of the best model accepted so far."""
-
-    @property
-    def best_slot(self) -> str:
-        """The snapshot that holds it."""
 
     @property
     def longest(self) -> tuple[int, int]:
@@ -178,11 +177,6 @@ class Lookahead:
         return self.start, self.mu_0
 
     @property
-    def best_slot(self) -> str:
-        """The snapshot that holds it."""
-        return "start" if self.peak is None else "peak"
-
-    @property
     def longest(self) -> tuple[int, int]:
         """Updates and cycles of a run without a peak in which no cycle diverges."""
         return self.settings.cycles * self.settings.patience, self.settings.cycles
@@ -214,8 +208,8 @@ class Lookahead:
         self.mu = self.mu_0 = self.mu_s = self.mu_p = mu
         self.buffer = [self.start]
         return [
+            _snapshot("start", self.start, mu),
             _note("start", model=self.start, miou=mu),
-            Command("snapshot", {"slot": "start"}),
             Command("append", {"label": self.start, "position": 0}),
             Command("train"),
             *self._cycle(),
@@ -237,20 +231,21 @@ class Lookahead:
         self.mu = mu
         name, threshold = f"g{self.updates}", self.mu_s + self.settings.beta_u
         where = {"cycle": self.cycle, "update": self.updates, "miou": mu}
-        commands = [_note("update", **where, gamma=self.gamma, omega=self.omega)]
+        copies: list[Command] = []  # before anything else: what has been found can't be lost any more
+        notes = [_note("update", **where, gamma=self.gamma, omega=self.omega)]
         if mu > threshold:
             if mu > self.mu_p:
-                commands.append(_note("peak", **where, threshold=threshold, before=self.mu_p))
-                commands.append(Command("snapshot", {"slot": "peak"}))
+                copies.append(_snapshot("peak", name, mu))
+                notes.append(_note("peak", **where, threshold=threshold, before=self.mu_p))
                 self.mu_p, self.peak = mu, name
             if self._search_is_over():
-                commands.append(_note("restart", **where, before=self.mu_s, omega=self.omega))
-                commands.append(Command("snapshot", {"slot": "start"}))
+                copies.append(_snapshot("start", name, mu))
+                notes.append(_note("restart", **where, before=self.mu_s, omega=self.omega))
                 self.mu_s, self.start = mu, name
                 self.omega = self.gamma = 0
             self.omega += 1
         self.gamma += 1
-        return commands
+        return copies + notes
 
     def _search_is_over(self) -> bool:
         limit = self.settings.peak_patience
@@ -260,6 +255,8 @@ class Lookahead:
 
     def _end(self, reason: str) -> list[Command]:
         ending, before = f"g{self.updates}", list(self.buffer)
+        # The peak's snapshot is the start's from here on, before anything that takes time.
+        promotion = [] if self.peak is None else [Command("promote")]
         if self.peak is not None:
             commands = self._end_with(self.peak, ending)
         else:
@@ -282,8 +279,8 @@ class Lookahead:
             self.stopped = True
             stop = {"updates": self.updates, "cycles": self.cycle}
             note_stop = _note("stop", **stop, model=self.start, miou=self.mu_s)
-            return [note, *commands, note_stop, Command("stop")]
-        return [note, *commands, Command("train"), *self._cycle()]
+            return [*promotion, note, *commands, note_stop, Command("stop")]
+        return [*promotion, note, *commands, Command("train"), *self._cycle()]
 
     def _end_with(self, peak: str, ending: str) -> list[Command]:
         """A peak: it becomes the start; the buffer holds its maps and the ending model's."""
@@ -295,10 +292,8 @@ class Lookahead:
         self.buffer = [peak, *(self.buffer[place] for place in keep), ending]
         self.start, self.mu_s, self.mu_0 = peak, self.mu_p, self.mu_p
         self.psi = 0
-        # The peak's snapshot is the start's from here on, before anything that takes time. The
-        # ending model's maps come before the roll-back, while it is the present model.
+        # The ending model's maps come before the roll-back, while it is the present model.
         return [
-            Command("promote"),
             Command("flush", {"keep": keep}),
             Command("append", {"label": ending, "position": len(keep)}),
             *self._roll_back(),
@@ -357,11 +352,6 @@ class StraightAhead:
         return self.name, self.mu_best
 
     @property
-    def best_slot(self) -> str:
-        """The only one."""
-        return "start"
-
-    @property
     def longest(self) -> tuple[int, int]:
         """All updates, in one cycle."""
         return self.length, 1
@@ -380,15 +370,18 @@ class StraightAhead:
             raise _not_finite(mu, self.updates, self.cycle, self.best)
         if self.cycle == 0:
             self.cycle, self.mu_best = 1, mu
-            first = [_note("start", model="g0", miou=mu), Command("snapshot", {"slot": "start"})]
-            return [*first, Command("step")]
+            return [
+                _snapshot("start", "g0", mu),
+                _note("start", model="g0", miou=mu),
+                Command("step"),
+            ]
         self.updates += 1
         where = {"cycle": self.cycle, "update": self.updates, "miou": mu}
         commands = [_note("update", **where)]
         if mu > self.mu_best:
             commands.append(_note("peak", **where, before=self.mu_best))
-            commands.append(Command("snapshot", {"slot": "start"}))
             self.name, self.mu_best = f"g{self.updates}", mu
+            commands.insert(0, _snapshot("start", self.name, mu))
         if self.updates < self.length:
             return [*commands, Command("step")]
         stop = {"updates": self.updates, "model": self.name, "miou": self.mu_best}
@@ -410,6 +403,10 @@ def _not_finite(mu: float, updates: int, cycle: int, best: tuple[str, float]) ->
         f"the hold-out mIoU is {mu} after update {updates + 1} (cycle {cycle}); the best model so "
         f"far, {best[0]} with {best[1]:.4f}, is kept; try a lower learning rate"
     )
+
+
+def _snapshot(slot: str, model: str, miou: float) -> Command:
+    return Command("snapshot", {"slot": slot, "model": model, "miou": miou})
 
 
 def _note(event: str, **values: Any) -> Command:

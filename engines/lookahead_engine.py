@@ -24,7 +24,7 @@ from mlseg.errors import RunError
 from mlseg.problems.base import Problem
 
 LOOKAHEAD = "lookahead"
-METRIC = "pooled_jaccard"
+METRIC = "miou"
 START, BEST = "start", "best"
 
 
@@ -78,8 +78,6 @@ class LookaheadEngine(SegmentationEngine):
         self.snapshots = {
             slot: Snapshot(stepper.module, stepper.optimizer) for slot in ("start", "peak")
         }
-        self._taken_at = {"start": 0, "peak": 0}
-        """The step at which each snapshot was taken."""
         self._queue: deque[Command] = deque()
         self._written: int | None = None
         """Maps of the entry that is being made; None between entries."""
@@ -128,10 +126,7 @@ class LookaheadEngine(SegmentationEngine):
     # -------------------------------------------------------- commands that take time
 
     def _evaluate(self, _: Mapping[str, Any]) -> bool:
-        mu = self.hold_out.miou(self.stepper.module)
-        figures = {"miou": mu, "update": self.controller.updates, "cycle": self.controller.cycle}
-        self._queue.extend(self.controller.observe(mu))
-        self.recorder.log(self.global_step, {"hold_out": figures}, {})
+        self._queue.extend(self.controller.observe(self.hold_out.miou(self.stepper.module)))
         return True
 
     def _step(self, values: Mapping[str, Any]) -> bool:
@@ -184,8 +179,8 @@ class LookaheadEngine(SegmentationEngine):
     # ----------------------------------------------------- commands carried out at once
 
     def _snapshot(self, values: Mapping[str, Any]) -> None:
-        self.snapshots[values["slot"]].take()
-        self._taken_at[values["slot"]] = self.global_step
+        about = {"metric": METRIC, "value": values["miou"], "step": self.global_step}
+        self.snapshots[values["slot"]].take({**about, "model": values["model"]})
         if self.best is None:
             self._keep_best()
             if self.recorder.directory is not None:
@@ -195,7 +190,6 @@ class LookaheadEngine(SegmentationEngine):
     def _promote(self, _: Mapping[str, Any]) -> None:
         start, peak = self.snapshots["start"], self.snapshots["peak"]
         self.snapshots.update(start=peak, peak=start)  # the memory of either is used again
-        self._taken_at["start"] = self._taken_at["peak"]
         self._keep_best()
 
     def _restore(self, _: Mapping[str, Any]) -> None:
@@ -212,6 +206,9 @@ class LookaheadEngine(SegmentationEngine):
     def _note(self, values: Mapping[str, Any]) -> None:
         rest = {key: value for key, value in values.items() if key != "event"}
         self.recorder.event(values["event"], self.global_step, **rest)
+        if values["event"] in ("start", "update"):
+            figures = {key: rest[key] for key in ("miou", "update", "cycle") if key in rest}
+            self.recorder.log(self.global_step, {"hold_out": figures}, {})
 
     def _stop(self, _: Mapping[str, Any]) -> None:
         self.stopped_early = True
@@ -257,21 +254,30 @@ class LookaheadEngine(SegmentationEngine):
 
     def _keep_best(self) -> None:
         """Write ``best.pt`` if a better model has been accepted since it was written."""
-        name, miou = self.controller.best
-        if not math.isfinite(miou) or (self.best is not None and self.best["model"] == name):
+        found = self._best_snapshot()
+        if found is None or (self.best and self.best["value"] >= _about(found)["value"]):
             return
-        step = self._taken_at[self.controller.best_slot]
-        self.best = {"metric": METRIC, "value": miou, "step": step, "model": name}
         if self.recorder.directory is not None:
             checkpoint.save(self._checkpoint(BEST), self.best_state_dict())
+        self.best = dict(_about(found))
+
+    def _best_snapshot(self) -> Snapshot | None:
+        """That of the best model: what has been copied counts, not what the controller has asked
+        for, which an interruption may have prevented. All that is copied has been accepted; of
+        equals the controller prefers the first.
+        """
+        whole = [snapshot for snapshot in self.snapshots.values() if snapshot.taken]
+        return max(whole, key=lambda s: (_about(s)["value"], -_about(s)["step"]), default=None)
 
     def best_state_dict(self) -> dict[str, Any]:
         """The best model accepted so far, and its description."""
-        tensors = self.snapshots[self.controller.best_slot].module_state()
+        found = self._best_snapshot()
+        assert found is not None, "the start model has been scored"
+        best = dict(_about(found))
         return {
             **self.meta,
-            "problems": {self.segmentor_problem.name: {"module": tensors}},
-            "engine": {"global_step": self.global_step, "best": self.best},
+            "problems": {self.segmentor_problem.name: {"module": found.module_state()}},
+            "engine": {"global_step": best["step"], "best": best},
         }
 
     def _validate_if_due(self) -> None:
@@ -299,7 +305,6 @@ class LookaheadEngine(SegmentationEngine):
                 "queue": [[command.action, dict(command.values)] for command in self._queue],
                 "written": self._written,
                 "snapshots": {key: value.state_dict() for key, value in self.snapshots.items()},
-                "taken_at": dict(self._taken_at),
                 "hold_out_batch": self.hold_out.batch_size,
                 "buffer": None if buffer is None else buffer.state_dict(),
                 "training": None if training is None else training.state_dict(),
@@ -315,7 +320,6 @@ class LookaheadEngine(SegmentationEngine):
         self._written = mine["written"]
         for key, value in mine["snapshots"].items():
             self.snapshots[key].load_state_dict(value)
-        self._taken_at = dict(mine["taken_at"])
         self.hold_out.batch_size = mine["hold_out_batch"]
         if self.buffer is not None:
             self.buffer.load_state_dict(mine["buffer"])
@@ -362,6 +366,11 @@ class LookaheadEngine(SegmentationEngine):
         """
         path = None if self.recorder.directory is None else self._checkpoint(name)
         return _Weights(self.segmentor_module, self.segmentor_problem.name, path)
+
+
+def _about(snapshot: Snapshot) -> Mapping[str, Any]:
+    assert snapshot.about is not None
+    return snapshot.about
 
 
 class _Weights:

@@ -35,6 +35,9 @@ class Snapshot:
     Args:
         module: its parameters and buffers; None for the optimizer's state alone.
         optimizer: its state per parameter, and the settings of its parameter groups; or None.
+
+    Attributes:
+        about: what :meth:`take` was told of the copied state; None while there is no whole copy.
     """
 
     def __init__(
@@ -42,19 +45,30 @@ class Snapshot:
     ) -> None:
         self.module = module
         self.optimizer = optimizer
-        self.taken = False
+        self.about: Mapping[str, Any] | None = None
         self._own: dict[str, Tensor] = {}
         self._tensors: dict[str, Tensor] = {}
         self._slots: list[dict[str, Any]] = []
         self._groups: list[dict[str, Any]] = []
         self._plan: _Plan | None = None
 
-    def take(self) -> None:
-        """Copy the present state here."""
+    @property
+    def taken(self) -> bool:
+        """Whether there is a copy."""
+        return self.about is not None
+
+    def take(self, about: Mapping[str, Any] | None = None) -> None:
+        """Copy the present state here.
+
+        Args:
+            about: plain values that describe it.
+        """
+        self.about = None  # an interruption in the middle leaves no copy of anything
         if self.optimizer is not None:
             self._groups = [_settings(group) for group in self.optimizer.param_groups]
         if not self._copied_by_plan(back=False):
             self._search_and_take()
+        self.about = dict(about or {})
 
     def restore(self) -> None:
         """Put the copied state back."""
@@ -79,7 +93,6 @@ class Snapshot:
                 for old, new in zip(self._slots or [{} for _ in found], found, strict=True)
             ]
         _copy(pairs)
-        self.taken = True
         self._make_plan()
 
     def _search_and_restore(self) -> None:
@@ -131,11 +144,16 @@ class Snapshot:
         """All of it; empty if nothing has been copied yet."""
         if not self.taken:
             return {}
-        return {"tensors": dict(self._tensors), "slots": self._slots, "groups": self._groups}
+        return {
+            "about": dict(self.about or {}),
+            "tensors": dict(self._tensors),
+            "slots": self._slots,
+            "groups": self._groups,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`; tensors move to where the module's are."""
-        self.taken = bool(state)
+        self.about = dict(state["about"]) if state else None
         self._plan = None
         if not state:
             return

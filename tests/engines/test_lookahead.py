@@ -137,6 +137,7 @@ def test_a_number_that_is_none_ends_the_run_and_names_the_best(mu: float) -> Non
         ({"patience": 0}, "patience"),
         ({"on_peak": "retain", "buffer_size": 2}, "can't hold a peak"),
         ({"retained_peaks": 2, "buffer_size": 5}, "set on_peak to retain"),
+        ({"peak_rule": "reach"}, "set peak_patience as well"),
     ],
 )
 def test_settings_that_make_no_sense(changes: dict[str, Any], names: str) -> None:
@@ -176,13 +177,17 @@ buffers = st.sampled_from(
         ),
     ]
 )
+omegas = st.sampled_from([{}]) | st.builds(
+    dict,
+    peak_patience=st.integers(0, 6),
+    peak_rule=st.sampled_from(["exceed", "reach"]),
+)
 anything = st.builds(
-    lambda buffer, **others: settings(**buffer, **others),
+    lambda buffer, omega, **others: settings(**buffer, **omega, **others),
     buffers,
+    omegas,
     cycles=st.integers(1, 4),
     patience=st.integers(1, 6),
-    peak_patience=st.none() | st.integers(0, 6),
-    peak_rule=st.sampled_from(["exceed", "reach"]),
     beta_l=st.integers(1, 20).map(lambda n: n / UNIT),
     beta_u=st.integers(0, 3).map(lambda n: n / UNIT),
 )
@@ -249,10 +254,13 @@ def replay(commands: Sequence[Command], controller: Lookahead) -> None:
     for command in commands:
         values = command.values
         match command.action:
-            case "note" if values["event"] == "update":
+            case "step":
                 updates += 1
                 model = f"g{updates}"
+            case "note" if values["event"] == "update":
+                assert values["update"] == updates
             case "snapshot":
+                assert values["model"] == model
                 snapshots[values["slot"]] = model
             case "promote":
                 snapshots["start"] = snapshots["peak"]

@@ -235,6 +235,62 @@ def test_the_best_model_is_kept_wherever_it_stops(
     assert all(steps[name] == step for name, step in found[1:]), "where it was found"
 
 
+@pytest.mark.parametrize("place", ["metrics", "update", "peak", "cycle_end", "rollback", "cycle"])
+@pytest.mark.parametrize("peak", [1, 4])
+def test_a_record_that_cannot_be_written_keeps_the_peak(
+    place: str, peak: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever writing fails from a peak on, ``best.pt`` is that peak."""
+    engine = play("52,51,50 / 54,53,53 / 53,53,53 / 53,53,53", tmp_path)
+    watch, recorder = Watch(engine), engine.recorder
+    event, log = recorder.event, recorder.log
+
+    def full(what: str) -> None:
+        if engine.controller.updates >= peak and what == place:
+            raise RunError("No space left on device")
+
+    def written_event(kind: str, step: int, **values: Any) -> None:
+        full(kind)
+        event(kind, step, **values)
+
+    def written_log(*given: Any) -> None:
+        full("metrics")
+        log(*given)
+
+    monkeypatch.setattr(recorder, "event", written_event)
+    monkeypatch.setattr(recorder, "log", written_log)
+    with pytest.raises(RunError, match="No space left"):
+        engine.run()
+    best = checkpoint.load(tmp_path / "checkpoints" / "best.pt")
+    assert best["engine"]["best"]["model"] == f"g{peak}"
+    assert tiny.same(
+        best["problems"]["generator"]["module"], dict(watch.models[f"g{peak}"]["module"])
+    )
+
+
+def test_a_copy_that_was_interrupted_is_none(tmp_path: Path) -> None:
+    """A second Ctrl-C may come in the middle of copying a peak."""
+    engine = play("52,51,50 / 54,53,53 / 53,53,53 / 53,53,53", tmp_path)
+    watch = Watch(engine)
+    snapshot = type(engine)._AT_ONCE["snapshot"]
+
+    def torn(engine: LookaheadEngine, values: Any) -> None:
+        if values["model"] == "g4":
+            peak = engine.snapshots["peak"]
+            peak._copied_by_plan = interrupt  # type: ignore[method-assign]
+        snapshot(engine, values)
+
+    def interrupt(back: bool) -> bool:
+        raise KeyboardInterrupt
+
+    engine._AT_ONCE = {**engine._AT_ONCE, "snapshot": torn}
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    best = checkpoint.load(tmp_path / "checkpoints" / "best.pt")
+    assert best["engine"]["best"]["model"] == "g1"
+    assert tiny.same(best["problems"]["generator"]["module"], dict(watch.models["g1"]["module"]))
+
+
 def test_a_disk_that_fills_up_keeps_the_peak(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
