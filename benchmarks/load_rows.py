@@ -10,12 +10,13 @@ many further cross-entropy updates as another row has made (``updates_of``).
 
 Every run is ``python -m mlseg.run`` in a process of its own. Calling this again goes on: a finished
 run (``results.json``) is kept, an interrupted one is resumed; with other settings than the grid
-asks for, neither is.
+asks for, or from a start model that has been made anew since, neither is.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
 import statistics
@@ -31,6 +32,7 @@ from mlseg import config, machine
 from mlseg.config import Settings
 from mlseg.engines.recording import write_json, write_text
 from mlseg.errors import UserError
+from mlseg.problems.load_records import read_events
 from mlseg.run import parse_run
 
 SPLITS = ("val", "val_hold_out", "val_rest", "test")
@@ -111,11 +113,14 @@ class Grid:
         """That every run found belongs to this grid, so that no table mixes settings.
 
         Raises:
-            UserError: one has other settings; its key is named.
+            UserError: one has other settings, has been cut off, or begins with another start model
+                or makes other updates than the run that it is to be compared with.
         """
         for name in self.settings.rows:
-            for path in sorted((self.out / name).glob("seed_*/config.yaml")):
-                seed = int(path.parent.name.removeprefix("seed_"))
+            for seed in self.seeds:
+                path = self.directory(name, seed) / "config.yaml"
+                if not path.exists():
+                    continue
                 asked = config.load(self.source, self.overrides(name, seed))
                 before, now = (
                     parse_run(tree)[0].model_dump(mode="json")
@@ -127,6 +132,32 @@ class Grid:
                         f"{path}: {changed[0]} is not what this grid asks for; name another --out, "
                         f"or remove {path.parent}"
                     )
+                self._check_result(name, seed)
+
+    def _check_result(self, name: str, seed: int) -> None:
+        row, result = self.settings.rows[name], self.result(name, seed)
+        if result is None:
+            return
+        wrong = []
+        if not result["stopped_early"]:
+            wrong.append("engine.iterations has cut it off")
+        start = self.result(row.start_of, seed)
+        if start is not None and start["models"]["start"] != result["models"]["start"]:
+            wrong.append(f"{row.start_of} has another start model by now")
+        other = self.result(row.updates_of, seed)
+        if other is not None and other["updates"] != result["updates"]:
+            wrong.append(f"{result['updates']} updates, {row.updates_of} has {other['updates']}")
+        if wrong:
+            directory = self.directory(name, seed)
+            raise UserError(f"{directory}: {'; '.join(wrong)}; remove it to run it again")
+
+    def result(self, name: str | None, seed: int) -> dict[str, Any] | None:
+        """Of a finished run."""
+        path = self.directory(name or "", seed) / "results.json"
+        if name is None or not path.exists():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
 
     def run(self) -> None:
         """Bring every run to its end, seed by seed.
@@ -136,7 +167,7 @@ class Grid:
         """
         for seed in self.seeds:
             for name in self.settings.rows:
-                if (self.directory(name, seed) / "results.json").exists():
+                if self.result(name, seed) is not None:
                     continue
                 log = self.out / "logs" / f"{name}_{seed}.log"
                 log.parent.mkdir(parents=True, exist_ok=True)
@@ -153,9 +184,9 @@ class Grid:
         """Results of the finished runs, by row and seed."""
         result: dict[str, dict[int, dict[str, Any]]] = {}
         for name in self.settings.rows:
-            for path in sorted((self.out / name).glob("seed_*/results.json")):
-                seed = int(path.parent.name.removeprefix("seed_"))
-                result.setdefault(name, {})[seed] = json.loads(path.read_text(encoding="utf-8"))
+            for seed in self.seeds:
+                if (finished := self.result(name, seed)) is not None:
+                    result.setdefault(name, {})[seed] = finished
         if not result:
             raise UserError(f"no run below {self.out} has finished yet")
         for key in ("provenance", "data", "split_hash"):
@@ -168,6 +199,14 @@ class Grid:
         """``classes.json`` of a row's finished runs."""
         paths = (self.directory(name, seed) / "classes.json" for seed in seeds)
         return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+    def cycles(self, name: str, seeds: Iterable[int]) -> dict[int, list[dict[str, Any]]]:
+        """How each cycle of a row's finished runs ended; nothing for a control."""
+        found = {}
+        for seed in seeds:
+            events = read_events(self.directory(name, seed))
+            found[seed] = [event for event in events if event["event"] == "cycle_end"]
+        return found if any(found.values()) else {}
 
     def write(self, command: str) -> None:
         """Write ``table.md`` and ``table.json``; print the first."""
@@ -184,6 +223,7 @@ class Grid:
                 said += f", as many updates as {row.updates_of}" if row.updates_of else ""
                 lines.append(f"- {name}: {said.strip() or 'as configured'}")
         lines += _scores(rows, {name: sorted(seeds) for name, seeds in found.items()})
+        lines += _cycles({name: self.cycles(name, seeds) for name, seeds in found.items()})
         lines += _classes({name: self.changes(name, seeds) for name, seeds in found.items()})
         write_json(self.out / "table.json", {"machine": head, "rows": rows})
         write_text(self.out / "table.md", "\n".join(lines) + "\n")
@@ -210,7 +250,7 @@ def _row(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if not all(split in r["scores"]["start"] for r in results):
             continue
         start, best = (
-            [100 * r["scores"][which][split]["pooled_jaccard"] for r in results]
+            [100 * r["scores"][which][split]["miou"] for r in results]
             for which in ("start", "best")
         )
         gains = [b - a for a, b in zip(start, best, strict=True)]
@@ -234,6 +274,30 @@ def _scores(rows: Mapping[str, Any], seeds: Mapping[str, Sequence[int]]) -> list
         ]
         lines += _table(head, body)
     return lines
+
+
+def _cycles(ends: Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]]) -> list[str]:
+    """Of each run: how many cycles ended how, how long they were, which of them had a peak.
+
+    Args:
+        ends: ``cycle_end`` events by row and seed.
+    """
+    rows = []
+    for name, seeds in ends.items():
+        for seed, cycles in seeds.items():
+            stops = [cycle["update"] for cycle in cycles]
+            lengths = [after - before for before, after in itertools.pairwise([0, *stops])]
+            late = lengths[len(lengths) // 2 :]
+            diverged = sum(cycle["reason"] == "divergence" for cycle in cycles)
+            peaks = [str(cycle["cycle"]) for cycle in cycles if cycle["peak"] is not None]
+            span = f"{min(late)} to {max(late)}, median {statistics.median(late):g}"
+            figures = [str(number) for number in (seed, len(cycles), diverged, lengths[0])]
+            rows.append([name, *figures, span, ", ".join(peaks) or "none"])
+    if not rows:
+        return []
+    head = ["row", "seed", "cycles", "diverged", "updates in the first"]
+    head += ["in the latter half of the cycles", "cycles with a peak"]
+    return ["", "## Cycles", "", *_table(head, rows)]
 
 
 def _classes(changes: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
@@ -296,6 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         grid.check()
         if not arguments.table:
             grid.run()
+            grid.check()
         grid.write(f"python benchmarks/load_rows.py {shlex.join(given)}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

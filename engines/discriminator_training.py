@@ -29,7 +29,8 @@ class DiscriminatorTrainingSettings(Settings):
         max_epochs: passes over all real and fake maps at most.
         patience: passes without a lower loss on the hold-out after which it stops.
         min_delta: by how much the loss has to be lower.
-        accuracy: balanced accuracy on the hold-out at which it stops; None: never for that.
+        accuracy: balanced accuracy on the hold-out at which it stops, with the weights that have
+            reached it; None: never for that.
         keep_optimizer: go on with the optimizer's state of the training before; by default each
             training starts with a fresh one, on the weights that the one before left.
     """
@@ -119,6 +120,12 @@ class DiscriminatorTraining:
         self._lowest, self._accuracy = math.inf, 0.0
         self._shuffle()
 
+    def batch(self) -> None:
+        """A step by itself, for measurements."""
+        if self._position >= self._end:
+            self.begin()
+        self.problem.step_normal()
+
     def advance(self) -> dict[str, Any] | None:
         """One step, or the evaluation after a pass; what came of it once the training is over."""
         if self._position < self._end:
@@ -131,12 +138,12 @@ class DiscriminatorTraining:
                 f"the discriminator's loss on the hold-out is {loss} after {self._epoch} epochs; "
                 "the best model so far is kept; try a lower problems.discriminator.optimizer.lr"
             )
-        if loss < self._lowest - self.settings.min_delta:
+        enough = self.settings.accuracy is not None and accuracy >= self.settings.accuracy
+        if enough or loss < self._lowest - self.settings.min_delta:
             self._lowest, self._accuracy, self._patience = loss, accuracy, 0
             self._best.take()
         else:
             self._patience += 1
-        enough = self.settings.accuracy is not None and self._accuracy >= self.settings.accuracy
         exhausted = self._patience >= self.settings.patience
         if not (enough or exhausted or self._epoch >= self.settings.max_epochs):
             self._shuffle()

@@ -231,7 +231,9 @@ class Lookahead:
         self.mu = mu
         name, threshold = f"g{self.updates}", self.mu_s + self.settings.beta_u
         where = {"cycle": self.cycle, "update": self.updates, "miou": mu}
-        copies: list[Command] = []  # before anything else: what has been found can't be lost any more
+        copies: list[
+            Command
+        ] = []  # before anything else: what has been found can't be lost any more
         notes = [_note("update", **where, gamma=self.gamma, omega=self.omega)]
         if mu > threshold:
             if mu > self.mu_p:

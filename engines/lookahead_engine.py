@@ -21,6 +21,7 @@ from mlseg.engines.segmentation import SegmentationEngine
 from mlseg.engines.settings import EngineSettings, Work
 from mlseg.engines.snapshot import Snapshot
 from mlseg.errors import RunError
+from mlseg.metrics import SegmentationMetrics
 from mlseg.problems.base import Problem
 
 LOOKAHEAD = "lookahead"
@@ -44,7 +45,6 @@ class LookaheadEngine(SegmentationEngine):
         stepper: the problem that updates the model; its module is the segmentor's.
         hold_out: scores the model.
         buffer, training: of the discriminator; None for a controller that never asks for them.
-        rest: validation examples, by their places, that are not in the hold-out.
         start_state: gives what ``start.pt`` holds beside the model.
         on_results: is given the scores and both models at the end; writes tables and pictures.
     """
@@ -61,7 +61,6 @@ class LookaheadEngine(SegmentationEngine):
         hold_out: HoldOut,
         buffer: MapBuffer | None,
         training: DiscriminatorTraining | None,
-        rest: Sequence[int],
         start_state: Callable[[], Mapping[str, Any]] = dict,
         on_results: Sequence[Callable[[LookaheadEngine, Mapping[str, Any]], None]] = (),
         **options: Any,
@@ -72,7 +71,6 @@ class LookaheadEngine(SegmentationEngine):
         self.hold_out = hold_out
         self.buffer = buffer
         self.discriminator_training = training
-        self.rest = list(rest)
         self.start_state = start_state
         self.on_results = list(on_results)
         self.snapshots = {
@@ -207,7 +205,8 @@ class LookaheadEngine(SegmentationEngine):
         rest = {key: value for key, value in values.items() if key != "event"}
         self.recorder.event(values["event"], self.global_step, **rest)
         if values["event"] in ("start", "update"):
-            figures = {key: rest[key] for key in ("miou", "update", "cycle") if key in rest}
+            kept = {"miou", "update", "cycle"}
+            figures = {key: value for key, value in rest.items() if key in kept}
             self.recorder.log(self.global_step, {"hold_out": figures}, {})
 
     def _stop(self, _: Mapping[str, Any]) -> None:
@@ -243,11 +242,9 @@ class LookaheadEngine(SegmentationEngine):
             once = "label maps, a batch"
             pieces.append(Work(once, (cycles + 1) * entry, lambda: held.maps(module, batch)))
             buffer.open("g0", 0)
-            training.begin()
             epochs = cycles * training.settings.max_epochs
             per_epoch = training.batches_per_epoch * (buffer.size + 1) // (len(buffer) + 1)
-            step = training.problem.step_normal
-            pieces.append(Work("discriminator, a batch", epochs * per_epoch, step))
+            pieces.append(Work("discriminator, a batch", epochs * per_epoch, training.batch))
         return pieces
 
     # ---------------------------------------------------------------- what is kept
@@ -328,26 +325,40 @@ class LookaheadEngine(SegmentationEngine):
 
     # -------------------------------------------------------------------- the end
 
-    def splits(self) -> dict[str, Samples]:
-        """Besides those of every run the two parts of the validation split.
+    def _count_splits(self) -> dict[str, SegmentationMetrics]:
+        """Besides the splits of every run the two parts of the validation split.
 
         The model was chosen on ``val_hold_out``; ``val_rest`` and ``test`` it has never met.
         """
-        named = {"val_hold_out": self.hold_out.samples, "val_rest": self.data.val.subset(self.rest)}
-        return super().splits() | {name: s for name, s in named.items() if len(s)}
+        counted = super()._count_splits()
+        held = set(self.hold_out.samples.ids)
+        counted["val_hold_out"] = counted["val"].only(held)
+        if rest := set(self.data.val.ids) - held:
+            counted["val_rest"] = counted["val"].only(rest)
+        return counted
 
     def results(self) -> dict[str, Any]:
-        """Scores of the start and of the best model on every split, and how it came to be."""
+        """Scores of the start and of the best model on every split, and how it came to be.
+
+        ``stopped_early`` tells whether the controller has ended the run, not ``engine.iterations``.
+        """
         scores: dict[str, Any] = {}
+        shown: dict[str, list[str]] = {}
+        prints: dict[str, str] = {}
         for name in (START, BEST):
             with self.weights(name) as found:
                 if found:
-                    scores[name] = self._score_splits()
+                    prints[name] = checkpoint.fingerprint(self.segmentor_module.state_dict())
+                    counted = self._count_splits()
+                    scores[name] = {split: m.compute() for split, m in counted.items()}
+                    shown = {split: m.shown() for split, m in counted.items()}
         report = {
             **Engine.results(self),
             "metric": self.settings.metric,
             "scored_at": self.settings.scoring,
             "scores": scores,
+            "classes": shown,
+            "models": prints,
             "data": self.data.spec.name,
             "provenance": self.data.provenance,
             "split_hash": self.data.manifest["hash"],

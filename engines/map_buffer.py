@@ -24,9 +24,9 @@ class MapBuffer:
     """Up to ``size`` entries, each a label map of every image by one model.
 
     In memory, or in one memory-mapped file per entry where all of them together exceed the limit:
-    then only the maps that a batch asks for are read. A file lives until a checkpoint that no
-    longer names it has been written (:meth:`collect`), so that a run which is killed finds the
-    entries of its last checkpoint.
+    then only the maps that a batch asks for are read. The files of the last checkpoint live until
+    another has been written (:meth:`collect`), so that a run which is killed finds them; there are
+    never more than 2 B_max.
 
     Args:
         shape: (N, H, W) of an entry.
@@ -45,6 +45,8 @@ class MapBuffer:
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._entries: list[_Entry] = []
         self._made = 0
+        self._saved: set[str] = set()
+        """Files of the last checkpoint."""
         self._spare: list[NDArray[np.uint8]] = []
 
     def __len__(self) -> int:
@@ -134,16 +136,17 @@ class MapBuffer:
     def _release(self, entry: _Entry) -> None:
         if not entry.file:
             self._spare.append(entry.maps)
+        elif entry.file not in self._saved:
+            _remove(self.folder / entry.file)
 
     def collect(self) -> None:
-        """Remove files that no entry uses; call it after each checkpoint."""
+        """Remove files that no entry uses; call it once a checkpoint has been written."""
         if not self.mapped:
             return
-        used = {entry.file for entry in self._entries}
+        self._saved = {entry.file for entry in self._entries}
         for path in self.folder.glob("maps_*.npy"):
-            if path.name not in used:
-                with suppress(OSError):
-                    path.unlink()
+            if path.name not in self._saved:
+                _remove(path)
 
     def state_dict(self) -> dict[str, Any]:
         """The entries: their maps, or the names of their files, which are then on the disk."""
@@ -176,6 +179,7 @@ class MapBuffer:
                 f"{self.shape}; resume with the config it was started with"
             )
         self._made = state["made"]
+        self._saved = {entry["file"] for entry in state["entries"]}
         self._entries = []
         for entry in state["entries"]:
             if entry["file"]:
@@ -197,6 +201,11 @@ class MapBuffer:
         if maps.shape != self.shape or maps.dtype != np.uint8:
             raise UserError(f"{path}: label maps of {maps.shape}, expected {self.shape}")
         return maps
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # what can't be removed is removed with the next
+        path.unlink()
 
 
 class _Entry:

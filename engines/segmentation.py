@@ -19,7 +19,7 @@ from mlseg.engines.recording import write_json
 from mlseg.engines.scoring import evaluating, predict_logits, score
 from mlseg.engines.settings import EngineSettings, choose_device
 from mlseg.errors import UserError
-from mlseg.metrics import SCORES
+from mlseg.metrics import SCORES, SegmentationMetrics
 from mlseg.nets import SegmentorSettings, class_probabilities, decide
 from mlseg.problems.base import Problem
 
@@ -121,7 +121,11 @@ class SegmentationEngine(Engine):
         )
 
     def _score_splits(self) -> dict[str, dict[str, float]]:
-        """All figures of every split by the present weights, at the size that the config says."""
+        """All figures of every split by the present weights."""
+        return {name: metrics.compute() for name, metrics in self._count_splits().items()}
+
+    def _count_splits(self) -> dict[str, SegmentationMetrics]:
+        """Every split by the present weights, at the size that the config says."""
         native = self.settings.scoring == "native"
         with evaluating(self.segmentor_module):
             return {
@@ -132,7 +136,7 @@ class SegmentationEngine(Engine):
                     threshold=self.threshold,
                     native=native,
                     distances=True,
-                ).compute()
+                )
                 for name, samples in self.splits().items()
             }
 

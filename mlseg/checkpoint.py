@@ -1,11 +1,14 @@
 """Checkpoints: written whole or not at all, read without running anybody's code."""
 
+import hashlib
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mlseg.errors import RunError, UserError
 
@@ -42,6 +45,15 @@ def save(path: Path, state: dict[str, Any]) -> None:
         reason = one_line(_cause(error))
         raise RunError(f"can't write checkpoint {path}: {reason}{kept}") from error
     _sync_folder(path.parent)
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """64 hexadecimal digits that tell one model's weights and buffers from any other's."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

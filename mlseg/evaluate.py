@@ -139,7 +139,7 @@ def own_data(runs: Sequence[Path]) -> SegmentationData:
 def _nothing_of_its_own(run: Path, name: str) -> UserError:
     mend = "name a data set by --data"
     if CATALOG[name].withheld_test:
-        mend += f" (--data {name} scores its validation part)"
+        mend += f" (--data {name} scores its validation part, which has chosen the weights)"
     return UserError(f"{run}: its test split is empty, so it has nothing to be scored on; {mend}")
 
 

@@ -6,7 +6,7 @@ for ids, image, mask in batches:
 metrics.compute()["jaccard"]                                  # the only one
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -131,7 +131,8 @@ class SegmentationMetrics:
 
     **Pooled.** Every score but the thresholded Jaccard and the distance, which mean something for
     an image only, from the confusion matrix summed over all images: of the foreground, or the mean
-    over the classes that occur (for the Jaccard, mIoU); and the Jaccard of every class.
+    over the classes that occur in truth or prediction; the Jaccard (IoU) of every class; and mIoU,
+    its mean over the classes that the truth shows, the background among them, for two classes too.
 
     Args:
         num_classes: K, at least 2.
@@ -215,6 +216,23 @@ class SegmentationMetrics:
             )
         return torch.cat(self._counts).cpu()
 
+    def only(self, ids: Collection[str]) -> "SegmentationMetrics":
+        """Those of some of the images, without counting again."""
+        places = [place for place, name in enumerate(self._ids) if name in ids]
+        part = SegmentationMetrics(
+            self.num_classes, self.ignore_index, self.classes, self.distances
+        )
+        part._counts, part._wrong = [torch.cat(self._counts)[places]], list(self._wrong)
+        part._ids = [self._ids[place] for place in places]
+        if self.distances:
+            part._distances = [self._distances[place] for place in places]
+        return part
+
+    def shown(self) -> list[str]:
+        """Names of the classes that the truth shows."""
+        pixels = self.confusion().sum((0, 2)).tolist()
+        return [name for name, count in zip(self.classes, pixels, strict=True) if count]
+
     def _scores(self) -> tuple[list[str], dict[str, Tensor], Tensor]:
         confusion = self.confusion()
         total = confusion.sum((1, 2))
@@ -240,8 +258,8 @@ class SegmentationMetrics:
         """Every figure as a finite float in [0, 1], besides "images", their number, and "hd95".
 
         Keys: each of `SCORES` (mean over images) and with "_std"; "hd95" and "hd95_std" in pixels,
-            where wanted; "pooled_<score>"; "iou_<class>" for each class of the pooled confusion
-            matrix (1 for a class that never occurs).
+            where wanted; "pooled_<score>"; "miou"; "iou_<class>" for each class of the pooled
+            confusion matrix (1 for a class that never occurs).
         """
         _, values, confusion = self._scores()
         images = len(confusion)
@@ -254,6 +272,7 @@ class SegmentationMetrics:
             if name != "thresholded_jaccard":
                 result[f"pooled_{name}"] = float(value)
         iou = class_scores(pooled)["jaccard"][0]
+        result["miou"] = float(iou[pooled[0].sum(1) > 0].mean())
         for name, share in zip(self.classes, iou.tolist(), strict=True):
             result[f"iou_{name}"] = share
         return result

@@ -25,6 +25,7 @@ version (ICML 2020 workshop on uncertainty and robustness in deep learning).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,15 +154,17 @@ def build(settings: LoadSettings, out: Path | None) -> LookaheadEngine:
     chosen = hold_out_indices(data.val.ids, settings.hold_out.fraction, settings.hold_out.seed)
     held = data.val.subset(chosen)
     require_every_class(held, "hold_out.fraction")
-    rest = sorted(set(range(len(data.val))) - set(chosen))
 
     with seeded(settings.seed, "segmentor"):
         network = build_segmentor(settings.segmentor, spec.channels, spec.num_classes)
     network.to(memory_format=torch.channels_last)  # the layout CPUs and tensor cores like
-    resumed = out is not None and (out / "checkpoints" / "last.pt").exists()
     start: dict[str, Any] = {}
-    if settings.start is not None and not resumed:
-        start = load_start(network, Path(settings.start), spec.num_classes)
+    if settings.start is not None:
+        path = Path(settings.start)
+        # A run that goes on has it in its own checkpoint.
+        resumed = out is not None and (out / "checkpoints" / "last.pt").exists()
+        if path.exists() or not resumed:
+            start = load_start(network, path, spec.num_classes)
     with seeded(settings.seed, "discriminator"):
         critic = DiscriminatorNetwork(settings.discriminator, spec.channels, spec.num_classes)
     critic.to(memory_format=torch.channels_last)
@@ -193,7 +196,7 @@ def build(settings: LoadSettings, out: Path | None) -> LookaheadEngine:
         pretraining.weighted_steps = settings.pretraining.weighted_epochs * epoch
         length = pretraining.weighted_steps + settings.pretraining.epochs * epoch
         stages.insert(0, Stage("cross_entropy", length, [pretraining]))
-    pretraining.mean_pixels = mean_pixels(data.train).to(device)
+    pretraining.mean_pixels = mean_pixels(data.train, size).to(device)
     generator.settings = settings.adversarial
     discriminator.num_classes = spec.num_classes
 
@@ -229,7 +232,6 @@ def build(settings: LoadSettings, out: Path | None) -> LookaheadEngine:
         hold_out=HoldOut(held, device, settings.hold_out.batch_size, settings.precision == "bf16"),
         buffer=buffer,
         training=training,
-        rest=rest,
         start_state=lambda: {"pretraining": training_state(pretraining)},
         segmentor=generator,
         architecture=settings.segmentor,
@@ -242,10 +244,16 @@ def build(settings: LoadSettings, out: Path | None) -> LookaheadEngine:
     return engine
 
 
-def mean_pixels(samples: Samples) -> Tensor:
-    """(K,) float: pixels of each class in an image, mean over all images."""
+def mean_pixels(samples: Samples, size: tuple[int, int]) -> Tensor:
+    """(K,) float: pixels of each class in an image, mean over all images.
+
+    Args:
+        size: (h, w) of what training sees of an image: all of it, or a window, which on average
+            shows its share.
+    """
     counts = torch.bincount(samples.masks.flatten(), minlength=256)
-    return counts[: samples.spec.num_classes].float() / len(samples)
+    share = math.prod(size) / math.prod(samples.image_size)
+    return counts[: samples.spec.num_classes].float() * share / len(samples)
 
 
 def load_start(network: nn.Module, path: Path, num_classes: int) -> dict[str, Any]:

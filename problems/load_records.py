@@ -32,45 +32,35 @@ def attach(engine: LookaheadEngine, pictures: int) -> None:
     Args:
         pictures: images in ``samples/changed.png``; 0 for none.
     """
-    tables: list[Mapping[str, Any]] = []
+    tables: list[tuple[Mapping[str, Any], bool]] = []
 
     def write(engine: LookaheadEngine, report: Mapping[str, Any]) -> None:
         directory = engine.recorder.directory
         if directory is None:
             return
-        changes = class_changes(report["scores"], engine.data.spec.classes, shown(engine.splits()))
+        changes = class_changes(report["scores"], report["classes"])
         write_json(directory / "classes.json", changes)
         write_text(directory / "classes.md", markdown(changes))
-        tables.append(changes)
+        tables.append((changes, report["stopped_early"]))
         draw(read_events(directory), directory / "convergence.png")
         if pictures:
             changed_maps(engine, directory / "samples" / "changed.png", pictures)
 
     engine.on_results.append(write)
-    engine.summaries.append(lambda: summary(tables[-1]) if tables else "")
+    engine.summaries.append(lambda: summary(*tables[-1]) if tables else "")
 
 
 # ------------------------------------------------------------------------ per class
 
 
-def shown(splits: Mapping[str, Samples]) -> dict[str, set[str]]:
-    """Names of the classes that the masks of each split hold."""
-    found = {}
-    for split, samples in splits.items():
-        counts = torch.bincount(samples.masks.flatten(), minlength=256)
-        found[split] = {name for name, n in zip(samples.spec.classes, counts, strict=False) if n}
-    return found
-
-
 def class_changes(
-    scores: Mapping[str, Any], classes: Sequence[str], present: Mapping[str, set[str]]
+    scores: Mapping[str, Any], classes: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
     """IoU, as fractions, of the start and of the best model; classes by gain on the split.
 
     Args:
         scores: of both models.
-        classes: names.
-        present: those that each split's truth shows; of others nothing could be hit.
+        classes: those that each split's truth shows; of others nothing could be hit.
 
     Returns:
         {split: {"miou": [start, best], "classes": {class: [start, best]}}}
@@ -80,10 +70,9 @@ def class_changes(
         if not all(split in scores.get(name, {}) for name in ("start", "best")):
             continue
         start, best = scores["start"][split], scores["best"][split]
-        named = [name for name in classes if name in present[split]]
-        rows = {name: [start[f"iou_{name}"], best[f"iou_{name}"]] for name in named}
+        rows = {name: [start[f"iou_{name}"], best[f"iou_{name}"]] for name in classes[split]}
         found[split] = {
-            "miou": [start["pooled_jaccard"], best["pooled_jaccard"]],
+            "miou": [start["miou"], best["miou"]],
             "classes": dict(sorted(rows.items(), key=lambda row: row[1][0] - row[1][1])),
         }
     return found
@@ -106,13 +95,20 @@ def markdown(changes: Mapping[str, Any]) -> str:
     return text
 
 
-def summary(changes: Mapping[str, Any]) -> Table:
-    """The table of the test split, or of the validation images that chose nothing."""
+def summary(changes: Mapping[str, Any], over: bool) -> Table:
+    """The table of the test split, or of the validation images that chose nothing.
+
+    Args:
+        changes: of :func:`class_changes`.
+        over: whether the controller has ended the run.
+    """
     split = next((s for s in ("test", "val_rest", "val") if s in changes), None)
     table = Table("class", "start", "best", "gain", title=f"IoU on {split}, per cent, by gain")
     for line in _lines(changes, split) if split else []:
         table.add_row(*line)
-    if changes and all(start == best for start, best in (c["miou"] for c in changes.values())):
+    if not over:
+        table.caption = "engine.iterations has cut the lookahead off: this is no result"
+    elif changes and all(start == best for start, best in (c["miou"] for c in changes.values())):
         table.caption = "no peak was found: the best model is the one it started from"
     return table
 
@@ -232,7 +228,7 @@ def changed_maps(engine: LookaheadEngine, path: Path, count: int) -> None:
     changed = found["start"] != found["best"]
     if samples.spec.ignore_index is not None:
         changed &= samples.masks != samples.spec.ignore_index
-    share = changed.flatten(1).float().mean(1)
+    share = changed.flatten(1).sum(1)
     order = share.argsort(descending=True, stable=True)[: min(count, int((share > 0).sum()))]
     if not len(order):
         return

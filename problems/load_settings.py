@@ -17,6 +17,7 @@ from mlseg.config import Settings
 from mlseg.data import AugmentationSettings, DataSettings
 from mlseg.engines.discriminator_training import DiscriminatorTrainingSettings
 from mlseg.engines.lookahead import LookaheadSettings
+from mlseg.engines.settings import EngineSettings
 from mlseg.losses import Relaxation
 from mlseg.nets import SegmentorSettings
 from mlseg.nets.discriminators import DiscriminatorSettings
@@ -97,6 +98,35 @@ class LevelSettings(Settings):
         return self
 
 
+class LoadEngineSettings(EngineSettings):
+    """How long, and what to keep. The hold-out's mIoU decides, and the controller when it is over.
+
+    Attributes:
+        iterations: pieces of the lookahead's work at most: updates, batches of label maps, batches
+            and evaluations of the discriminator. For trials: what it cuts off is no result.
+        validate_every: pieces between saves of ``last.pt``, where ``checkpoint_every`` is None.
+    """
+
+    iterations: PositiveInt = 1_000_000_000
+    samples: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> LoadEngineSettings:
+        idle = {"metric": None, "mode": "max", "patience": None, "samples": 0}
+        for name, value in idle.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name}: {INSTEAD[name]}; leave it out")
+        return self
+
+
+INSTEAD = {
+    "metric": "the mIoU on the hold-out chooses the model",
+    "mode": "a higher mIoU is better",
+    "patience": "lookahead.patience and lookahead.cycles end the run",
+    "samples": "nothing is validated on the way; `pictures` are written at the end",
+}
+
+
 class LoadSettings(RunSettings):
     """A config of the system ``load``.
 
@@ -109,6 +139,7 @@ class LoadSettings(RunSettings):
         pictures: images in the picture of those whose label maps changed most.
     """
 
+    engine: LoadEngineSettings = LoadEngineSettings()
     data: DataSettings
     segmentor: SegmentorSettings = SegmentorSettings()
     discriminator: DiscriminatorSettings = DiscriminatorSettings()
@@ -129,4 +160,9 @@ class LoadSettings(RunSettings):
         epochs = self.pretraining.weighted_epochs + self.pretraining.epochs
         if self.start is None and not epochs:
             raise ValueError("start: an untrained model; set pretraining.epochs, or name a start")
+        if self.control is not None and self.problems.pretraining.accumulate != 1:
+            raise ValueError(
+                "problems.pretraining.accumulate: an update of the control is one batch; "
+                "leave it out"
+            )
         return self

@@ -185,6 +185,33 @@ def test_class_names_and_classes_that_never_occur() -> None:
     assert result["pooled_jaccard"] == pytest.approx((4 / 6 + 0.5) / 2)
 
 
+def test_miou_is_over_the_classes_of_the_truth() -> None:
+    metrics = SegmentationMetrics(4, classes=["background", "road", "car", "sky"])
+    metrics.update(HALF * 2, HALF)  # a car where a road is
+    assert metrics.shown() == ["background", "road"]
+    result = metrics.compute()
+    assert result["miou"] == pytest.approx(0.5)
+    assert result["pooled_jaccard"] == pytest.approx(1 / 3)
+    two = SegmentationMetrics(2)
+    two.update(EMPTY, HALF)
+    result = two.compute()
+    assert result["miou"] == pytest.approx((result["iou_0"] + result["iou_1"]) / 2)
+
+
+@pytest.mark.parametrize("distances", [False, True])
+def test_scores_of_some_of_the_images(distances: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    found, truth = (torch.randint(3, (6, 5, 7), generator=generator) for _ in range(2))
+    whole, part = (SegmentationMetrics(3, distances=distances) for _ in range(2))
+    for start in (0, 2, 4):
+        whole.update(found[start : start + 2], truth[start : start + 2])
+    chosen = [1, 2, 5]
+    part.update(found[chosen], truth[chosen], [str(n) for n in chosen])
+    picked = whole.only({"1", "2", "5"})
+    assert picked.compute() == part.compute()
+    assert picked.per_image() == part.per_image()
+
+
 def test_labels_outside_the_classes_are_reported() -> None:
     metrics = SegmentationMetrics(2)
     metrics.update(HALF, HALF.masked_fill(HALF == 1, IGNORE))

@@ -62,10 +62,14 @@ def test_one_command_and_one_table(grid: Path, capsys: pytest.CaptureFixture[str
         assert starts[0] == starts[1] == starts[2], "stage 1 is trained once"
         assert found["control"][seed]["updates"] == found["first"][seed]["updates"]
         assert found["first"][seed]["seed"] == seed
-    a, b = (100 * r["scores"]["best"]["test"]["pooled_jaccard"] for r in found["first"])
+    a, b = (100 * r["scores"]["best"]["test"]["miou"] for r in found["first"])
     mean, deviation = (a + b) / 2, abs(a - b) / 2**0.5
     assert f"| {mean:.2f} ± {deviation:.2f} |" in text.partition("## mIoU, test")[2]
     assert "synthetic images" in text
+    cycles = text.partition("## Cycles")[2].partition("##")[0].splitlines()
+    assert len([line for line in cycles if line.startswith(("| first |", "| wide |"))]) == 4
+    lengths = [line.split("|")[5].strip() for line in cycles if line.startswith("| first |")]
+    assert lengths == [str(r["updates"]) for r in found["first"]], "one cycle"
     row = json.loads((out / "table.json").read_text())["rows"]["first"]["test"]["best"]
     assert row == pytest.approx({"mean": mean, "std": deviation})
 
@@ -122,6 +126,42 @@ def test_runs_with_other_settings_are_not_mixed(
         assert load_rows.main(given) == 2
         assert "lookahead.patience is not what this grid asks for" in capsys.readouterr().err
     assert not calls
+
+
+def test_a_row_made_anew_leaves_nothing_that_built_on_it(
+    grid: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = grid.parent / "rows"
+    given = [str(grid), "--out", str(out), "--seeds", "0"]
+    assert load_rows.main(given) == 0
+    path = out / "first" / "seed_0" / "results.json"
+    found = json.loads(path.read_text())
+
+    def said(**changes: Any) -> str:
+        path.write_text(json.dumps(found | changes))
+        calls.clear()
+        for more in ([], ["--table"]):
+            assert load_rows.main([*given, *more]) == 2
+        assert not calls
+        return capsys.readouterr().err
+
+    assert "control/seed_0: 2 updates, first has 7; remove it" in said(updates=7)
+    other = said(models={"start": "x", "best": "y"})
+    assert "wide/seed_0: first has another start model by now" in other
+
+
+def test_what_has_been_cut_off_is_no_row(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = grid.parent / "rows"
+    given = [str(grid), "engine.iterations=10", "--out", str(out), "--seeds", "0"]
+    assert load_rows.main(given) == 2
+    assert "engine.iterations has cut it off" in capsys.readouterr().err
+
+
+def test_a_table_of_some_seeds(grid: Path) -> None:
+    out = grid.parent / "rows"
+    assert load_rows.main([str(grid), "--out", str(out)]) == 0
+    assert load_rows.main([str(grid), "--out", str(out), "--seeds", "1", "--table"]) == 0
+    assert "| first | 1 |" in (out / "table.md").read_text(encoding="utf-8")
 
 
 def test_a_failed_run_is_named(

@@ -51,8 +51,10 @@ def test_patience_and_the_best_weights() -> None:
 
 
 def test_sufficient_accuracy() -> None:
-    made = training([(0.5, 0.6), (0.3, 0.95), (0.1, 0.99)], accuracy=0.95)
-    assert run(made)["epochs"] == 2
+    """It stops there, also where the loss has been lower before, with the weights it then has."""
+    made = training([(0.3, 0.6), (0.31, 0.7), (0.32, 0.95), (0.1, 0.99)], accuracy=0.95, patience=9)
+    assert run(made) == {"epochs": 3, "loss": 0.32, "accuracy": 0.95, "reason": "accuracy"}
+    assert tiny.same(dict(made.problem.module.state_dict()), made.seen[2])
 
 
 def test_a_smaller_gain_than_asked_for_is_none() -> None:

@@ -36,7 +36,23 @@ def test_the_miou_is_that_of_the_metrics(ignore: int | None, batch: int) -> None
     with torch.no_grad():
         metrics.update(module(to_float(held.images)).argmax(1), held.masks)
     found = HoldOut(held, CPU, batch).miou(module)
-    assert found == pytest.approx(metrics.compute()["pooled_jaccard"], rel=1e-12)
+    assert found == pytest.approx(metrics.compute()["miou"], rel=1e-12)
+    assert metrics.compute()["miou"] == pytest.approx(metrics.compute()["pooled_jaccard"])
+
+
+def test_of_two_classes_the_background_is_one() -> None:
+    spec = DatasetSpec("two", 3, ("background", "lesion"))
+    images, masks = synthetic_scenes(range(5), (24, 32), CLASSES, None)
+    held = Samples([f"s{n}" for n in range(5)], images, (masks > 1).to(torch.uint8), spec)
+    torch.manual_seed(0)
+    module = nn.Conv2d(3, 2, 3, padding=1).eval()
+    metrics = SegmentationMetrics(2)
+    with torch.no_grad():
+        metrics.update(module(to_float(held.images)).argmax(1), held.masks)
+    figures, found = metrics.compute(), HoldOut(held, CPU).miou(module)
+    assert found == pytest.approx(figures["miou"], rel=1e-12)
+    assert found == pytest.approx((figures["iou_0"] + figures["iou_1"]) / 2)
+    assert found != pytest.approx(figures["pooled_jaccard"], rel=0.01)
 
 
 def test_statistics_are_left_alone() -> None:

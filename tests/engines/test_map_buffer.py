@@ -67,6 +67,7 @@ def test_it_goes_on_from_a_checkpoint(tmp_path: Path, limit: float) -> None:
     buffer = filled(tmp_path, limit)
     state = buffer.state_dict()
     state = torch.load(_saved(tmp_path, state), weights_only=True)
+    buffer.collect()
     buffer.flush()  # what came after the checkpoint, before a crash
     buffer.open("x", 0)
     buffer.write(0, 0, maps(1))
@@ -90,6 +91,26 @@ def test_memory_is_used_again(tmp_path: Path) -> None:
         buffer.delete(1)
         buffer.open("n", 2)
     assert {id(entry.maps) for entry in buffer._entries} == before
+
+
+@pytest.mark.parametrize("every", [1, 4, 100])
+def test_files_are_bounded_however_seldom_a_checkpoint_is_written(
+    every: int, tmp_path: Path
+) -> None:
+    buffer = filled(tmp_path, 0.0)
+    for number in range(20):
+        if number % every == 0:
+            state = buffer.state_dict()
+            buffer.collect()
+        if number % 5 == 4:
+            buffer.flush([0])
+        else:
+            buffer.delete(1)
+        while len(buffer) < 3:
+            buffer.open("n", len(buffer))
+        assert len(list(tmp_path.glob("maps_*.npy"))) <= 6
+        again = MapBuffer(SHAPE, 3, tmp_path, 0.0)
+        again.load_state_dict(state)  # as after a crash here
 
 
 def test_files_that_do_not_fit(tmp_path: Path) -> None:

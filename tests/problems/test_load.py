@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mlseg import checkpoint, config, evaluate, run
 from mlseg.data.catalog import CATALOG
+from mlseg.engines.scoring import evaluating, score
 from mlseg.nets import build_segmentor
 from mlseg.problems.load_records import class_changes, markdown, read_events
 from mlseg.problems.load_settings import LoadSettings
@@ -62,7 +63,7 @@ def test_a_run_leaves_its_whole_directory(
     assert kinds.count("discriminator") == found["cycles"], "not after the last cycle"
     trained = next(event for event in events if event["event"] == "discriminator")
     assert {"epochs", "loss", "accuracy", "reason", "buffer"} <= set(trained)
-    best = found["scores"]["best"]["val_hold_out"]["pooled_jaccard"]
+    best = found["scores"]["best"]["val_hold_out"]["miou"]
     assert best == pytest.approx(events[kinds.index("stop")]["miou"], rel=1e-9)
     assert best == pytest.approx(found["best"]["value"], rel=1e-9)
     with Image.open(out / "convergence.png") as picture:
@@ -82,6 +83,54 @@ def test_evaluate_scores_the_best_model(tmp_path: Path) -> None:
     evaluated = json.loads(scores.read_text())["scores"]["test"]
     del evaluated["per_image"]
     assert evaluated == results(out)["scores"]["best"]["test"]
+
+
+def test_what_is_cut_off_is_called_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = results(train(tmp_path, name="whole"))
+    assert whole["stopped_early"]
+    assert "cut the lookahead off" not in capsys.readouterr().out
+    cut = results(train(tmp_path, "engine.iterations=12", name="cut"))
+    assert not cut["stopped_early"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "engine.iterations has cut the lookahead off" in said
+    assert "no peak was found" not in said
+
+
+def test_the_scores_of_a_part_are_those_of_its_images(tmp_path: Path) -> None:
+    """Validation images are predicted once; the hold-out and the rest are parts of them."""
+    engine: Any = tiny.build("load", QUICK, tmp_path)
+    engine.run()
+    found = engine.results()["scores"]["best"]
+    with engine.weights("best"):
+        held = engine.hold_out.samples
+        rest = [n for n, name in enumerate(engine.data.val.ids) if name not in held.ids]
+        for split, samples in (("val_hold_out", held), ("val_rest", engine.data.val.subset(rest))):
+            with evaluating(engine.segmentor_module):
+                alone = score(engine._predict, samples, engine.device, distances=True).compute()
+            assert found[split] == pytest.approx(alone, abs=1e-12), split
+
+
+def test_weights_of_classes_count_what_a_window_shows() -> None:
+    """Of a window of a quarter of the image a quarter of the pixels: else its loss is four times
+    too large."""
+    wide: Any = tiny.build("load", {**QUICK, "augmentation": "off"})
+    cut: Any = tiny.build("load", {**QUICK, "augmentation": {"window": [16, 16]}})
+    assert torch.equal(cut.pretraining.mean_pixels * 4, wide.pretraining.mean_pixels)
+    assert float(wide.pretraining.mean_pixels.sum()) == pytest.approx(32 * 32)
+
+
+def test_an_epoch_of_one_batch_can_be_tried_out(tmp_path: Path) -> None:
+    path = tiny.write_config(tmp_path / "tiny.yaml", "load", {**QUICK, "data.train": 3})
+    assert run.main([str(path), "--dry-run"]) == 0
+
+
+def test_a_run_goes_on_without_the_file_it_started_from(tmp_path: Path) -> None:
+    start = train(tmp_path, name="first") / "checkpoints" / "start.pt"
+    out = train(tmp_path, f"start={start}", name="second")
+    start.unlink()
+    before = results(out)["scores"]
+    assert run.main(["--resume", str(out)]) == 0
+    assert results(out)["scores"] == before
 
 
 def test_the_picture_shows_what_changed(tmp_path: Path) -> None:
@@ -105,11 +154,11 @@ def test_the_picture_shows_what_changed(tmp_path: Path) -> None:
 
 
 def test_classes_are_ordered_by_gain() -> None:
-    start = {"iou_a": 0.5, "iou_b": 0.5, "pooled_jaccard": 0.5}
-    best = {"iou_a": 0.4, "iou_b": 0.8, "pooled_jaccard": 0.6}
+    start = {"iou_a": 0.5, "iou_b": 0.5, "miou": 0.5}
+    best = {"iou_a": 0.4, "iou_b": 0.8, "miou": 0.6}
     absent = {"iou_c": 1.0}
     scores = {"start": {"test": start | absent}, "best": {"test": best | absent}}
-    changes = class_changes(scores, ["a", "b", "c"], {"test": {"a", "b"}})
+    changes = class_changes(scores, {"test": ["a", "b"]})
     assert list(changes["test"]["classes"]) == ["b", "a"]
     assert "| b | 50.00 | 80.00 | +30.00 |\n| a | 50.00 | 40.00 | -10.00 |" in markdown(changes)
 
@@ -121,8 +170,8 @@ def test_the_control_makes_as_many_updates_from_the_same_start(tmp_path: Path) -
     found = results(out)
     assert found["updates"] == 5
     assert found["scores"]["start"] == results(first)["scores"]["start"]
-    best = found["scores"]["best"]["val_hold_out"]["pooled_jaccard"]
-    assert best >= found["scores"]["start"]["val_hold_out"]["pooled_jaccard"]
+    best = found["scores"]["best"]["val_hold_out"]["miou"]
+    assert best >= found["scores"]["start"]["val_hold_out"]["miou"]
     assert not (out / "buffer").exists()
     kinds = {event["event"] for event in read_events(out)}
     assert not kinds & {"discriminator", "rollback", "cycle_end"}
@@ -156,7 +205,8 @@ def test_the_control_goes_on_with_the_optimizer_and_the_rate_of_stage_1(
         rates.append(control.pretraining.optimizer.param_groups[0]["lr"])
     assert rates[1:] == pytest.approx([1e-3, 1e-3])
     path = tiny.write_config(tmp_path / "c.yaml", "load", {**still, "start": start, "control": 1})
-    for key, value in (("optimizer", "{name: sgd, lr: 0.1}"), ("scheduler", "null")):
+    others = (("optimizer", "{name: sgd, lr: 0.1}"), ("scheduler", "null"), ("accumulate", "2"))
+    for key, value in others:
         other = f"problems.pretraining.{key}={value}"
         assert run.main([str(path), other, "--out", str(tmp_path / "c")]) == 2
         assert f"problems.pretraining.{key}" in one_line(capsys)
@@ -280,6 +330,11 @@ def test_an_image_and_its_maps_are_flipped_together() -> None:
         ("adversarial.relaxation=hard", "adversarial.relaxation"),
         ("discriminator.input_size=8", "discriminator.input_size: 8 pixels are too few for 'cnn'"),
         ("augmentation={window: [12, 30]}", "discriminator.input_size: 12 pixels"),
+        ("engine.metric=dice", "engine: metric: the mIoU on the hold-out chooses"),
+        ("engine.mode=min", "engine: mode"),
+        ("engine.patience=3", "engine: patience: lookahead.patience"),
+        ("engine.samples=2", "engine: samples"),
+        ("lookahead.peak_rule=reach", "set peak_patience as well"),
     ],
 )
 def test_mistakes_are_one_line(
