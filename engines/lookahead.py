@@ -231,9 +231,8 @@ class Lookahead:
         self.mu = mu
         name, threshold = f"g{self.updates}", self.mu_s + self.settings.beta_u
         where = {"cycle": self.cycle, "update": self.updates, "miou": mu}
-        copies: list[
-            Command
-        ] = []  # before anything else: what has been found can't be lost any more
+        # Copies come before notes, whose writing may fail: what has been found is kept.
+        copies: list[Command] = []
         notes = [_note("update", **where, gamma=self.gamma, omega=self.omega)]
         if mu > threshold:
             if mu > self.mu_p:
