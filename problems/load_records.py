@@ -225,11 +225,13 @@ def changed_maps(engine: LookaheadEngine, path: Path, count: int) -> None:
             if not there:
                 return
             found[name] = _maps(engine, samples)
-    changed = found["start"] != found["best"]
-    if samples.spec.ignore_index is not None:
-        changed &= samples.masks != samples.spec.ignore_index
-    share = changed.flatten(1).sum(1)
-    order = share.argsort(descending=True, stable=True)[: min(count, int((share > 0).sum()))]
+    pixels = torch.zeros(len(samples), dtype=torch.int64)
+    for i, (before, after) in enumerate(zip(found["start"], found["best"], strict=True)):
+        changed = before != after  # image by image: the split may be large
+        if samples.spec.ignore_index is not None:
+            changed &= samples.masks[i] != samples.spec.ignore_index
+        pixels[i] = changed.sum()
+    order = pixels.argsort(descending=True, stable=True)[: min(count, int((pixels > 0).sum()))]
     if not len(order):
         return
     palette = samples.spec.palette

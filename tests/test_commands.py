@@ -94,7 +94,7 @@ def test_evaluate_on_another_set(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ("name", "mend"),
     [
         ("synthetic_scenes", "name a data set by --data"),
-        ("voc2012", "--data voc2012 scores its validation part"),
+        ("voc2012", "--data voc2012 scores its validation part, which has chosen the weights"),
     ],
 )
 def test_evaluate_without_a_test_split_says_so(

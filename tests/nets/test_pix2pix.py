@@ -88,9 +88,9 @@ def test_structure_is_that_of_pix2pix() -> None:
     assert [module.bias is not None for module in encoder] == [False] * 8
     assert [module.bias is not None for module in decoder] == [False] * 7 + [True]
     assert (len(generator.encoder_norms), len(generator.decoder_norms)) == (6, 7)
-    assert abs(float(encoder[4].weight.std()) - 0.02) < 1e-3
+    assert abs(encoder[4].weight.std().item() - 0.02) < 1e-3
     scale = torch.cat([p for n, p in generator.decoder_norms.named_parameters() if "weight" in n])
-    assert abs(float(scale.mean()) - 1) < 5e-3
+    assert abs(scale.mean().item() - 1) < 5e-3
     assert abs(float(scale.std()) - 0.02) < 2e-3
 
 
