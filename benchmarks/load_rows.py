@@ -141,20 +141,20 @@ class Grid:
         wrong = []
         if not result["stopped_early"]:
             wrong.append("engine.iterations has cut it off")
-        start = self.result(row.start_of, seed)
+        start = self.result(row.start_of, seed) if row.start_of else None
         if start is not None and start["models"]["start"] != result["models"]["start"]:
             wrong.append(f"{row.start_of} has another start model by now")
-        other = self.result(row.updates_of, seed)
+        other = self.result(row.updates_of, seed) if row.updates_of else None
         if other is not None and other["updates"] != result["updates"]:
             wrong.append(f"{result['updates']} updates, {row.updates_of} has {other['updates']}")
         if wrong:
             directory = self.directory(name, seed)
             raise UserError(f"{directory}: {'; '.join(wrong)}; remove it to run it again")
 
-    def result(self, name: str | None, seed: int) -> dict[str, Any] | None:
-        """Of a finished run."""
-        path = self.directory(name or "", seed) / "results.json"
-        if name is None or not path.exists():
+    def result(self, name: str, seed: int) -> dict[str, Any] | None:
+        """Of a run; None if it hasn't finished."""
+        path = self.directory(name, seed) / "results.json"
+        if not path.exists():
             return None
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found

@@ -8,11 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from torch import nn
-
 from mlseg import checkpoint
 from mlseg.data import Samples
-from mlseg.engines.base import Engine
 from mlseg.engines.discriminator_training import DiscriminatorTraining
 from mlseg.engines.hold_out import HoldOut
 from mlseg.engines.lookahead import Command, Controller
@@ -353,15 +350,9 @@ class LookaheadEngine(SegmentationEngine):
                     scores[name] = {split: m.compute() for split, m in counted.items()}
                     shown = {split: m.shown() for split, m in counted.items()}
         report = {
-            **Engine.results(self),
-            "metric": self.settings.metric,
-            "scored_at": self.settings.scoring,
-            "scores": scores,
+            **self._report(scores),
             "classes": shown,
             "models": prints,
-            "data": self.data.spec.name,
-            "provenance": self.data.provenance,
-            "split_hash": self.data.manifest["hash"],
             "hold_out": self.hold_out.samples.ids,
             "updates": self.controller.updates,
             "cycles": self.controller.cycle,
@@ -370,35 +361,7 @@ class LookaheadEngine(SegmentationEngine):
             write(self, report)
         return report
 
-    def weights(self, name: str) -> _Weights:
-        """Context in which the segmentor has the weights of ``start.pt`` or ``best.pt``.
-
-        Its value tells whether there is such a file.
-        """
-        path = None if self.recorder.directory is None else self._checkpoint(name)
-        return _Weights(self.segmentor_module, self.segmentor_problem.name, path)
-
 
 def _about(snapshot: Snapshot) -> Mapping[str, Any]:
     assert snapshot.about is not None
     return snapshot.about
-
-
-class _Weights:
-    """Other weights for the length of a block."""
-
-    def __init__(self, module: nn.Module, problem: str, path: Any) -> None:
-        self._module, self._problem, self._path = module, problem, path
-        self._kept = Snapshot(module)
-
-    def __enter__(self) -> bool:
-        if self._path is None or not self._path.exists():
-            return False
-        self._kept.take()
-        state = checkpoint.load(self._path)
-        self._module.load_state_dict(state["problems"][self._problem]["module"])
-        return True
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._kept.taken:
-            self._kept.restore()

@@ -152,8 +152,9 @@ class MapBuffer:
         """The entries: their maps, or the names of their files, which are then on the disk."""
         if self.mapped:
             for entry in self._entries:
+                assert isinstance(entry.maps, np.memmap)
                 with writing(self.folder / entry.file):
-                    entry.maps.flush()  # type: ignore[attr-defined]
+                    entry.maps.flush()
         return {
             "shape": list(self.shape),
             "made": self._made,

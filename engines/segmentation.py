@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mlseg.engines.pictures import comparison
 from mlseg.engines.recording import write_json
 from mlseg.engines.scoring import evaluating, predict_logits, score
 from mlseg.engines.settings import EngineSettings, choose_device
+from mlseg.engines.snapshot import Snapshot
 from mlseg.errors import UserError
 from mlseg.metrics import SCORES, SegmentationMetrics
 from mlseg.nets import SegmentorSettings, class_probabilities, decide
@@ -171,22 +173,43 @@ class SegmentationEngine(Engine):
         The selected weights are those of ``best.pt``, chosen on validation data alone.
         """
         scores = {"last": self._score_splits()}
-        directory = self.recorder.directory
-        if directory is not None and (directory / "checkpoints" / "best.pt").exists():
-            last = {k: v.clone() for k, v in self.segmentor_module.state_dict().items()}
-            state = checkpoint.load(directory / "checkpoints" / "best.pt")
-            self.segmentor_module.load_state_dict(
-                state["problems"][self.segmentor_problem.name]["module"]
-            )
-            scores["best"] = self._score_splits()
-            self.segmentor_module.load_state_dict(last)
+        with self.weights("best") as found:
+            if found:
+                scores["best"] = self._score_splits()
         for write in self.on_finish:
             write()
+        return self._report(scores)
+
+    @contextmanager
+    def weights(self, name: str) -> Iterator[bool]:
+        """Within this block the segmentor has the weights of a checkpoint, if there is such a file.
+
+        Args:
+            name: of the checkpoint, such as ``best``.
+
+        Yields:
+            whether there is.
+        """
+        module = self.segmentor_module
+        if self.recorder.directory is None or not self._checkpoint(name).exists():
+            yield False
+            return
+        kept = Snapshot(module)
+        kept.take()
+        state = checkpoint.load(self._checkpoint(name))
+        try:
+            module.load_state_dict(state["problems"][self.segmentor_problem.name]["module"])
+            yield True
+        finally:
+            kept.restore()
+
+    def _report(self, scores: Mapping[str, Any]) -> dict[str, Any]:
+        """What every such run reports, around its scores."""
         return {
             **super().results(),
             "metric": self.settings.metric,
             "scored_at": self.settings.scoring,
-            "scores": scores,
+            "scores": dict(scores),
             "data": self.data.spec.name,
             "provenance": self.data.provenance,
             "split_hash": self.data.manifest["hash"],

@@ -98,6 +98,14 @@ class LevelSettings(Settings):
         return self
 
 
+INSTEAD = {  # of what other engines are told
+    "metric": "the mIoU on the hold-out chooses the model",
+    "mode": "a higher mIoU is better",
+    "patience": "lookahead.patience and lookahead.cycles end the run",
+    "samples": "nothing is validated on the way; `pictures` are written at the end",
+}
+
+
 class LoadEngineSettings(EngineSettings):
     """How long, and what to keep. The hold-out's mIoU decides, and the controller when it is over.
 
@@ -112,19 +120,10 @@ class LoadEngineSettings(EngineSettings):
 
     @model_validator(mode="after")
     def _check(self) -> LoadEngineSettings:
-        idle = {"metric": None, "mode": "max", "patience": None, "samples": 0}
-        for name, value in idle.items():
-            if getattr(self, name) != value:
-                raise ValueError(f"{name}: {INSTEAD[name]}; leave it out")
+        for name, instead in INSTEAD.items():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: {instead}; leave it out")
         return self
-
-
-INSTEAD = {
-    "metric": "the mIoU on the hold-out chooses the model",
-    "mode": "a higher mIoU is better",
-    "patience": "lookahead.patience and lookahead.cycles end the run",
-    "samples": "nothing is validated on the way; `pictures` are written at the end",
-}
 
 
 class LoadSettings(RunSettings):

@@ -205,7 +205,7 @@ def test_a_nan_in_mid_cycle_keeps_the_best_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("peak_patience", [None, 1])
 def test_the_best_model_is_kept_wherever_it_stops(
-    peak_patience: int | None, tmp_path: Path
+    peak_patience: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After every piece of work: ``best.pt`` has the weights of the model that it names."""
     engine = play(
@@ -227,7 +227,7 @@ def test_the_best_model_is_kept_wherever_it_stops(
         assert tiny.same(module, dict(watch.models[name]["module"])), name
         named.append((name, best["engine"]["best"]["step"]))
 
-    engine.train_step = step  # type: ignore[method-assign]
+    monkeypatch.setattr(engine, "train_step", step)
     engine.run()
     found = list(dict.fromkeys(named))
     assert [name for name, _ in found] == ["g0", "g1", "g4", "g5"]
@@ -268,7 +268,9 @@ def test_a_record_that_cannot_be_written_keeps_the_peak(
     )
 
 
-def test_a_copy_that_was_interrupted_is_none(tmp_path: Path) -> None:
+def test_a_copy_that_was_interrupted_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second Ctrl-C may come in the middle of copying a peak."""
     engine = play("52,51,50 / 54,53,53 / 53,53,53 / 53,53,53", tmp_path)
     watch = Watch(engine)
@@ -276,8 +278,7 @@ def test_a_copy_that_was_interrupted_is_none(tmp_path: Path) -> None:
 
     def torn(engine: LookaheadEngine, values: Any) -> None:
         if values["model"] == "g4":
-            peak = engine.snapshots["peak"]
-            peak._copied_by_plan = interrupt  # type: ignore[method-assign]
+            monkeypatch.setattr(engine.snapshots["peak"], "_copied_by_plan", interrupt)
         snapshot(engine, values)
 
     def interrupt(back: bool) -> bool:
