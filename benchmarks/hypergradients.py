@@ -46,7 +46,7 @@ from two_levels import Contestant, Task
 from mlseg import machine
 from mlseg.comparison import memory
 from mlseg.errors import UserError
-from mlseg.hypergradients.second_order import dual_level
+from mlseg.hypergradients.second_order.products import dual_level
 from mlseg.hypergradients.substitution import substituted
 
 Makers = Mapping[str, Callable[[Task], Contestant]]

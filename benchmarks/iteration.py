@@ -22,10 +22,10 @@ import torch
 from spans import CpuClock, CpuMemory, CudaClock, CudaMemory, Spans
 
 from mlseg import config, machine
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 from mlseg.engines.segmentation import SegmentationEngine
-from mlseg.problems.base import Problem
-from mlseg.problems.outer_gradient import OuterGradient
+from mlseg.multilevel.outer_gradient import OuterGradient
+from mlseg.multilevel.problem import Problem
 from mlseg.run import parse_run
 
 REST = "rest"

@@ -30,9 +30,9 @@ from pydantic import NonNegativeInt
 
 from mlseg import config, machine
 from mlseg.config import Settings
-from mlseg.engines.recording import write_json, write_text
 from mlseg.errors import UserError
-from mlseg.problems.load_records import read_events
+from mlseg.files import write_json, write_text
+from mlseg.problems.load.records import read_events
 from mlseg.run import parse_run
 
 SPLITS = ("val", "val_hold_out", "val_rest", "test")

@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 
 from mlseg import config, machine
-from mlseg.data import to_float
-from mlseg.engines.map_buffer import MapBuffer
+from mlseg.engines.lookahead.map_buffer import MapBuffer
 from mlseg.errors import UserError
 from mlseg.run import parse_run
+from mlseg.segmentation.data import to_float
 
 MIB = 2**20
 

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from mlseg import config
 from mlseg.hypergradients import Hop, Method, resolve
-from mlseg.hypergradients.update_rules import one_step_scale
+from mlseg.hypergradients.optimizers.diagonals import one_step_scale
 from mlseg.machine import describe, head
-from mlseg.problems.base import Problem
+from mlseg.multilevel.problem import Problem
 from mlseg.run import parse_run
 
 EPSILONS = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0001)

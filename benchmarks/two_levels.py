@@ -26,12 +26,12 @@ import torchopt
 from betty.hypergradient import jvp_fn_mapping
 from torch import Tensor, nn
 
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings
 from mlseg.hypergradients import Hop, resolve
 from mlseg.hypergradients.implicit import Hessian, Implicit
-from mlseg.nets.unet import UNet
-from mlseg.problems import Config, Problem
+from mlseg.multilevel import Config, Problem
+from mlseg.segmentation.nets.unet import UNet
 
 Batch = tuple[Tensor, Tensor]
 """(B, 3, H, W) images and (B, K, H, W) one-hot masks."""

@@ -18,7 +18,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 if TYPE_CHECKING:
-    from mlseg.engines.base import Engine
+    from mlseg.engines.engine import Engine
 
 SECONDS_BETWEEN_LINES = 10.0
 _SHOWN_EVENTS = (

@@ -13,17 +13,18 @@ from rich.console import RenderableType
 from torch import Tensor, nn
 
 from mlseg import checkpoint
-from mlseg.data import Samples, SegmentationData, to_float
-from mlseg.engines.base import Engine
-from mlseg.engines.pictures import comparison
-from mlseg.engines.recording import write_json
-from mlseg.engines.scoring import evaluating, predict_logits, score
-from mlseg.engines.settings import EngineSettings, choose_device
+from mlseg.engines.engine import Engine
+from mlseg.engines.settings import EngineSettings
 from mlseg.engines.snapshot import Snapshot
-from mlseg.errors import UserError
-from mlseg.metrics import SCORES, SegmentationMetrics
-from mlseg.nets import SegmentorSettings, class_probabilities, decide
-from mlseg.problems.base import Problem
+from mlseg.errors import UserError, one_line
+from mlseg.files import write_json
+from mlseg.machine import choose_device
+from mlseg.multilevel.problem import Problem
+from mlseg.segmentation.data import Samples, SegmentationData, to_float
+from mlseg.segmentation.metrics import SCORES, SegmentationMetrics
+from mlseg.segmentation.nets import SegmentorSettings, class_probabilities, decide
+from mlseg.segmentation.pictures import comparison
+from mlseg.segmentation.scoring import evaluating, predict_logits, score
 
 SPLITS = "splits.json"
 
@@ -233,7 +234,7 @@ def check_same_data(run: Path, data: SegmentationData) -> None:
     try:
         before = json.loads(path.read_text(encoding="utf-8"))["hash"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: can't be read ({checkpoint.one_line(error)})") from None
+        raise UserError(f"{path}: can't be read ({one_line(error)})") from None
     now = data.manifest["hash"]
     if before != now:
         raise UserError(

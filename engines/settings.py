@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import betty.configs
-import torch
 from betty.problems import Problem as BettyProblem
 from pydantic import NonNegativeInt, PositiveInt
 
 from mlseg.config import Settings
-from mlseg.errors import UserError
 
 Dependencies = Mapping[BettyProblem, Sequence[BettyProblem]]
 
@@ -64,25 +62,6 @@ class Stage:
     u2l: Dependencies = field(default_factory=dict)
     l2u: Dependencies = field(default_factory=dict)
     on_end: Callable[[], None] | None = None
-
-
-def choose_device(name: str | torch.device) -> torch.device:
-    """``auto`` is CUDA when there is one.
-
-    Raises:
-        UserError: CUDA is asked for and there is none, or the name is no device.
-    """
-    if str(name) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device: {name!r} is none; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda is not available here; use device=cpu or device=auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device: there is no {name}, only {torch.cuda.device_count()} GPU(s)")
-    return device
 
 
 def as_settings(

@@ -4,8 +4,8 @@ from mlseg._betty import require_betty
 
 require_betty()
 
+from mlseg._version import __version__  # noqa: E402
 from mlseg.engines import Engine, EngineSettings, Stage  # noqa: E402
-from mlseg.problems import Config, Problem  # noqa: E402
+from mlseg.multilevel import Config, Problem  # noqa: E402
 
-__version__ = "0.1.0"
 __all__ = ["Config", "Engine", "EngineSettings", "Problem", "Stage", "__version__"]

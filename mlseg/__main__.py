@@ -13,7 +13,7 @@ COMMANDS = {
     "predict": ("mlseg.predict", "images in, mask PNGs and overlays out"),
     "compare": ("mlseg.compare", "hypergradient methods side by side"),
     "calibrate": ("mlseg.calibrate", "choose k and threshold on validation images"),
-    "data": ("mlseg.data.__main__", "fetch a data set, or say where to get it"),
+    "data": ("mlseg.data", "fetch a data set, or say where to get it"),
 }
 
 

@@ -25,17 +25,17 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from mlseg import calibration
 from mlseg.commands import guarded, make_console
-from mlseg.data import Samples, to_float
-from mlseg.engines.recording import write_text, writing
-from mlseg.engines.scoring import SCORING_BATCH, at_native, score
-from mlseg.engines.settings import choose_device
 from mlseg.errors import UserError
 from mlseg.evaluate import above_zero, own_data, probability
-from mlseg.metrics import SCORES, image_scores
-from mlseg.nets import class_probabilities
-from mlseg.trained import Ensemble, load_runs
+from mlseg.files import write_text, writing
+from mlseg.machine import choose_device
+from mlseg.segmentation import calibration
+from mlseg.segmentation.data import Samples, to_float
+from mlseg.segmentation.metrics import SCORES, image_scores
+from mlseg.segmentation.nets import class_probabilities
+from mlseg.segmentation.scoring import SCORING_BATCH, at_native, score
+from mlseg.segmentation.trained import Ensemble, load_runs
 
 KS = [round(0.1 * step, 1) for step in range(1, 11)]
 THRESHOLDS = [round(0.05 * step, 2) for step in range(4, 17)]

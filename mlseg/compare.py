@@ -23,10 +23,10 @@ from mlseg.commands import guarded, make_console
 from mlseg.comparison import figures, phases, report
 from mlseg.comparison.cells import Cell, Runner
 from mlseg.comparison.settings import Comparison, parse
-from mlseg.engines.recording import timestamp, write_text
+from mlseg.comparison.tasks.base import all_tasks
 from mlseg.errors import UserError
+from mlseg.files import timestamp, write_text
 from mlseg.hypergradients import names
-from mlseg.problems.tasks.base import all_tasks
 
 NEEDED = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from mlseg.commands import make_console
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 
 MIB = 2**20
 

@@ -20,18 +20,18 @@ import torch
 from rich.table import Table
 
 from mlseg import config
-from mlseg.calibration import calibrated, describe
 from mlseg.commands import guarded, make_console
-from mlseg.data import DataSettings, SegmentationData, load_data, load_examples
-from mlseg.data.catalog import CATALOG
-from mlseg.engines.recording import write_json
-from mlseg.engines.scoring import score
 from mlseg.engines.segmentation import check_same_data
-from mlseg.engines.settings import choose_device
 from mlseg.errors import UserError
-from mlseg.metrics import SCORES
+from mlseg.files import write_json
+from mlseg.machine import choose_device
 from mlseg.run import parse_run
-from mlseg.trained import Ensemble, load_runs
+from mlseg.segmentation.calibration import calibrated, describe
+from mlseg.segmentation.data import DataSettings, SegmentationData, load_data, load_examples
+from mlseg.segmentation.data.catalog import CATALOG
+from mlseg.segmentation.metrics import SCORES
+from mlseg.segmentation.scoring import score
+from mlseg.segmentation.trained import Ensemble, load_runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:

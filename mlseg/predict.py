@@ -22,15 +22,15 @@ from PIL import Image
 from rich.progress import track
 
 from mlseg.commands import guarded, make_console
-from mlseg.data import PADDING, DatasetSpec, padded, placed, to_float
-from mlseg.data.decode import read_image
-from mlseg.engines.pictures import overlay
-from mlseg.engines.recording import writing
-from mlseg.engines.settings import choose_device
 from mlseg.errors import EXIT_USER_ERROR, UserError
 from mlseg.evaluate import add_choices, load_chosen
-from mlseg.nets import decide
-from mlseg.trained import Ensemble
+from mlseg.files import writing
+from mlseg.machine import choose_device
+from mlseg.segmentation.data import PADDING, DatasetSpec, padded, placed, to_float
+from mlseg.segmentation.data.decode import read_image
+from mlseg.segmentation.nets import decide
+from mlseg.segmentation.pictures import overlay
+from mlseg.segmentation.trained import Ensemble
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp"}
 

@@ -9,28 +9,24 @@ python -m mlseg.run configs/e2eaug_isic.yaml --dry-run
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from mlseg import __version__, config
+from mlseg import config
 from mlseg.commands import guarded, make_console
 from mlseg.dry_run import dry_run
-from mlseg.engines.base import Engine
-from mlseg.engines.recording import timestamp, write_json, write_text
+from mlseg.engines.engine import Engine
 from mlseg.engines.segmentation import SegmentationEngine, check_same_data
 from mlseg.errors import UserError
+from mlseg.files import timestamp, write_json, write_text
+from mlseg.machine import device_name, versions
 from mlseg.problems.systems import RunSettings, all_systems, load_system
 from mlseg.randomness import seed_everything
-
-VERSIONED = ("torch", "torchvision", "betty-ml", "numpy")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -183,19 +179,6 @@ def report(engine: Engine, results: dict[str, Any], console: Console) -> None:
     if isinstance(engine, SegmentationEngine):
         for summary in engine.summaries:
             console.print(summary())
-
-
-def versions() -> dict[str, str]:
-    """Of everything that figures may depend on."""
-    found = {"mlseg": __version__, "python": platform.python_version()}
-    return found | {name: metadata.version(name) for name in VERSIONED}
-
-
-def device_name(device: torch.device) -> str:
-    """``cuda: NVIDIA H200``, or the processor and the number of threads."""
-    if device.type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name(device)}"
-    return f"cpu: {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,6 @@
-"""Problems: one level of a multilevel program each, and the systems made of them.
+"""Systems: multilevel programs that a config can name, a folder each.
 
-A system is one file here (or anywhere, when named by dotted path): its problems, its settings, and
-one ``build`` that wires them into an engine, registered with
-:func:`mlseg.problems.systems.system`.
+A folder holds the levels and the ``build`` that wires them into an engine (``levels.py``), what a
+config says of them (``settings.py``), what a run leaves behind (``records.py``) and networks. A
+system may lie anywhere else when it is named by dotted path, and is deleted by removing its folder.
 """
-
-from mlseg.problems.base import Problem
-from mlseg.problems.config import Config
-
-__all__ = ["Config", "Problem"]

@@ -8,7 +8,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from mlseg.data import (
+from mlseg.engines.settings import EngineSettings
+from mlseg.machine import choose_device
+from mlseg.multilevel.problem import Problem
+from mlseg.multilevel.settings import ProblemSettings
+from mlseg.randomness import derived, seeded
+from mlseg.segmentation.data import (
     Augmentation,
     AugmentationSettings,
     BatchLoader,
@@ -16,11 +21,7 @@ from mlseg.data import (
     DataSettings,
     Samples,
 )
-from mlseg.engines.settings import EngineSettings, choose_device
-from mlseg.nets import SegmentorSettings, build_segmentor
-from mlseg.problems.base import Problem
-from mlseg.problems.settings import ProblemSettings
-from mlseg.randomness import derived, seeded
+from mlseg.segmentation.nets import SegmentorSettings, build_segmentor
 
 P = TypeVar("P", bound=Problem)
 

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from mlseg.config import Settings
-from mlseg.data import AugmentationSettings, DataSettings, load_data
 from mlseg.engines.segmentation import SegmentationEngine
 from mlseg.engines.settings import Stage
-from mlseg.losses import LossSettings, SegmentationLoss
-from mlseg.nets import SegmentorSettings
-from mlseg.problems.base import Problem
+from mlseg.multilevel.problem import Problem
+from mlseg.multilevel.settings import ProblemSettings
 from mlseg.problems.building import Builder
-from mlseg.problems.settings import ProblemSettings
 from mlseg.problems.systems import RunSettings, system
+from mlseg.segmentation.data import AugmentationSettings, DataSettings, load_data
+from mlseg.segmentation.losses import LossSettings, SegmentationLoss
+from mlseg.segmentation.nets import SegmentorSettings
 
 
 class Segmentor(Problem):

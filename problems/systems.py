@@ -8,9 +8,9 @@ from typing import Any, Literal
 from pydantic import NonNegativeInt
 
 from mlseg.config import Settings
-from mlseg.engines.base import Engine
+from mlseg.config.registry import Entry, Registry
+from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings
-from mlseg.problems.registry import Entry, Registry
 
 
 class RunSettings(Settings):
@@ -44,7 +44,7 @@ class System(Entry):
         return self.build(settings, out)
 
 
-_SYSTEMS = Registry(System, "system", __package__, RunSettings, "my_package.games:build")
+_SYSTEMS = Registry(System, "system", ["mlseg.problems"], RunSettings, "my_package.games:build")
 
 
 def system(

@@ -8,10 +8,10 @@ import toys
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings
-from mlseg.problems.base import Problem
-from mlseg.problems.config import Config
+from mlseg.multilevel.config import Config
+from mlseg.multilevel.problem import Problem
 
 RATE = 0.1
 GRAPHS = {"method": "unrolled", "store": "graphs"}

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
 from torch.nn import functional
 
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings
-from mlseg.problems.base import Problem
-from mlseg.problems.config import Config
+from mlseg.multilevel.config import Config
+from mlseg.multilevel.problem import Problem
 
 Vectors = Mapping[str, Tensor]
 HYPERPARAMETERS = 4

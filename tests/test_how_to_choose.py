@@ -10,11 +10,11 @@ import torch
 from programs import FAMILIES, SHAPES, Program, Variables
 from torch import Tensor
 
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings
 from mlseg.hypergradients import names
-from mlseg.problems.base import Problem
-from mlseg.problems.config import Config
+from mlseg.multilevel.config import Config
+from mlseg.multilevel.problem import Problem
 
 PAGE = (Path(__file__).parent.parent / "docs" / "how-to-choose.md").read_text(encoding="utf-8")
 

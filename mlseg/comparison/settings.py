@@ -26,13 +26,12 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mlseg import config
-from mlseg.checkpoint import one_line
+from mlseg.comparison.tasks.base import Task, TaskSettings, load_task
 from mlseg.config import Settings
-from mlseg.config_errors import explain, quoted
-from mlseg.engines.settings import choose_device
-from mlseg.errors import UserError
+from mlseg.config.explaining import explain, quoted
+from mlseg.errors import UserError, one_line
 from mlseg.hypergradients import Method, resolve
-from mlseg.problems.tasks.base import Task, TaskSettings, load_task
+from mlseg.machine import choose_device
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 Seeds = Annotated[list[NonNegativeInt], Field(min_length=1)]

@@ -6,24 +6,24 @@ system). :mod:`mlseg.hypergradients.base` says what a method is given.
 """
 
 from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Interface, Method, Vector
-from mlseg.hypergradients.cg import ConjugateGradients
-from mlseg.hypergradients.evolution import Evolution
-from mlseg.hypergradients.exact import Exact
-from mlseg.hypergradients.finite_difference import FiniteDifference
-from mlseg.hypergradients.fixed_point import FixedPoint
-from mlseg.hypergradients.forward import Forward
-from mlseg.hypergradients.identity import Identity
 from mlseg.hypergradients.implicit import Hessian, Implicit, Krylov
-from mlseg.hypergradients.minres import MinimalResidual
-from mlseg.hypergradients.neumann import Neumann
-from mlseg.hypergradients.nystrom import Nystrom
+from mlseg.hypergradients.methods.cg import ConjugateGradients
+from mlseg.hypergradients.methods.evolution import Evolution
+from mlseg.hypergradients.methods.exact import Exact
+from mlseg.hypergradients.methods.finite_difference import FiniteDifference
+from mlseg.hypergradients.methods.fixed_point import FixedPoint
+from mlseg.hypergradients.methods.forward import Forward
+from mlseg.hypergradients.methods.identity import Identity
+from mlseg.hypergradients.methods.minres import MinimalResidual
+from mlseg.hypergradients.methods.neumann import Neumann
+from mlseg.hypergradients.methods.nystrom import Nystrom
+from mlseg.hypergradients.methods.penalty import Penalty
+from mlseg.hypergradients.methods.sama import Sama
+from mlseg.hypergradients.methods.stochastic import Stochastic
+from mlseg.hypergradients.methods.unrolled import Unrolled
 from mlseg.hypergradients.one_step import OneStep, Scaled
-from mlseg.hypergradients.penalty import Penalty
 from mlseg.hypergradients.registry import names, register, resolve
-from mlseg.hypergradients.sama import Sama
-from mlseg.hypergradients.stochastic import Stochastic
 from mlseg.hypergradients.trajectory import Keeps, Trajectory
-from mlseg.hypergradients.unrolled import Unrolled
 
 __all__ = [
     "ConjugateGradients",

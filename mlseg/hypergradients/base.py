@@ -36,7 +36,7 @@ from mlseg.hypergradients.trajectory import Keeps
 from mlseg.randomness import RandomState
 
 if TYPE_CHECKING:
-    from mlseg.problems.base import Problem
+    from mlseg.multilevel.problem import Problem
 
 Vector = list[Tensor]
 """A vector in parameter space, one tensor per parameter."""

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from mlseg.errors import UserError
 from mlseg.hypergradients.base import Cotangents, Vector
-from mlseg.hypergradients.optimizer_maps import COUNT
+from mlseg.hypergradients.optimizers.maps import COUNT
 from mlseg.hypergradients.replay import Replay
 from mlseg.hypergradients.substitution import check_none_left, substituted
 from mlseg.hypergradients.trajectory import Step
 
 if TYPE_CHECKING:
-    from mlseg.problems.base import Problem
+    from mlseg.multilevel.problem import Problem
 
 
 _HOOKS = ("param_callback", "grad_callback", "custom_optimizer_step")

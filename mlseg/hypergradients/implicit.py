@@ -30,13 +30,13 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Method, Vector
-from mlseg.hypergradients.second_order import pull_through
+from mlseg.hypergradients.optimizers.diagonals import objective
+from mlseg.hypergradients.second_order.products import pull_through
 from mlseg.hypergradients.trajectory import Keeps
-from mlseg.hypergradients.update_rules import objective
 from mlseg.hypergradients.vectors import filled, flatten, unflatten
 
 if TYPE_CHECKING:
-    from mlseg.problems.base import Problem
+    from mlseg.multilevel.problem import Problem
 
 
 class Hessian:

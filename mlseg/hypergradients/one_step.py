@@ -6,11 +6,11 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Literal
 
 from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Method, Vector
+from mlseg.hypergradients.optimizers.diagonals import check_known, objective, one_step_scale
 from mlseg.hypergradients.trajectory import Keeps
-from mlseg.hypergradients.update_rules import check_known, objective, one_step_scale
 
 if TYPE_CHECKING:
-    from mlseg.problems.base import Problem
+    from mlseg.multilevel.problem import Problem
 
 
 class OneStep(Method):

@@ -79,7 +79,7 @@ def _for_betty(name: str) -> Callable[..., list[Tensor] | None]:
 
     def method(vector: list[Tensor], curr: Any, prev: Any, sync: bool) -> list[Tensor] | None:
         from mlseg.hypergradients.base import Hop
-        from mlseg.problems.base import Problem
+        from mlseg.multilevel.problem import Problem
 
         ours = isinstance(curr, Problem)
         if name in BETTYS and not (ours and curr.method is not None):

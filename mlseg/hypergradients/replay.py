@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from mlseg.hypergradients.base import Hop
-from mlseg.hypergradients.optimizer_maps import Moments, StepMap, rule_of
+from mlseg.hypergradients.optimizers.maps import Moments, StepMap, rule_of
 from mlseg.hypergradients.trajectory import Step
 from mlseg.hypergradients.vectors import accumulate
 
 if TYPE_CHECKING:
-    from mlseg.problems.base import Problem
+    from mlseg.multilevel.problem import Problem
 
 
 def gradient_is_changed(level: Problem) -> bool:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from mlseg import checkpoint
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings, Stage
 from mlseg.errors import RunError, UserError
-from mlseg.problems.base import Problem
-from mlseg.problems.config import Config
+from mlseg.multilevel.config import Config
+from mlseg.multilevel.problem import Problem
 
 
 class Count(Problem):

@@ -14,7 +14,7 @@ import torch
 from children import Child
 
 from mlseg import checkpoint, run
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 

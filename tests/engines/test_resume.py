@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import GRAPHS, Graph, fit, imitate
 
 from mlseg import checkpoint
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 from mlseg.engines.interruption import Interrupted
 from mlseg.engines.settings import EngineSettings
 from mlseg.errors import UserError

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from toys import GRAPHS, Level, Oracle
 
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings
 from mlseg.errors import UserError
-from mlseg.problems.base import Problem
-from mlseg.problems.config import Config
+from mlseg.multilevel.config import Config
+from mlseg.multilevel.problem import Problem
 
 EXPECTED = {"identity": 1e-9, "finite_difference": 1e-5}
 """Relative error; the finite difference's is that of its step, epsilon = 1e-4."""

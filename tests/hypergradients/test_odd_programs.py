@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, spectral_norm
 
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 from mlseg.errors import UserError
-from mlseg.problems.base import Problem
-from mlseg.problems.config import Config
+from mlseg.multilevel.config import Config
+from mlseg.multilevel.problem import Problem
 
 # ----------------------------------------------------------------- what the step stepped along
 

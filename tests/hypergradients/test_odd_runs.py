@@ -29,10 +29,10 @@ from pairs import (
 )
 from torch import Tensor, nn
 
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 from mlseg.errors import UserError
 from mlseg.hypergradients import Identity, Interface, names, register
-from mlseg.problems.config import Config
+from mlseg.multilevel.config import Config
 
 # --------------------------------------------------------------------------- numbers that run away
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from toys import GRAPHS
 
 from mlseg import checkpoint
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings
 from mlseg.hypergradients import Hop, names, resolve
-from mlseg.problems.base import Problem
-from mlseg.problems.config import Config
+from mlseg.multilevel.config import Config
+from mlseg.multilevel.problem import Problem
 
 QUICK: dict[str, dict[str, Any]] = {
     "penalty": {"strength": 1e4, "iterations": 20},

@@ -23,7 +23,7 @@ from mlseg.hypergradients import (
     resolve,
 )
 from mlseg.hypergradients.registry import _METHODS
-from mlseg.problems.config import Config, method_of
+from mlseg.multilevel.config import Config, method_of
 
 
 def test_by_name_and_by_mapping() -> None:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from toys import GRAPHS
 
 from mlseg import randomness
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings
 from mlseg.hypergradients import Interface, names, resolve
-from mlseg.problems.base import Problem
-from mlseg.problems.config import Config
+from mlseg.multilevel.config import Config
+from mlseg.multilevel.problem import Problem
 
 
 def snapshot(engine: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from mlseg.errors import UserError
 from mlseg.hypergradients import FiniteDifference
-from mlseg.problems.settings import ProblemSettings
+from mlseg.multilevel.settings import ProblemSettings
 from mlseg.problems.systems import load_system, system_names
 
 GAMES = '''

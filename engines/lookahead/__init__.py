@@ -1,0 +1,1 @@
+"""LoAd's controller, and the engine that obeys it."""

@@ -1,0 +1,1 @@
+"""Optimizers: settings, differentiable maps, their diagonals."""

@@ -1,0 +1,285 @@
+"""Tasks: their exact hypergradients against numerical derivatives and against each other."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from mlseg.comparison.tasks import real_data
+from mlseg.comparison.tasks.base import (
+    IMPLICIT,
+    ONE_STEP,
+    Aim,
+    Conditions,
+    Program,
+    aim_of,
+    all_tasks,
+    load_task,
+)
+from mlseg.comparison.tasks.two_levels import TwoLevels, flatten, unflatten
+from mlseg.errors import UserError
+from mlseg.randomness import seed_everything
+
+SMALL: dict[str, dict[str, Any]] = {
+    "quadratic": {"lower": 8, "upper": 3, "condition": 30.0},
+    "ridge": {"degree": 1, "training": 40, "validation": 40},
+    "logistic": {"training": 60, "validation": 60},
+    "data_cleaning": {"training": 20, "validation": 30, "decay": 0.1},
+    "reweighting": {"training": 60, "validation": 30, "hidden": 3, "decay": 0.05},
+}
+"""The tasks of two levels, at a size that takes no time."""
+
+
+@pytest.fixture(autouse=True)
+def double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def build(name: str, method: Any = "identity", **conditions: Any) -> Program:
+    task = load_task(name)
+    settings = task.settings.model_validate({"name": name, **SMALL.get(name, {})})
+    seed_everything(conditions.get("seed", 0))
+    return task(settings, Conditions(method, **conditions))
+
+
+def two_levels(name: str, **conditions: Any) -> TwoLevels:
+    program = build(name, **conditions)
+    assert isinstance(program, TwoLevels)
+    return program
+
+
+def first_gradient(program: Program) -> list[Tensor]:
+    """The upper level's, at its first step."""
+    steps: list[list[Tensor]] = []
+    tiny.gradients_of(program.upper, steps)
+    program.engine.train()
+    while not steps:
+        program.engine.iterate()
+    return steps[0]
+
+
+def slope(function: Any, point: dict[str, Tensor], direction: Tensor, h: float) -> float:
+    """Of ``function`` along ``direction``, by differences of fourth order."""
+    flat = flatten(point)
+    values = [float(function(unflatten(flat + k * h * direction, point))) for k in (-2, -1, 1, 2)]
+    return (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * h)
+
+
+def directions(point: dict[str, Tensor]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(flatten(point).shape, generator=generator) for _ in range(3)]
+
+
+def test_every_task_is_tested() -> None:
+    assert {task.name for task in all_tasks()} == {*SMALL, "e2eaug_tiny"}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_implicit(name: str) -> None:
+    """The slope of the upper loss at the lower level's solution, solved anew for each value."""
+    program = two_levels(name)
+    program.settle()
+    top = copy.deepcopy(program.points()[1])
+
+    def upper_loss(values: dict[str, Tensor]) -> Tensor:
+        program._top = values
+        return program._outer(program.solution(), values)
+
+    truth = torch.cat([t.flatten() for t in program.truth(IMPLICIT)])
+    assert program.residual() < 1e-8
+    for direction in directions(top):
+        expected = slope(upper_loss, top, direction, 1e-3)
+        assert float(truth @ direction) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("name", SMALL)
+def test_unrolled(name: str, steps: int) -> None:
+    """The slope of the upper loss after the last steps, taken with other upper values."""
+    program = two_levels(name, lower_steps=3)
+    start, top = (copy.deepcopy(point) for point in program.points())
+    for _ in range(3 - steps):
+        start = program._descend(start, top)
+
+    def upper_loss(values: dict[str, Tensor]) -> Tensor:
+        low = start
+        for _ in range(steps):
+            low = program._descend(low, values)
+        return program._outer({k: v.detach() for k, v in low.items()}, values)
+
+    first_gradient(program)  # the truth is asked for after the step
+    truth = torch.cat([t.flatten() for t in program.truth(Aim(steps))])
+    for direction in directions(top):
+        expected = slope(upper_loss, top, direction, 1e-3)
+        assert float(truth @ direction) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["quadratic", "ridge", "logistic"])
+def test_closed_forms_agree_with_the_dense_solve(name: str) -> None:
+    program = two_levels(name)
+    program.settle()
+    own, dense = program.implicit(), TwoLevels.implicit(program)
+    torch.testing.assert_close(flatten(own), flatten(dense), rtol=1e-9, atol=1e-12)
+    if name != "logistic":
+        solved = TwoLevels.solution(program)
+        torch.testing.assert_close(flatten(solved), flatten(program.solution()))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_engine_takes_the_steps_that_the_truth_goes_through(name: str) -> None:
+    """The library's one-step hypergradient is the truth's, so both look at the same point."""
+    method = {"method": "identity", "linearise": "before_step"}
+    program = build(name, method, lower_steps=2)
+    program.settle()
+    gradient = torch.cat([g.flatten() for g in first_gradient(program)])
+    truth = program.truth(ONE_STEP)
+    assert truth is not None
+    torch.testing.assert_close(gradient, torch.cat([t.flatten() for t in truth]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_e2eaug(dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    method = {"method": "identity", "linearise": "before_step"}
+    program = build("e2eaug_tiny", method, dtype=dtype)
+    program.settle()
+    (gradient,) = first_gradient(program)
+    found = program.truth(ONE_STEP)
+    assert found is not None
+    assert torch.get_default_dtype() == dtype
+    error = (gradient.double() - found[0]).norm() / found[0].norm()
+    assert error < (1e-9 if dtype == torch.float64 else 1e-1)
+    assert program.truth(IMPLICIT) is None
+    assert 0.0 <= program.score() <= 1.0
+    assert program.objective() > 0.0
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_training_brings_the_upper_loss_down(name: str) -> None:
+    program = two_levels(name, lower_steps=5, upper_rate=0.05)
+    program.settle()
+    before = program.objective()
+    program.engine.train()
+    for _ in range(40 * 5):
+        program.engine.iterate()
+    assert program.objective() < before
+    assert program.score() >= 0.0
+
+
+def test_the_condition_number_is_as_set() -> None:
+    program: Any = build("quadratic")
+    eigenvalues = torch.linalg.eigvalsh(program.a)
+    assert float(eigenvalues[-1] / eigenvalues[0]) == pytest.approx(30.0)
+    assert float(eigenvalues[-1]) == pytest.approx(1.0)
+
+
+def test_a_saddle_has_a_hypergradient_too() -> None:
+    task = load_task("quadratic")
+    values = {"name": "quadratic", "lower": 8, "upper": 3, "negative": 3}
+    program: Any = task(task.settings.model_validate(values), Conditions("identity"))
+    assert int((torch.linalg.eigvalsh(program.a) < 0).sum()) == 3
+    program.settle()
+    assert program.residual() < 1e-10
+    dense = TwoLevels.implicit(program)
+    torch.testing.assert_close(program.truth(IMPLICIT)[0], dense["values"])
+
+
+def test_the_excess_is_zero_at_the_minimum() -> None:
+    program: Any = build("quadratic")
+    assert program.score() > 1e-3
+    top = program.upper.module.values
+    optimizer = torch.optim.LBFGS([top], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        w = torch.linalg.solve(program.a, program.b @ top + program.c)
+        loss = 0.5 * ((w - program.t) ** 2).sum() + 0.5 * program.regularisation * (top**2).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    assert program.score() == pytest.approx(0.0, abs=1e-8)
+
+
+class TestData:
+    def test_no_seed_learns_from_what_another_is_tested_on(self) -> None:
+        first, second = (real_data.load("breast_cancer", seed, 100, 100) for seed in (0, 1))
+        # Standardised by other training data: compare what doesn't depend on it.
+        assert torch.equal(first.test[1], second.test[1])
+        assert not torch.equal(first.training[1], second.training[1])
+        own = {tuple(row) for row in first.training[0].tolist()}
+        others = {tuple(row) for row in torch.cat([first.validation[0], first.test[0]]).tolist()}
+        assert not own & others
+
+    def test_features_are_standardised_by_training_data(self) -> None:
+        x, _ = real_data.load("diabetes", 0, 150, 100, degree=2).training
+        assert x.shape == (150, 65)
+        torch.testing.assert_close(x.mean(0), torch.zeros(65), rtol=0.0, atol=1e-12)
+        torch.testing.assert_close(x.std(0), torch.ones(65))
+
+    def test_too_few_examples(self) -> None:
+        with pytest.raises(UserError, match=r"diabetes has 442 examples.*to 354 or less"):
+            real_data.load("diabetes", 0, 300, 100)
+
+    def test_labels_are_corrupted_as_told(self) -> None:
+        program: Any = build("data_cleaning")
+        _, y = program.training
+        clean = real_data.load("digits", 0, 20, 30).training[1]
+        assert torch.equal(y != clean, program.is_wrong)
+        assert int(program.is_wrong.sum()) == 10
+
+    def test_classes_are_imbalanced_as_told(self) -> None:
+        task = load_task("reweighting")
+        values = {"name": "reweighting", "training": 800, "imbalance": 10.0, "corrupted": 0.0}
+        program: Any = task(task.settings.model_validate(values), Conditions("identity"))
+        counts = torch.bincount(program.training[1], minlength=10)
+        assert 7.0 < float(counts[0] / counts[9]) < 13.0
+
+
+class TestAim:
+    @pytest.mark.parametrize(
+        ("method", "aim"),
+        [
+            ("identity", ONE_STEP),
+            ("finite_difference", ONE_STEP),
+            ("sama", ONE_STEP),
+            ("unrolled", Aim(5)),
+            ({"method": "unrolled", "steps": 7}, Aim(7)),
+            ({"method": "forward", "steps": 2}, Aim(2)),
+            ("evolution", Aim(5)),
+            ("cg", IMPLICIT),
+            ("fixed_point", IMPLICIT),
+            ("penalty", IMPLICIT),
+            ("exact", IMPLICIT),
+        ],
+    )
+    def test_methods(self, method: Any, aim: Aim) -> None:
+        assert aim_of(method, 5) == aim
+
+    def test_words(self) -> None:
+        assert str(ONE_STEP) == "1 step"
+        assert str(Aim(7)) == "7 steps"
+        assert str(IMPLICIT) == "implicit"
+
+    def test_without_scale_no_step_is_meant(self) -> None:
+        assert aim_of({"method": "identity", "scale": "none"}, 5) == IMPLICIT
+
+
+class TestTable:
+    def test_an_unknown_task(self) -> None:
+        with pytest.raises(UserError, match="no 'quadratik'; did you mean 'quadratic'"):
+            load_task("quadratik")
+
+    def test_a_dotted_path(self) -> None:
+        path = "mlseg.comparison.tasks.quadratic:build"
+        assert load_task(path) is load_task("quadratic")
+
+    def test_a_path_to_something_else(self) -> None:
+        with pytest.raises(UserError, match="must be a function whose first parameter"):
+            load_task("math:sqrt")
