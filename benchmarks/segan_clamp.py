@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from mlseg import config, machine
-from mlseg.engines.segmentation import SegmentationEngine
 from mlseg.randomness import seed_everything
 from mlseg.run import parse_run
 
@@ -35,7 +34,6 @@ def measure(path: Path, overrides: Sequence[str], steps: int) -> list[dict[str, 
     settings, build = parse_run(config.load(path, overrides))
     seed_everything(settings.seed)
     engine = build(settings, None)
-    assert isinstance(engine, SegmentationEngine)
     for _ in range(steps):
         engine.iterate()
     critic, segmentor = engine.critic, engine.segmentor

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import betty.configs
 import betty.engine
@@ -14,16 +15,20 @@ import torch
 from betty.logging import logger as betty_logger
 from betty.logging.logger_base import get_logger
 from betty.problems import Problem as BettyProblem
-from torch import Tensor
+from rich.console import RenderableType
 
-from mlseg import checkpoint, randomness
+from mlseg import checkpoint
+from mlseg.engines import state
+from mlseg.engines.hooks import Hooks, Work
 from mlseg.engines.interruption import Interruption
 from mlseg.engines.nan_guard import NanGuard, all_finite
 from mlseg.engines.recording import Recorder, read_scalars
-from mlseg.engines.settings import Dependencies, EngineSettings, Stage, Work, as_settings
-from mlseg.errors import RunError, UserError, one_line
+from mlseg.engines.settings import Dependencies, EngineSettings, Stage, as_settings
+from mlseg.errors import RunError
 from mlseg.machine import choose_device
 from mlseg.multilevel.problem import Problem
+
+H = TypeVar("H", bound=Hooks)
 
 
 class Engine(betty.engine.Engine):
@@ -32,22 +37,21 @@ class Engine(betty.engine.Engine):
     Beyond Betty's engine: validation that chooses the best checkpoint, early stopping, a progress
     display, records (:class:`~mlseg.engines.recording.Recorder`), atomic checkpoints from which a
     run goes on exactly, a guard against NaN, and a clean end on SIGINT and SIGTERM. None of it
-    synchronises with the device between two written figures.
+    synchronises with the device between two written figures. What else a run needs comes in as
+    :class:`~mlseg.engines.hooks.Hooks`.
 
     Args:
         problems: all levels. Leaves step in this order.
         config: ``EngineSettings``, or Betty's ``EngineConfig``.
         dependencies: Betty's dict of ``u2l`` and ``l2u``; or give these two by keyword.
         stages: instead of one graph of levels, several in turn.
-        validation: returns a dict of figures; or define the method ``validation`` as in Betty.
+        validation: returns a dict of figures; or define the method ``validation`` as in Betty, or
+            override ``validate`` of a hook.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         out: the run directory; without it nothing is written.
-        on_validation: called with the figures after each validation, for pictures and the like.
-        meta: stored in each checkpoint beside the problems' state.
+        hooks: called at the points of the loop, in this order.
         quiet: no progress display.
     """
-
-    end_is_known = True  # whether it takes all of total_iterations, unless it stops early
 
     def __init__(
         self,
@@ -62,14 +66,14 @@ class Engine(betty.engine.Engine):
         validation: Callable[[], Mapping[str, Any]] | None = None,
         device: str | torch.device = "auto",
         out: Path | str | None = None,
-        on_validation: Sequence[Callable[[Mapping[str, float]], None]] = (),
-        meta: Mapping[str, Any] | None = None,
+        hooks: Sequence[Hooks] = (),
         quiet: bool = False,
     ) -> None:
         if dependencies is not None and (u2l is not None or l2u is not None):
             raise ValueError("give the graph either as dependencies or as u2l and l2u")
         graph = dependencies or {"u2l": u2l or {}, "l2u": l2u or {}}
         self.settings = as_settings(config)
+        self.hooks = list(hooks)
         self.stages = list(stages) if stages else []
         if not self.stages:
             self.stages = [
@@ -83,11 +87,7 @@ class Engine(betty.engine.Engine):
         self.stopped_early = False
         self.finished = False
         self.seconds = 0.0
-        self.on_validation = list(on_validation)
-        self.meta = dict(meta or {})
-        self._logged: dict[str, int] = {}
-        self.companions: dict[str, Any] = {}
-        """Objects with ``state_dict`` and ``load_state_dict`` that are saved with the run."""
+        self.logged: dict[str, int] = {}  # steps of each problem at the last log
         self._wanted_device = device
         self.leaves: list[BettyProblem] = []
         self._clock = time.monotonic()
@@ -107,7 +107,7 @@ class Engine(betty.engine.Engine):
         for index in reversed(range(len(self.stages))):
             self.enter_stage(index)  # what a later stage's levels can't do is said now
         self.recorder = Recorder(Path(out) if out else None, self.settings, quiet=quiet)
-        self._guard = NanGuard([p.name for p in self.problems], self.device)
+        self._guard = NanGuard(self.problems, self.device)
 
     # ------------------------------------------------------------------- set-up
 
@@ -146,9 +146,24 @@ class Engine(betty.engine.Engine):
         return self.stages[self.stage_index]
 
     @property
-    def total_iterations(self) -> int:
-        """Over all stages."""
+    def total_iterations(self) -> int | None:
+        """Over all stages; None where a hook ends one of them."""
+        if any(stage.open_ended for stage in self.stages):
+            return None
         return sum(stage.iterations for stage in self.stages)
+
+    @property
+    def metric(self) -> str | None:
+        """The validation figure that chooses the best weights; None: the first one."""
+        named = (hook.metric for hook in self.hooks if hook.metric is not None)
+        return self.settings.metric or next(named, None)
+
+    def hook(self, kind: type[H]) -> H:
+        """The engine's hook of a class; KeyError if it has none."""
+        for hook in self.hooks:
+            if isinstance(hook, kind):
+                return hook
+        raise KeyError(f"this engine has no {kind.__name__}")
 
     def enter_stage(self, index: int) -> None:
         """Make stage `index` the present one: its graph, its leaves."""
@@ -159,6 +174,14 @@ class Engine(betty.engine.Engine):
                 problem.connect()
             else:
                 problem.ready = [False] * len(problem.children)
+
+    def next_stage(self) -> None:
+        """End the present stage, and make the one after it the present one."""
+        for hook in self.hooks:
+            hook.stage_end(self, self.stage)
+        self.recorder.event("stage_end", self.global_step, stage=self.stage.name)
+        self.stage_step = 0
+        self.enter_stage(self.stage_index + 1)
 
     # --------------------------------------------------------------------- loop
 
@@ -175,6 +198,17 @@ class Engine(betty.engine.Engine):
         if iterations is not None:
             self.stages[-1].iterations = iterations
         self._clock = time.monotonic()
+        for hook in self.hooks:
+            hook.start(self)
+        try:
+            self._loop()
+        except BaseException:
+            with suppress(RunError):  # of the two, the first is the one to tell
+                self._stop_hooks()
+            raise
+        self._stop_hooks()
+
+    def _loop(self) -> None:
         self.train()
         with Interruption() as interruption, self.recorder.opened(self):
             while self._advance_stage():
@@ -182,7 +216,7 @@ class Engine(betty.engine.Engine):
                 self.global_step += 1
                 self.stage_step += 1
                 self.train_step()
-                self._watch()
+                self._guard.watch(self.problems, self.global_step)
                 if self._is_due(self.settings.log_every):
                     self._log()
                 self._validate_if_due()
@@ -199,27 +233,32 @@ class Engine(betty.engine.Engine):
                 self.recorder.event("finished", self.global_step)
                 self.save()
 
-    def results(self) -> dict[str, Any]:
-        """What to report of the run once it is over."""
-        return {
-            "steps": self.global_step,
-            "best": self.best,
-            "last_validation": self.last_validation,
-            "stopped_early": self.stopped_early,
-            "seconds": round(self.seconds, 1),
-        }
+    def _stop_hooks(self) -> None:
+        for hook in self.hooks:
+            hook.stop(self)
 
-    def _count_seconds(self) -> None:
-        before, self._clock = self._clock, time.monotonic()
-        self.seconds += self._clock - before
+    def train_step(self) -> None:
+        """One iteration: the leaves step, and whoever is above them as their turn comes."""
+        leaves = self.leaves
+        for hook in self.hooks:
+            chosen = hook.active(self)
+            leaves = leaves if chosen is None else list(chosen)
+        for leaf in leaves:
+            leaf.step(global_step=self.global_step)
+        for hook in self.hooks:
+            hook.stepped(self)
 
     def iterate(self) -> None:
         """One iteration by itself, without records; for measurements and dry runs."""
         self.global_step += 1
         self.train_step()
 
-    def work(self) -> list[Work]:
+    def work(self) -> Sequence[Work]:
         """What the present stage consists of, for :mod:`mlseg.dry_run`."""
+        for hook in self.hooks:
+            work = hook.work(self)
+            if work is not None:
+                return work
         return [Work(self.stage.name, self.stage.iterations, self.iterate, whole=True)]
 
     def _advance_stage(self) -> bool:
@@ -227,12 +266,9 @@ class Engine(betty.engine.Engine):
         while self.stage_step >= self.stage.iterations:
             if self.stage_index == len(self.stages) - 1:
                 return False
-            if self.stage.on_end is not None:
+            if any(hook.overrides("stage_end") for hook in self.hooks):
                 self._check_finite()
-                self.stage.on_end()
-            self.recorder.event("stage_end", self.global_step, stage=self.stage.name)
-            self.stage_step = 0
-            self.enter_stage(self.stage_index + 1)
+            self.next_stage()
         if self.stage_step == 0:
             self.recorder.event("stage_start", self.global_step, stage=self.stage.name)
         return not self.stopped_early
@@ -246,12 +282,6 @@ class Engine(betty.engine.Engine):
         last_stage = self.stage_index == len(self.stages) - 1
         return self.stopped_early or (last_stage and self.stage_step == self.stage.iterations)
 
-    def _watch(self) -> None:
-        for problem in self.problems:
-            loss = getattr(problem, "metrics", {}).get("loss")
-            if isinstance(loss, Tensor):
-                self._guard.watch(problem.name, loss, self.global_step)
-
     def _check_finite(self) -> None:
         """Raise RunError if any loss so far was not finite; synchronises."""
         found = self._guard.first()
@@ -264,17 +294,17 @@ class Engine(betty.engine.Engine):
             )
 
     def _what_is_kept(self) -> str:
-        if self.recorder.directory is None or not (self._checkpoint("last")).exists():
+        if self.recorder.directory is None or not self.checkpoint_path("last").exists():
             return "no checkpoint has been written yet"
-        return f"the last good checkpoint is {self._checkpoint('last')}"
+        return f"the last good checkpoint is {self.checkpoint_path('last')}"
 
     def _log(self) -> None:
         stepped = [
             problem
             for problem in self.problems
-            if isinstance(problem, Problem) and problem.count != self._logged.get(problem.name, 0)
+            if isinstance(problem, Problem) and problem.count != self.logged.get(problem.name, 0)
         ]
-        self._logged = {problem.name: problem.count for problem in self.problems}
+        self.logged = {problem.name: problem.count for problem in self.problems}
         figures = {problem.name: problem.metrics for problem in stepped}
         self.recorder.log(self.global_step, figures, self._rates())
         self._check_finite()
@@ -288,10 +318,16 @@ class Engine(betty.engine.Engine):
 
     # --------------------------------------------------------------- validation
 
+    def do_validation(self) -> bool:
+        """Whether the present stage is validated, and there is something to do it."""
+        last = self.stage_index == len(self.stages) - 1
+        able = super().do_validation() or any(hook.overrides("validate") for hook in self.hooks)
+        return last and self.stage.validate and able
+
     def _validate_if_due(self) -> None:
         if not self._is_due(self.settings.validate_every or self.stage.iterations):
             return
-        if self.stage_index == len(self.stages) - 1 and self.do_validation():
+        if self.do_validation():
             self.validate()
         if self.settings.checkpoint_every is None and not self._is_over():
             self.save()
@@ -302,12 +338,15 @@ class Engine(betty.engine.Engine):
         self.eval()
         try:
             with torch.no_grad():
-                figures = read_scalars(self.validation() or {})
+                values = dict(self.validation() or {}) if super().do_validation() else {}
+                for hook in self.hooks:
+                    values |= hook.validate(self)
+                figures = read_scalars(values)
         finally:
             self.train()
         self.last_validation = figures
         self.recorder.validation(self.global_step, figures)
-        name = self.settings.metric or next(iter(figures), None)
+        name = self.metric or next(iter(figures), None)
         if name is None:
             return figures
         if name not in figures:
@@ -320,26 +359,26 @@ class Engine(betty.engine.Engine):
                 f"validation {name} is NaN at step {self.global_step}; {self._what_is_kept()}"
             )
         self._step_schedulers(value)
-        better = self.best is None or (
-            value > self.best["value"]
-            if self.settings.mode == "max"
-            else value < self.best["value"]
-        )
-        if better:
-            self.best = {"metric": name, "value": value, "step": self.global_step}
-            self.validations_without_best = 0
-            self.recorder.event("new_best", self.global_step, metric=name, value=value)
-            if self.recorder.directory is not None:
-                self.save("best")
-        else:
-            self.validations_without_best += 1
-        for call in self.on_validation:
-            call(figures)
+        self._select(name, value)
+        for hook in self.hooks:
+            hook.validated(self, figures)
         patience = self.settings.patience
         if patience is not None and self.validations_without_best >= patience:
             self.recorder.event("early_stop", self.global_step, patience=patience)
             self.stopped_early = True
         return figures
+
+    def _select(self, metric: str, value: float) -> None:
+        """Keep the present weights if they are the best so far."""
+        sign = 1.0 if self.settings.mode == "max" else -1.0
+        if self.best is not None and sign * value <= sign * self.best["value"]:
+            self.validations_without_best += 1
+            return
+        self.best = {"metric": metric, "value": value, "step": self.global_step}
+        self.validations_without_best = 0
+        self.recorder.event("new_best", self.global_step, metric=metric, value=value)
+        if self.recorder.directory is not None:
+            self.save("best")
 
     def _step_schedulers(self, metric: float) -> None:
         before = self._rates()
@@ -352,72 +391,26 @@ class Engine(betty.engine.Engine):
 
     # -------------------------------------------------------------- checkpoints
 
-    def _checkpoint(self, name: str) -> Path:
+    def checkpoint_path(self, name: str) -> Path:
+        """Where the checkpoint ``name`` of this run is, or will be."""
         assert self.recorder.directory is not None
         return self.recorder.directory / "checkpoints" / f"{name}.pt"
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next iteration depends on, and where the records stand."""
-        return {
-            **self.meta,
-            "problems": {problem.name: problem.state_dict() for problem in self.problems},
-            "engine": {
-                "global_step": self.global_step,
-                "stage": self.stage.name,
-                "stage_step": self.stage_step,
-                "best": self.best,
-                "last_validation": self.last_validation,
-                "validations_without_best": self.validations_without_best,
-                "stopped_early": self.stopped_early,
-                "finished": self.finished,
-                "seconds": self.seconds,
-                "logged": self._logged,
-            },
-            "companions": {name: c.state_dict() for name, c in self.companions.items()},
-            "random_state": randomness.capture(self.device),
-            "records": self.recorder.state_dict(),
-        }
+        return state.whole(self)
 
     def best_state_dict(self) -> dict[str, Any]:
-        """What ``best.pt`` holds: every problem's module as it is now, nothing to train on with."""
-        return {
-            **self.meta,
-            "problems": {p.name: {"module": p.module.state_dict()} for p in self.problems},
-            "engine": {"global_step": self.global_step, "best": self.best},
-        }
+        """What ``best.pt`` holds."""
+        return state.best(self)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        engine = state["engine"]
-        names = [stage.name for stage in self.stages]
-        if engine["stage"] not in names:
-            raise UserError(
-                f"the checkpoint is in stage {engine['stage']!r}, this run has {', '.join(names)}; "
-                "resume with the config it was started with"
-            )
-        self.enter_stage(names.index(engine["stage"]))
-        self.stage_step = engine["stage_step"]
-        self.global_step = engine["global_step"]
-        self.best = engine["best"]
-        self.last_validation = engine["last_validation"]
-        self.validations_without_best = engine["validations_without_best"]
-        self.stopped_early = engine["stopped_early"]
-        self.finished = engine["finished"]
-        self.seconds = engine["seconds"]
-        self._logged = dict(engine["logged"])
-        for problem in self.problems:
-            try:
-                problem.load_state_dict(state["problems"][problem.name])
-            except (KeyError, RuntimeError, ValueError) as error:
-                raise UserError(
-                    f"problem {problem.name!r} doesn't fit the checkpoint "
-                    f"({one_line(error)}); resume with the config it was started with"
-                ) from error
-        for name, companion in self.companions.items():
-            if name in state["companions"]:
-                companion.load_state_dict(state["companions"][name])
-        self.recorder.load_state_dict(state["records"])
-        randomness.restore(state["random_state"], self.device)
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            UserError: it is of another program.
+        """
+        state.restore(self, saved)
 
     def save(self, name: str = "last") -> None:
         """Write a checkpoint; never one with a NaN in it."""
@@ -431,9 +424,12 @@ class Engine(betty.engine.Engine):
                     f"{self.global_step}; {self._what_is_kept()}"
                 )
         self.recorder.flush()
-        self._count_seconds()
-        state = self.best_state_dict() if name == "best" else self.state_dict()
-        checkpoint.save(self._checkpoint(name), state)
+        before, self._clock = self._clock, time.monotonic()
+        self.seconds += self._clock - before
+        saved = self.best_state_dict() if name == "best" else self.state_dict()
+        checkpoint.save(self.checkpoint_path(name), saved)
+        for hook in self.hooks:
+            hook.saved(self)
 
     def resume(self, directory: Path) -> None:
         """Load ``last.pt`` of a run directory.
@@ -441,4 +437,31 @@ class Engine(betty.engine.Engine):
         Raises:
             UserError: there is none, or it doesn't fit these problems.
         """
+        for hook in self.hooks:
+            hook.resume(self, directory)
         self.load_state_dict(checkpoint.load(directory / "checkpoints" / "last.pt"))
+
+    # ------------------------------------------------------------------ the end
+
+    def results(self) -> dict[str, Any]:
+        """What to report of the run once it is over."""
+        report = {
+            "steps": self.global_step,
+            "best": self.best,
+            "last_validation": self.last_validation,
+            "stopped_early": self.stopped_early,
+            "seconds": round(self.seconds, 1),
+        }
+        for hook in self.hooks:
+            report |= hook.results(self, report)
+        return report
+
+    def summaries(self) -> list[RenderableType]:
+        """What to print after the final scores."""
+        given = (hook.summary(self) for hook in self.hooks)
+        return [summary for summary in given if summary is not None]
+
+    @property
+    def notices(self) -> list[str]:
+        """What to say when a run starts and when it ends."""
+        return [hook.notice for hook in self.hooks if hook.notice]

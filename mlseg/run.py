@@ -21,11 +21,10 @@ from mlseg import config
 from mlseg.commands import guarded, make_console
 from mlseg.dry_run import dry_run
 from mlseg.engines.engine import Engine
-from mlseg.engines.segmentation import SegmentationEngine, check_same_data
 from mlseg.errors import UserError
 from mlseg.files import timestamp, write_json, write_text
 from mlseg.machine import device_name, versions
-from mlseg.problems.systems import RunSettings, all_systems, load_system
+from mlseg.problems.systems import AnyRunSettings, all_systems, load_system
 from mlseg.randomness import seed_everything
 
 
@@ -67,8 +66,6 @@ def _run(arguments: argparse.Namespace) -> int:
     engine = build(settings, directory)
     console = make_console(stderr=True)
     if arguments.resume is not None and (directory / "checkpoints" / "last.pt").exists():
-        if isinstance(engine, SegmentationEngine):
-            check_same_data(directory, engine.data)
         engine.resume(directory)
         console.print(f"Resuming after step {engine.global_step}")
         if engine.stopped_early:
@@ -76,11 +73,8 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.resume is not None:
         console.print("No checkpoint was written yet: starting anew")
     write_text(directory / "config.yaml", config.dump(settings))
-    if isinstance(engine, SegmentationEngine):
-        engine.write_splits(directory)
     console.print(f"Writing to {directory}, running on {engine.device}")
-    notice = _notice(engine)
-    _say(console, notice)
+    _say(console, engine.notices)
     engine.run()
     results = {
         **engine.results(),
@@ -92,12 +86,12 @@ def _run(arguments: argparse.Namespace) -> int:
     }
     write_json(directory / "results.json", results)
     report(engine, results, make_console())
-    _say(console, notice)
+    _say(console, engine.notices)
     console.print(f"All of it is in {directory}")
     return 0
 
 
-def parse_run(tree: config.Tree) -> tuple[RunSettings, Any]:
+def parse_run(tree: config.Tree) -> tuple[AnyRunSettings, Any]:
     """The checked settings of a config and the system that they are for.
 
     Raises:
@@ -149,12 +143,8 @@ def _resumed(arguments: argparse.Namespace) -> config.Tree:
     return stored
 
 
-def _notice(engine: Engine) -> str | None:
-    return engine.data.notice if isinstance(engine, SegmentationEngine) else None
-
-
-def _say(console: Console, notice: str | None) -> None:
-    if notice:
+def _say(console: Console, notices: Sequence[str]) -> None:
+    for notice in notices:
         console.print(f"[bold yellow]{notice}[/]")
 
 
@@ -176,9 +166,8 @@ def report(engine: Engine, results: dict[str, Any], console: Console) -> None:
                     *(f"{values[name]:.4f}" for name in shown),
                 )
         console.print(table)
-    if isinstance(engine, SegmentationEngine):
-        for summary in engine.summaries:
-            console.print(summary())
+    for summary in engine.summaries():
+        console.print(summary)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
-from mlseg.engines.settings import EngineSettings
 from mlseg.machine import choose_device
 from mlseg.multilevel.problem import Problem
 from mlseg.multilevel.settings import ProblemSettings
@@ -40,7 +38,7 @@ class SegmentationRun(Protocol):
     @property
     def segmentor(self) -> SegmentorSettings: ...
     @property
-    def engine(self) -> EngineSettings: ...
+    def engine(self) -> Any: ...
 
 
 class Builder:
@@ -108,7 +106,3 @@ class Builder:
         for key, value in config.items():
             setattr(made, key, value)
         return cls(name, module, optimizer, loader, made, scheduler)
-
-    def engine_options(self, out: Path | None) -> dict[str, Any]:
-        """Arguments of the engine that every system passes on."""
-        return {"architecture": self.settings.segmentor, "device": self.device, "out": out}

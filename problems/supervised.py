@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mlseg.config import Settings
-from mlseg.engines.segmentation import SegmentationEngine
+from mlseg.engines.engine import Engine
+from mlseg.engines.segmentation import Segmentation
 from mlseg.engines.settings import Stage
 from mlseg.multilevel.problem import Problem
 from mlseg.multilevel.settings import ProblemSettings
@@ -54,7 +55,7 @@ class SupervisedSettings(RunSettings):
 
 
 @system("supervised", SupervisedSettings, "a segmentor alone, with or without augmentation")
-def build(settings: SupervisedSettings, out: Path | None) -> SegmentationEngine:
+def build(settings: SupervisedSettings, out: Path | None) -> Engine:
     """Data, network, the problem, the engine."""
     data = load_data(settings.data)
     window = settings.augmentation.output_size(data.train.image_size)
@@ -62,12 +63,11 @@ def build(settings: SupervisedSettings, out: Path | None) -> SegmentationEngine:
     loader = build.loader("segmentor", level, data.train, settings.augmentation)
     segmentor = build.problem(Segmentor, "segmentor", level, build.segmentor(), loader)
     segmentor.criterion = SegmentationLoss(settings.loss, data.spec.ignore_index)
-    return SegmentationEngine(
+    return Engine(
         [segmentor],
         settings.engine,
-        segmentor=segmentor,
-        data=data,
-        window=window,
         stages=[Stage("training", settings.engine.iterations)],
-        **build.engine_options(out),
+        device=build.device,
+        out=out,
+        hooks=[Segmentation(segmentor, settings.segmentor, data, window=window)],
     )

@@ -10,11 +10,11 @@ from pydantic import NonNegativeInt
 from mlseg.config import Settings
 from mlseg.config.registry import Entry, Registry
 from mlseg.engines.engine import Engine
-from mlseg.engines.settings import EngineSettings
+from mlseg.engines.settings import EngineSettings, LoopSettings
 
 
-class RunSettings(Settings):
-    """What every system's config has.
+class AnyRunSettings(Settings):
+    """What every system's config has, whatever chooses its weights.
 
     Attributes:
         system: registered name, or dotted path ``package.module:build``.
@@ -28,6 +28,16 @@ class RunSettings(Settings):
     seed: NonNegativeInt = 0
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
+    engine: LoopSettings = LoopSettings()
+
+
+class RunSettings(AnyRunSettings):
+    """What a system's config has whose validation chooses the weights.
+
+    Attributes:
+        engine: length, validation, checkpoints.
+    """
+
     engine: EngineSettings = EngineSettings()
 
 
@@ -44,11 +54,11 @@ class System(Entry):
         return self.build(settings, out)
 
 
-_SYSTEMS = Registry(System, "system", ["mlseg.problems"], RunSettings, "my_package.games:build")
+_SYSTEMS = Registry(System, "system", ["mlseg.problems"], AnyRunSettings, "my_package.games:build")
 
 
 def system(
-    name: str, settings: type[RunSettings], summary: str
+    name: str, settings: type[AnyRunSettings], summary: str
 ) -> Callable[[Callable[[Any, Path | None], Engine]], System]:
     """Decorator that registers ``build(settings, out)`` as a system.
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from mlseg.engines.segmentation import SegmentationEngine
+from mlseg.engines.engine import Engine
 from mlseg.problems.systems import load_system
 from mlseg.randomness import seed_everything
 
@@ -125,13 +125,12 @@ def write_config(path: Path, system: str = "e2eaug", changes: Changes | None = N
 
 def build(
     system: str = "e2eaug", changes: Changes | None = None, out: Path | None = None
-) -> SegmentationEngine:
+) -> Engine:
     """An engine with all its problems, silent, ready to run; seeded as the command does it."""
     made = load_system(system)
     settings = made.settings.model_validate(values(system, changes))
     seed_everything(settings.seed)
     engine = made(settings, out)
-    assert isinstance(engine, SegmentationEngine)
     engine.recorder.progress.quiet = True
     return engine
 

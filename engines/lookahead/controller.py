@@ -1,8 +1,8 @@
 """LoAd's controller: when to go on, when to roll back, what to keep. Numbers in, commands out.
 
 The controller knows no network. It is told the hold-out mIoU after every update and answers with
-the commands that have to be carried out before the next number is due; the engine of
-:mod:`mlseg.engines.lookahead.engine` carries them out on problems. Everything it remembers is in
+the commands that have to be carried out before the next number is due; the hook of
+:mod:`mlseg.engines.lookahead.loop` carries them out on problems. Everything it remembers is in
 :meth:`Lookahead.state_dict`.
 
 Source: LoAd (Jamali-Rad, Szabo and Presutto, arXiv 2006.11227), algorithms 1 to 3. Where the

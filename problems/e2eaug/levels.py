@@ -43,7 +43,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mlseg.engines.segmentation import SegmentationEngine, require_validation
+from mlseg.engines.engine import Engine
+from mlseg.engines.hooks import Hooks
+from mlseg.engines.segmentation import Segmentation, require_validation
 from mlseg.engines.settings import Stage
 from mlseg.errors import UserError
 from mlseg.hypergradients import Interface
@@ -232,7 +234,7 @@ def full(image: Tensor) -> Tensor:
 
 
 @system("e2eaug", E2EAugSettings, "three levels: mask-to-image GAN, segmentor, its architecture")
-def build(settings: E2EAugSettings, out: Path | None) -> SegmentationEngine:
+def build(settings: E2EAugSettings, out: Path | None) -> Engine:
     """Data, networks, the four problems, and the engine with its stages."""
     data = load_data(settings.data)
     require_validation(data)
@@ -276,23 +278,25 @@ def build(settings: E2EAugSettings, out: Path | None) -> SegmentationEngine:
         architecture.criterion = criterion
         problems.append(architecture)
 
-    gan = records.Gan(settings, generator, discriminator, architecture, out)
-    engine = SegmentationEngine(
+    hooks: list[Hooks] = [
+        Segmentation(segmentor, settings.segmentor, data),
+        records.Pretraining(settings, generator, discriminator, architecture, out),
+        records.SyntheticPictures(data, generator, segmentor),
+    ]
+    if architecture is not None:
+        hooks.append(records.ArchitectureRecord(generator, architecture))
+    return Engine(
         problems,
         settings.engine,
-        segmentor=segmentor,
-        data=data,
-        **make.engine_options(out),
-        stages=_stages(settings, gan, generator, discriminator, segmentor, architecture),
+        stages=_stages(settings, generator, discriminator, segmentor, architecture),
+        device=make.device,
+        out=out,
+        hooks=[*hooks, records.ExportedGenerator(generator)],
     )
-    gan.prepare()
-    records.attach(engine, generator, segmentor, architecture)
-    return engine
 
 
 def _stages(
     settings: E2EAugSettings,
-    gan: records.Gan,
     generator: Problem,
     discriminator: Problem,
     segmentor: Problem,
@@ -302,7 +306,7 @@ def _stages(
     stages = []
     players = [generator, discriminator]
     if settings.gan.pretrain and settings.gan.pretrained is None and settings.synthetic_weight:
-        stages.append(Stage("pretraining", settings.gan.pretrain, players, on_end=gan.finish))
+        stages.append(Stage(records.PRETRAINING, settings.gan.pretrain, players))
     length = settings.engine.iterations
     if settings.gan.frozen or not settings.synthetic_weight:
         return [*stages, Stage("training", length, [segmentor])]

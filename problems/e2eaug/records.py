@@ -11,25 +11,32 @@ import torch
 from rich.table import Table
 
 from mlseg import checkpoint
-from mlseg.engines.segmentation import SegmentationEngine
+from mlseg.engines.engine import Engine
+from mlseg.engines.hooks import Hooks
+from mlseg.engines.settings import Stage
 from mlseg.errors import UserError
 from mlseg.files import write_json
 from mlseg.multilevel.problem import Problem
 from mlseg.problems.e2eaug.networks.cells import CANDIDATES
-from mlseg.segmentation.data import to_uint8
+from mlseg.segmentation.data import SegmentationData, to_uint8
 from mlseg.segmentation.pictures import colour, tiles, to_rgb
 
 if TYPE_CHECKING:
     from mlseg.problems.e2eaug.settings import E2EAugSettings
 
+PRETRAINING = "pretraining"
 PICTURED = 4
 
 
-class Gan:
-    """Pre-training: its learning rate, its end, and the file that makes it reusable.
+class Pretraining(Hooks):
+    """Pre-training of the GAN: its learning rate, its end, and the file that makes it reusable.
 
     ``checkpoints/gan.pt`` holds generator, discriminator and alphas as they were when pre-training
-    ended, with the settings they were built from.
+    ended, with the settings they were built from. Once made, the GAN is a pre-trained one, or has
+    the rate of pre-training.
+
+    Raises:
+        UserError: the file of a pre-trained one is missing, damaged, or of another shape.
     """
 
     def __init__(
@@ -44,8 +51,14 @@ class Gan:
         self._players = (generator, discriminator)
         parts = {"generator": generator, "discriminator": discriminator}
         self._parts = {**parts, "architecture": architecture} if architecture else parts
-        self._out = out
         self._channels = (generator.module.in_channels, generator.module.out_channels)
+        gan = settings.gan
+        if out is not None and (out / "checkpoints" / "last.pt").exists():
+            return  # a resumed run, whose checkpoint holds all of it
+        if gan.pretrained is not None:
+            self._load(Path(gan.pretrained))
+        elif gan.pretrain:
+            self._set_rates(gan.pretrain_lr)
 
     @property
     def _shape(self) -> dict[str, Any]:
@@ -58,25 +71,13 @@ class Gan:
             "alphas": "random" if settings.architecture.mode == "random" else "uniform",
         }
 
-    def prepare(self) -> None:
-        """Load a pre-trained GAN, or set the rate of pre-training.
-
-        Raises:
-            UserError: the file is missing, damaged, or of a GAN of another shape.
-        """
-        settings = self._settings.gan
-        if self._out is not None and (self._out / "checkpoints" / "last.pt").exists():
-            return  # a resumed run, whose checkpoint holds all of it
-        if settings.pretrained is not None:
-            self._load(Path(settings.pretrained))
-        elif settings.pretrain:
-            self._set_rates(settings.pretrain_lr)
-
-    def finish(self) -> None:
+    def stage_end(self, engine: Engine, stage: Stage) -> None:
         """End pre-training: write ``gan.pt``; the optimizers start afresh at their own rates."""
-        if self._out is not None:
+        if stage.name != PRETRAINING:
+            return
+        if engine.recorder.directory is not None:
             state = {name: part.module.state_dict() for name, part in self._parts.items()}
-            checkpoint.save(self._out / "checkpoints" / "gan.pt", {**state, "shape": self._shape})
+            checkpoint.save(engine.checkpoint_path("gan"), {**state, "shape": self._shape})
         for player in self._players:
             player.optimizer.state.clear()
         self._set_rates(None)
@@ -105,14 +106,15 @@ class Gan:
                 part.module.load_state_dict(state[name])
 
 
-class ArchitectureRecord:
+class ArchitectureRecord(Hooks):
     """The alphas over time, in ``architecture.json``, written at each validation.
 
     The history is saved with the run, so that a resumed one goes on with it.
     """
 
-    def __init__(self, engine: SegmentationEngine, generator: Problem, architecture: Problem):
-        self._engine = engine
+    name = "architecture"
+
+    def __init__(self, generator: Problem, architecture: Problem) -> None:
         self._generator = generator
         self._architecture = architecture
         self.history: list[dict[str, Any]] = []
@@ -126,10 +128,15 @@ class ArchitectureRecord:
         """Go on from :meth:`state_dict`."""
         self.history = list(state["history"])
 
-    def __call__(self, figures: Mapping[str, float]) -> None:
+    def validated(self, engine: Engine, figures: Mapping[str, float]) -> None:
         """Note the present alphas."""
-        self._note(self._engine.global_step)
-        self.write()
+        self._note(engine.global_step)
+        self.write(engine)
+
+    def results(self, engine: Engine, report: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the file once more, also where nothing was validated."""
+        self.write(engine)
+        return {}
 
     def _note(self, step: int) -> None:
         if self.history and self.history[-1]["step"] >= step:
@@ -145,9 +152,9 @@ class ArchitectureRecord:
                 }
             )
 
-    def write(self) -> None:
+    def write(self, engine: Engine) -> None:
         """Write the file; does nothing for a run without directory."""
-        directory = self._engine.recorder.directory
+        directory = engine.recorder.directory
         if directory is None:
             return
         first, last = self.history[0], self.history[-1]
@@ -168,7 +175,7 @@ class ArchitectureRecord:
             },
         )
 
-    def table(self) -> Table:
+    def summary(self, engine: Engine) -> Table:
         """The final weights, cell by cell."""
         table = Table("cell", *CANDIDATES, "choice", title="Architecture: selection weights")
         weights = self.history[-1]["weights"]
@@ -180,21 +187,21 @@ class ArchitectureRecord:
         return table
 
 
-class SyntheticPictures:
+class SyntheticPictures(Hooks):
     """Augmented masks and the images made of them, at each validation."""
 
-    def __init__(self, engine: SegmentationEngine, generator: Problem, segmentor: Problem) -> None:
-        self._engine = engine
+    def __init__(self, data: SegmentationData, generator: Problem, segmentor: Problem) -> None:
+        self._data = data
         self._generator = generator
         self._segmentor = segmentor
 
     @torch.no_grad()
-    def __call__(self, figures: Mapping[str, float]) -> None:
+    def validated(self, engine: Engine, figures: Mapping[str, float]) -> None:
         """Write a row of pairs: real image, its mask, the mask augmented, the image made of it."""
         from mlseg.problems.e2eaug.levels import encode
 
-        engine, segmentor = self._engine, self._segmentor
-        data = engine.data.train
+        segmentor, spec = self._segmentor, self._data.spec
+        data = self._data.train
         count = min(PICTURED, engine.settings.samples, len(data))
         if count == 0 or engine.recorder.directory is None or not segmentor.synthetic_weight:
             return
@@ -202,8 +209,8 @@ class SyntheticPictures:
         draw = torch.Generator().manual_seed(0)  # the same augmentations in every picture
         _, augmented = segmentor.mask_augmentation(None, masks, draw)
         with self._generator.revisiting():
-            made = self._generator(encode(augmented, engine.data.spec.num_classes))
-        palette = engine.data.spec.palette
+            made = self._generator(encode(augmented, spec.num_classes))
+        palette = spec.palette
         rows = [
             [
                 to_rgb(data.images[i]),
@@ -216,37 +223,20 @@ class SyntheticPictures:
         engine.recorder.picture("synthetic", engine.global_step, tiles(rows))
 
 
-def attach(
-    engine: SegmentationEngine,
-    generator: Problem,
-    segmentor: Problem,
-    architecture: Problem | None,
-) -> None:
-    """Have ``engine`` keep E2EAug's records."""
-    engine.on_validation.append(SyntheticPictures(engine, generator, segmentor))
-    if architecture is not None:
-        record = ArchitectureRecord(engine, generator, architecture)
-        engine.companions["architecture"] = record
-        engine.on_validation.append(record)
-        engine.on_finish.append(record.write)
-        engine.summaries.append(record.table)
+class ExportedGenerator(Hooks):
+    """The generator, merged into plain operators, in ``checkpoints/generator.pt``."""
 
-    def export() -> None:
-        directory = engine.recorder.directory
-        if directory is None:
-            return
-        plain = generator.export()
-        shape = {
-            "in_channels": plain.in_channels,
-            "out_channels": plain.out_channels,
-            "levels": plain.levels,
-            "channels": plain.channels,
-            "dropout": plain.dropout,
-            "kernels": plain.kernels,
-        }
-        checkpoint.save(
-            directory / "checkpoints" / "generator.pt",
-            {"settings": shape, "module": plain.state_dict()},
-        )
+    def __init__(self, generator: Problem) -> None:
+        self._generator = generator
 
-    engine.on_finish.append(export)
+    def results(self, engine: Engine, report: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the file."""
+        if engine.recorder.directory is not None:
+            plain = self._generator.export()
+            names = ("in_channels", "out_channels", "levels", "channels", "dropout", "kernels")
+            shape = {name: getattr(plain, name) for name in names}
+            checkpoint.save(
+                engine.checkpoint_path("generator"),
+                {"settings": shape, "module": plain.state_dict()},
+            )
+        return {}

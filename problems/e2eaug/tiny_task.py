@@ -24,7 +24,8 @@ from mlseg.comparison.tasks.base import (
     default_dtype,
     task,
 )
-from mlseg.engines.segmentation import SegmentationEngine
+from mlseg.engines.engine import Engine
+from mlseg.engines.segmentation import Segmentation
 from mlseg.hypergradients import Method
 from mlseg.multilevel.problem import Problem
 from mlseg.problems.e2eaug import levels as e2eaug
@@ -62,7 +63,7 @@ class E2EAugTinySettings(TaskSettings):
 class E2EAugTiny(Program):
     """The program."""
 
-    engine: SegmentationEngine
+    engine: Engine
     exact = ONE_STEP
     score_name = "test Jaccard"
     higher_is_better = True
@@ -71,14 +72,12 @@ class E2EAugTiny(Program):
     def __init__(self, settings: E2EAugTinySettings, conditions: Conditions) -> None:
         self.settings, self.conditions = settings, conditions
         self.engine = _engine(settings, conditions, conditions.method, conditions.dtype)
+        self.data = self.engine.hook(Segmentation).data
         self.upper = self.engine.architecture
-        pretraining = self.engine.stage
         for _ in range(settings.pretrain):
             self.engine.iterate()
         if settings.pretrain:
-            assert pretraining.on_end is not None
-            pretraining.on_end()
-            self.engine.enter_stage(1)
+            self.engine.next_stage()
 
     def settle(self) -> None:
         """Train the lower levels for ``warmup`` iterations; nothing is solved.
@@ -113,7 +112,7 @@ class E2EAugTiny(Program):
     @torch.no_grad()
     def objective(self) -> float:
         """The segmentor's loss on all validation data, in evaluation mode."""
-        samples, segmentor = self.engine.data.val, self.engine.segmentor_module
+        samples, segmentor = self.data.val, self.engine.segmentor.module
         device = self.engine.device
         segmentor.eval()
         image = to_float(samples.images.to(device)).to(self.conditions.dtype)
@@ -123,13 +122,13 @@ class E2EAugTiny(Program):
 
     def score(self) -> float:
         """Mean Jaccard index on the test split."""
-        module, dtype = self.engine.segmentor_module, self.conditions.dtype
+        module, dtype = self.engine.segmentor.module, self.conditions.dtype
 
         def predict(image: Tensor) -> Tensor:
             return class_probabilities(module, predict_logits(module, image.to(dtype)))
 
         with evaluating(module):
-            return score(predict, self.engine.data.test, self.engine.device).compute()["jaccard"]
+            return score(predict, self.data.test, self.engine.device).compute()["jaccard"]
 
 
 def _step_differentiably(level: Problem) -> None:
@@ -168,7 +167,7 @@ def _engine(
     conditions: Conditions,
     method: str | Any,
     dtype: torch.dtype,
-) -> SegmentationEngine:
+) -> Engine:
     """The system in ``dtype``, its initial values drawn in float32."""
     with default_dtype(torch.float32):
         engine = e2eaug.build(_config(settings, conditions, method), None)

@@ -17,8 +17,12 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
-from mlseg.engines.lookahead.engine import LookaheadEngine
+from mlseg import checkpoint
+from mlseg.engines.engine import Engine
+from mlseg.engines.hooks import Hooks
+from mlseg.engines.lookahead.loop import BEST, START, LookaheadLoop
 from mlseg.engines.recording import EVENTS
+from mlseg.engines.segmentation import Segmentation
 from mlseg.files import write_json, write_text, writing
 from mlseg.segmentation.data import Samples
 from mlseg.segmentation.pictures import colour, tiles, to_rgb
@@ -27,28 +31,89 @@ SPLITS = ("val", "val_hold_out", "val_rest", "test")
 Events = Sequence[Mapping[str, Any]]
 
 
-def attach(engine: LookaheadEngine, pictures: int) -> None:
-    """Have ``engine`` write all of it at the end.
+class LoadRecords(Hooks):
+    """Writes all of it at the end.
 
     Args:
+        segmentation: the engine's hook that scores the models.
+        loop: the one that obeys the controller.
         pictures: images in ``samples/changed.png``; 0 for none.
     """
-    tables: list[tuple[Mapping[str, Any], bool]] = []
 
-    def write(engine: LookaheadEngine, report: Mapping[str, Any]) -> None:
+    def __init__(self, segmentation: Segmentation, loop: LookaheadLoop, pictures: int) -> None:
+        self.segmentation = segmentation
+        self.loop = loop
+        self.pictures = pictures
+        self._changes: dict[str, Any] | None = None
+
+    def results(self, engine: Engine, report: Mapping[str, Any]) -> dict[str, Any]:
+        """Which classes the scores are of, and prints by which other runs know the models."""
+        counts = self.segmentation.counts
+        shown = {
+            split: metrics.shown()
+            for by_split in counts.values()
+            for split, metrics in by_split.items()
+        }
+        prints = {}
+        for name in counts:
+            with self.segmentation.weights(engine, name):
+                module = self.segmentation.problem.module
+                prints[name] = checkpoint.fingerprint(module.state_dict())
         directory = engine.recorder.directory
-        if directory is None:
-            return
-        changes = class_changes(report["scores"], report["classes"])
-        write_json(directory / "classes.json", changes)
-        write_text(directory / "classes.md", markdown(changes))
-        tables.append((changes, report["stopped_early"]))
-        draw(read_events(directory), directory / "convergence.png")
-        if pictures:
-            changed_maps(engine, directory / "samples" / "changed.png", pictures)
+        if directory is not None:
+            self._changes = class_changes(report["scores"], shown)
+            write_json(directory / "classes.json", self._changes)
+            write_text(directory / "classes.md", markdown(self._changes))
+            draw(read_events(directory), directory / "convergence.png")
+            if self.pictures:
+                self._draw_changed_maps(engine, directory / "samples" / "changed.png")
+        return {"classes": shown, "models": prints}
 
-    engine.on_results.append(write)
-    engine.summaries.append(lambda: summary(*tables[-1]) if tables else "")
+    def summary(self, engine: Engine) -> Table | None:
+        """The gain of each class."""
+        return None if self._changes is None else summary(self._changes, engine.stopped_early)
+
+    @torch.no_grad()
+    def _draw_changed_maps(self, engine: Engine, path: Path) -> None:
+        """Rows of image, truth, label map before and after, of those that changed most, if any did.
+
+        Images are of the validation split; pixels that are ignored in the truth don't count, and
+        are grey in the truth.
+
+        Raises:
+            RunError: the file can't be written.
+        """
+        samples = self.segmentation.data.val
+        found = {}
+        for name in (START, BEST):
+            with self.segmentation.weights(engine, name) as there:
+                if not there:
+                    return
+                found[name] = self._maps(samples)
+        pixels = torch.zeros(len(samples), dtype=torch.int64)
+        for i, (before, after) in enumerate(zip(found[START], found[BEST], strict=True)):
+            changed = before != after  # image by image: the split may be large
+            if samples.spec.ignore_index is not None:
+                changed &= samples.masks[i] != samples.spec.ignore_index
+            pixels[i] = changed.sum()
+        most = min(self.pictures, int((pixels > 0).sum()))
+        order = pixels.argsort(descending=True, stable=True)[:most]
+        if not len(order):
+            return
+        palette = samples.spec.palette
+        rows = [
+            [to_rgb(samples.images[i])]
+            + [colour(m[i].numpy(), palette) for m in (samples.masks, found[START], found[BEST])]
+            for i in order.tolist()
+        ]
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(tiles(rows)).save(path)
+
+    def _maps(self, samples: Samples) -> Tensor:
+        held, module = self.loop.hold_out, self.segmentation.problem.module
+        parts = [held.maps(module, x).cpu() for x in samples.images.split(held.batch_size)]
+        return torch.cat(parts)
 
 
 # ------------------------------------------------------------------------ per class
@@ -204,52 +269,3 @@ def _buffer(axes: Any, events: Events, ends: Events) -> None:
     axes.set_yticks(range(slots), [f"B[{slot}]" for slot in range(slots)])
     axes.invert_yaxis()
     axes.set_ylabel("label maps of")
-
-
-# ------------------------------------------------------------------- what has changed
-
-
-@torch.no_grad()
-def changed_maps(engine: LookaheadEngine, path: Path, count: int) -> None:
-    """Rows of image, truth, label map before and after, of those that changed most, if any did.
-
-    Images are of the validation split; pixels that are ignored in the truth don't count, and are
-    grey in the truth.
-
-    Raises:
-        RunError: the file can't be written.
-    """
-    samples = engine.data.val
-    found = {}
-    for name in ("start", "best"):
-        with engine.weights(name) as there:
-            if not there:
-                return
-            found[name] = _maps(engine, samples)
-    pixels = torch.zeros(len(samples), dtype=torch.int64)
-    for i, (before, after) in enumerate(zip(found["start"], found["best"], strict=True)):
-        changed = before != after  # image by image: the split may be large
-        if samples.spec.ignore_index is not None:
-            changed &= samples.masks[i] != samples.spec.ignore_index
-        pixels[i] = changed.sum()
-    order = pixels.argsort(descending=True, stable=True)[: min(count, int((pixels > 0).sum()))]
-    if not len(order):
-        return
-    palette = samples.spec.palette
-    rows = [
-        [to_rgb(samples.images[i])]
-        + [colour(m[i].numpy(), palette) for m in (samples.masks, found["start"], found["best"])]
-        for i in order.tolist()
-    ]
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(tiles(rows)).save(path)
-
-
-def _maps(engine: LookaheadEngine, samples: Samples) -> Tensor:
-    size, module = engine.hold_out.batch_size, engine.segmentor_module
-    parts = [
-        engine.hold_out.maps(module, samples.images[start : start + size]).cpu()
-        for start in range(0, len(samples), size)
-    ]
-    return torch.cat(parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -16,10 +16,11 @@ from pydantic import (
 from mlseg.config import Settings
 from mlseg.engines.lookahead.controller import LookaheadSettings
 from mlseg.engines.lookahead.discriminator_training import DiscriminatorTrainingSettings
-from mlseg.engines.settings import EngineSettings
+from mlseg.engines.lookahead.loop import METRIC
+from mlseg.engines.settings import EngineSettings, LoopSettings
 from mlseg.multilevel.settings import ProblemSettings
 from mlseg.problems.load.networks import DiscriminatorSettings
-from mlseg.problems.systems import RunSettings
+from mlseg.problems.systems import AnyRunSettings
 from mlseg.segmentation.data import AugmentationSettings, DataSettings
 from mlseg.segmentation.losses import Relaxation
 from mlseg.segmentation.nets import SegmentorSettings
@@ -98,15 +99,15 @@ class LevelSettings(Settings):
         return self
 
 
-INSTEAD = {  # of what other engines are told
-    "metric": "the mIoU on the hold-out chooses the model",
-    "mode": "a higher mIoU is better",
-    "patience": "lookahead.patience and lookahead.cycles end the run",
-    "samples": "nothing is validated on the way; `pictures` are written at the end",
+INSTEAD = {  # of what other engines are told, with the value that says nothing
+    "metric": (None, "the mIoU on the hold-out chooses the model"),
+    "mode": ("max", "a higher mIoU is better"),
+    "patience": (None, "lookahead.patience and lookahead.cycles end the run"),
+    "samples": (0, "nothing is validated on the way; `pictures` are written at the end"),
 }
 
 
-class LoadEngineSettings(EngineSettings):
+class LoadEngineSettings(LoopSettings):
     """How long, and what to keep. The hold-out's mIoU decides, and the controller when it is over.
 
     Attributes:
@@ -116,17 +117,24 @@ class LoadEngineSettings(EngineSettings):
     """
 
     iterations: PositiveInt = 1_000_000_000
-    samples: NonNegativeInt = 0
 
-    @model_validator(mode="after")
-    def _check(self) -> LoadEngineSettings:
-        for name, instead in INSTEAD.items():
-            if getattr(self, name) != type(self).model_fields[name].default:
+    @model_validator(mode="before")
+    @classmethod
+    def _without_validation(cls, values: Any) -> Any:
+        """Say what takes the place of a setting; drop one that says nothing, as older runs have."""
+        if not isinstance(values, dict):
+            return values
+        for name, (nothing, instead) in INSTEAD.items():
+            if values.get(name, nothing) != nothing:
                 raise ValueError(f"{name}: {instead}; leave it out")
-        return self
+        return {key: value for key, value in values.items() if key not in INSTEAD}
+
+    def for_engine(self) -> EngineSettings:
+        """What the engine is told."""
+        return EngineSettings(metric=METRIC, samples=0, **self.model_dump())
 
 
-class LoadSettings(RunSettings):
+class LoadSettings(AnyRunSettings):
     """A config of the system ``load``.
 
     Attributes:

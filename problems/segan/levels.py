@@ -41,7 +41,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlseg.engines.segmentation import SegmentationEngine, require_validation
+from mlseg.engines.engine import Engine
+from mlseg.engines.segmentation import Segmentation, require_validation
 from mlseg.engines.settings import Stage
 from mlseg.errors import UserError
 from mlseg.hypergradients import Interface
@@ -238,7 +239,7 @@ def label_maps(
 
 
 @system("segan", SegANSettings, "two levels: segmentor against critic, one multi-scale loss")
-def build(settings: SegANSettings, out: Path | None) -> SegmentationEngine:
+def build(settings: SegANSettings, out: Path | None) -> Engine:
     """Data, networks, the two players, and the engine with its stages."""
     data = load_data(settings.data)
     require_validation(data)
@@ -272,15 +273,17 @@ def build(settings: SegANSettings, out: Path | None) -> SegmentationEngine:
     stages = [Stage("warmup", warmup, [segmentor])] if warmup else []
     u2l: dict[Any, list[Any]] = {segmentor: [critic]} if leads else {}
     game = Stage("game", settings.engine.iterations, [critic], u2l, {critic: [segmentor]})
-    return SegmentationEngine(
+    return Engine(
         [critic, segmentor],
         settings.engine,
-        segmentor=segmentor,
-        data=data,
-        threshold=settings.threshold,
-        window=window,
         stages=[*stages, game],
-        **make.engine_options(out),
+        device=make.device,
+        out=out,
+        hooks=[
+            Segmentation(
+                segmentor, settings.segmentor, data, threshold=settings.threshold, window=window
+            )
+        ],
     )
 
 

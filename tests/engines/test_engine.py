@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mlseg import checkpoint
 from mlseg.engines.engine import Engine
+from mlseg.engines.hooks import Hooks
 from mlseg.engines.settings import EngineSettings, Stage
 from mlseg.errors import RunError, UserError
 from mlseg.multilevel.config import Config
@@ -198,15 +199,19 @@ def test_a_checkpoint_is_read_without_running_code(tmp_path: Path) -> None:
 def test_stages_run_in_turn_each_with_its_own_problems(tmp_path: Path) -> None:
     a, b = count("a"), count("b")
     ended = []
-    stages = [
-        Stage("first", 2, [a], on_end=lambda: ended.append(a.module.weight.item())),
-        Stage("second", 3, [b]),
-    ]
-    made = engine([a, b], tmp_path, stages=stages, validation=lambda: {"score": 1.0})
+
+    class Ends(Hooks):
+        def stage_end(self, engine: Engine, stage: Stage) -> None:
+            ended.append((stage.name, a.module.weight.item()))
+
+    stages = [Stage("first", 2, [a]), Stage("second", 3, [b])]
+    made = engine(
+        [a, b], tmp_path, stages=stages, validation=lambda: {"score": 1.0}, hooks=[Ends()]
+    )
     assert made.total_iterations == 5
     made.run()
     assert (a.module.weight.item(), b.module.weight.item()) == (2.0, 3.0)
-    assert ended == [2.0]
+    assert ended == [("first", 2.0)]
     # Only the last stage is validated.
     assert events(tmp_path) == [
         ("stage_start", 0),

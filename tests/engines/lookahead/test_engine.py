@@ -11,42 +11,44 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
-from transitions import TABLE, UNIT, numbers
+from transitions import TABLE, UNIT, loop, numbers
 
 from mlseg import checkpoint
-from mlseg.engines.lookahead.engine import LookaheadEngine
+from mlseg.engines.engine import Engine
+from mlseg.engines.lookahead.loop import LookaheadLoop
+from mlseg.engines.segmentation import Segmentation
 from mlseg.errors import RunError
 
 AT_ONCE = {"pretraining.weighted_epochs": 0, "pretraining.epochs": 1}
 
 
-def build(out: Path | None = None, **changes: Any) -> LookaheadEngine:
+def build(out: Path | None = None, **changes: Any) -> Engine:
     """A tiny engine with 1 epoch of stage 1; keywords have ``__`` for the dot."""
     named = {key.replace("__", "."): value for key, value in changes.items()}
     engine = tiny.build("load", {**AT_ONCE, **named}, out)
-    assert isinstance(engine, LookaheadEngine)
+    assert isinstance(engine, Engine)
     return engine
 
 
-def scripted(engine: LookaheadEngine, script: str) -> LookaheadEngine:
+def scripted(engine: Engine, script: str) -> Engine:
     """Replace the mIoU, after it has been measured, by ``script``'s; it starts from 50 per cent.
 
     What is answered depends on the number of updates alone, so that it survives an interruption.
     """
     answers = [mu for cycle in numbers(script) for mu in cycle]
-    measure = engine.hold_out.miou
+    measure = loop(engine).hold_out.miou
 
     def miou(module: Any) -> float:
         assert 0 <= measure(module) <= 1
-        if not engine.controller.cycle:
+        if not loop(engine).controller.cycle:
             return 50 / UNIT
-        return answers[engine.controller.updates]
+        return answers[loop(engine).controller.updates]
 
-    engine.hold_out.miou = miou
+    loop(engine).hold_out.miou = miou
     return engine
 
 
-def play(script: str, out: Path | None = None, **changes: Any) -> LookaheadEngine:
+def play(script: str, out: Path | None = None, **changes: Any) -> Engine:
     """An engine under a script with the table's thresholds."""
     table = {"lookahead__beta_l": 5 / UNIT, "lookahead__beta_u": 1 / UNIT}
     return scripted(build(out, **{**table, **changes}), script)
@@ -64,12 +66,13 @@ def events(out: Path, kind: str) -> list[dict[str, Any]]:
 class Watch:
     """Notes the model at every update, and what restores bring back."""
 
-    def __init__(self, engine: LookaheadEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.models: dict[str, Any] = {}
         self.restored: list[tuple[str, Any]] = []
         self.engine = engine
-        engine._AT_ONCE = {**engine._AT_ONCE, "note": self._note, "restore": self._restore}
-        self._originals = type(engine)._AT_ONCE
+        self._originals = LookaheadLoop._AT_ONCE
+        watched = {"note": self._note, "restore": self._restore}
+        vars(loop(engine))["_AT_ONCE"] = {**self._originals, **watched}
 
     def _model(self) -> dict[str, Any]:
         generator = self.engine.generator
@@ -77,16 +80,16 @@ class Watch:
             {"module": generator.module.state_dict(), "optimizer": generator.optimizer.state_dict()}
         )
 
-    def _note(self, engine: LookaheadEngine, values: Any) -> None:
+    def _note(self, hook: LookaheadLoop, engine: Engine, values: Any) -> None:
         if values["event"] in ("start", "update"):
             self.models[f"g{values.get('update', 0)}"] = self._model()
-        self._originals["note"](engine, values)
+        self._originals["note"](hook, engine, values)
 
-    def _restore(self, engine: LookaheadEngine, values: Any) -> None:
+    def _restore(self, hook: LookaheadLoop, engine: Engine, values: Any) -> None:
         before = copy.deepcopy(engine.discriminator.module.state_dict())
-        self._originals["restore"](engine, values)
+        self._originals["restore"](hook, engine, values)
         assert tiny.same(before, engine.discriminator.module.state_dict()), "never rolled back"
-        self.restored.append((engine.controller.start, self._model()))
+        self.restored.append((loop(engine).controller.start, self._model()))
 
 
 @pytest.mark.parametrize("case", TABLE)
@@ -98,8 +101,8 @@ def test_transitions_and_rollbacks(case: str, tmp_path: Path) -> None:
     engine.run()
     ends = events(tmp_path, "cycle_end")
     assert [",".join(end["buffer_after"]) for end in ends] == buffers
-    assert engine.buffer is not None
-    assert ",".join(engine.buffer.labels) == buffers[-1]
+    assert loop(engine).buffer is not None
+    assert ",".join(loop(engine).buffer.labels) == buffers[-1]
     assert len(watch.restored) == len(ends)
     for name, restored in watch.restored:
         assert tiny.same(restored, watch.models[name]), name
@@ -108,12 +111,17 @@ def test_transitions_and_rollbacks(case: str, tmp_path: Path) -> None:
     assert tiny.same(best, dict(watch.models[name]["module"]))
     assert tiny.same(dict(engine.generator.module.state_dict()), best)
     # The buffer holds the maps of the models that it names.
-    images = torch.cat([engine.data.train.images, engine.hold_out.samples.images])
-    for position, label in enumerate(engine.buffer.labels):
+    images = torch.cat(
+        [
+            engine.hook(Segmentation).data.train.images,
+            loop(engine).hold_out.samples.images,
+        ]
+    )
+    for position, label in enumerate(loop(engine).buffer.labels):
         engine.generator.module.load_state_dict(watch.models[label]["module"])
-        expected = engine.hold_out.maps(engine.generator.module, images)
+        expected = loop(engine).hold_out.maps(engine.generator.module, images)
         everything = torch.arange(len(images))
-        found = engine.buffer.gather(torch.full_like(everything, position), everything)
+        found = loop(engine).buffer.gather(torch.full_like(everything, position), everything)
         assert torch.equal(found, expected), label
 
 
@@ -143,14 +151,14 @@ def test_snapshots_use_their_memory_again(tmp_path: Path) -> None:
     engine = play("52,51,50 / 54,53,50 / 53,53,53 / 53,53,53")
     places: dict[int, set[int]] = {}
 
-    def note(_: Any, values: Any) -> None:
-        for snapshot in engine.snapshots.values():
+    def note(*_: Any) -> None:
+        for snapshot in loop(engine).snapshots.values():
             tensors: list[Tensor] = list(snapshot.module_state().values())
             tensors += [t for slot in snapshot._slots for t in slot.values()]
             if tensors:
                 places.setdefault(id(snapshot), set()).update(t.data_ptr() for t in tensors)
 
-    engine._AT_ONCE = {**engine._AT_ONCE, "note": note}
+    vars(loop(engine))["_AT_ONCE"] = {**LookaheadLoop._AT_ONCE, "note": note}
     engine.run()
     sizes = len(engine.generator.module.state_dict()) + len(
         list(engine.generator.module.parameters())
@@ -176,26 +184,26 @@ def test_the_discriminator_stands_still_while_the_generator_steps() -> None:
     module = engine.discriminator.module
     engine.train()
     engine.enter_stage(1)
-    engine.buffer.open("g0", 0)
-    engine.discriminator_training.begin()
-    engine.discriminator_training.advance()
+    loop(engine).buffer.open("g0", 0)
+    loop(engine).training.begin()
+    engine.discriminator.step_normal()
     before = copy.deepcopy(module.state_dict())
     engine.generator.step_normal()
     assert tiny.same(before, dict(module.state_dict()))
     assert all(p.grad is None for p in module.parameters())
-    engine.discriminator_training.advance()
+    engine.discriminator.step_normal()
     after = module.state_dict()
     assert all(not torch.equal(before[k], v) for k, v in after.items() if "running" in k)
 
 
 def test_a_nan_in_mid_cycle_keeps_the_best_model(tmp_path: Path) -> None:
     engine = play("52,51,51 / 54,51,51 / 52,52,52 / 52,52,52", tmp_path)
-    original = engine.hold_out.miou
+    original = loop(engine).hold_out.miou
 
     def miou(module: Any) -> float:
-        return math.nan if engine.controller.updates == 4 else original(module)
+        return math.nan if loop(engine).controller.updates == 4 else original(module)
 
-    engine.hold_out.miou = miou
+    loop(engine).hold_out.miou = miou
     watch = Watch(engine)
     with pytest.raises(RunError, match=r"is nan after update 5 \(cycle 2\); the best .*, g4 with"):
         engine.run()
@@ -246,7 +254,7 @@ def test_a_record_that_cannot_be_written_keeps_the_peak(
     event, log = recorder.event, recorder.log
 
     def full(what: str) -> None:
-        if engine.controller.updates >= peak and what == place:
+        if loop(engine).controller.updates >= peak and what == place:
             raise RunError("No space left on device")
 
     def written_event(kind: str, step: int, **values: Any) -> None:
@@ -274,17 +282,17 @@ def test_a_copy_that_was_interrupted_is_none(
     """A second Ctrl-C may come in the middle of copying a peak."""
     engine = play("52,51,50 / 54,53,53 / 53,53,53 / 53,53,53", tmp_path)
     watch = Watch(engine)
-    snapshot = type(engine)._AT_ONCE["snapshot"]
+    snapshot = LookaheadLoop._AT_ONCE["snapshot"]
 
-    def torn(engine: LookaheadEngine, values: Any) -> None:
+    def torn(hook: LookaheadLoop, engine: Engine, values: Any) -> None:
         if values["model"] == "g4":
-            monkeypatch.setattr(engine.snapshots["peak"], "_copied_by_plan", interrupt)
-        snapshot(engine, values)
+            monkeypatch.setattr(loop(engine).snapshots["peak"], "_copied_by_plan", interrupt)
+        snapshot(hook, engine, values)
 
     def interrupt(back: bool) -> bool:
         raise KeyboardInterrupt
 
-    engine._AT_ONCE = {**engine._AT_ONCE, "snapshot": torn}
+    vars(loop(engine))["_AT_ONCE"] = {**LookaheadLoop._AT_ONCE, "snapshot": torn}
     with pytest.raises(KeyboardInterrupt):
         engine.run()
     best = checkpoint.load(tmp_path / "checkpoints" / "best.pt")
@@ -296,14 +304,14 @@ def test_a_disk_that_fills_up_keeps_the_peak(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = play("52,51,50 / 51,51,51 / 51,51,51", tmp_path, buffer_limit_mib=0.0)
-    watch, opened = Watch(engine), engine.buffer.open
+    watch, opened = Watch(engine), loop(engine).buffer.open
 
     def full(label: str, position: int) -> None:
         if label == "g3":
             raise RunError("can't write maps: No space left on device")
         opened(label, position)
 
-    monkeypatch.setattr(engine.buffer, "open", full)
+    monkeypatch.setattr(loop(engine).buffer, "open", full)
     with pytest.raises(RunError, match="No space left"):
         engine.run()
     best = checkpoint.load(tmp_path / "checkpoints" / "best.pt")
@@ -313,10 +321,10 @@ def test_a_disk_that_fills_up_keeps_the_peak(
 
 def test_the_first_error_is_the_one_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = play("52,51,50 / 51,51,51 / 51,51,51")
-    original = engine.hold_out.miou
+    original = loop(engine).hold_out.miou
 
     def miou(module: Any) -> float:
-        if engine.controller.updates < 2:
+        if loop(engine).controller.updates < 2:
             return original(module)
         monkeypatch.setattr(engine, "_keep_best", full)
         raise RunError("the first")
@@ -324,7 +332,7 @@ def test_the_first_error_is_the_one_to_tell(monkeypatch: pytest.MonkeyPatch) -> 
     def full() -> None:
         raise RunError("can't write best.pt")
 
-    engine.hold_out.miou = miou
+    loop(engine).hold_out.miou = miou
     with pytest.raises(RunError, match="the first"):
         engine.run()
 
@@ -333,10 +341,10 @@ def test_weights_that_are_nan_give_an_miou_that_is(tmp_path: Path) -> None:
     """An argmax over NaN is a class like any other: the number alone wouldn't tell."""
     engine = build()
     module = engine.generator.module
-    assert math.isfinite(engine.hold_out.miou(module))
+    assert math.isfinite(loop(engine).hold_out.miou(module))
     with torch.no_grad():
         module.head.weight[0, 0] = math.nan
-    assert math.isnan(engine.hold_out.miou(module))
+    assert math.isnan(loop(engine).hold_out.miou(module))
 
 
 def test_the_lookahead_may_be_cut_short_and_go_on(tmp_path: Path) -> None:
@@ -359,10 +367,10 @@ def test_label_maps_in_files_change_nothing(tmp_path: Path) -> None:
     for name, limit in (("memory", 100.0), ("files", 0.0)):
         engines.append(play(script, tmp_path / name, buffer_limit_mib=limit))
         engines[-1].run()
-    assert not engines[0].buffer.mapped
-    assert engines[1].buffer.mapped
+    assert not loop(engines[0]).buffer.mapped
+    assert loop(engines[1]).buffer.mapped
     assert tiny.same(tiny.weights(engines[0]), tiny.weights(engines[1]))
     read = [(tmp_path / name / "events.jsonl").read_text() for name in ("memory", "files")]
     assert read[0] == read[1]
     files = sorted(p.name for p in (tmp_path / "files" / "buffer").iterdir())
-    assert len(files) == len(engines[1].buffer.labels)
+    assert len(files) == len(loop(engines[1]).buffer.labels)

@@ -2,10 +2,17 @@
 
 from typing import Any
 
+from mlseg.engines.engine import Engine
 from mlseg.engines.lookahead.controller import LookaheadSettings
+from mlseg.engines.lookahead.loop import LookaheadLoop
 
 UNIT = 128
 """Percents are given over 128, so that sums of mIoU and beta are exact."""
+
+
+def loop(engine: Engine) -> LookaheadLoop:
+    """The part of an engine that obeys the controller."""
+    return engine.hook(LookaheadLoop)
 
 
 def settings(**changes: Any) -> LookaheadSettings:

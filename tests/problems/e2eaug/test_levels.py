@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mlseg import checkpoint
 from mlseg.config import load
+from mlseg.engines.segmentation import Segmentation
 from mlseg.errors import UserError
 from mlseg.problems.e2eaug import levels as e2eaug
 from mlseg.problems.e2eaug.networks.pix2pix import Generator
@@ -76,7 +77,7 @@ def test_3_no_gradient_from_validation_data_reaches_the_lower_levels() -> None:
         changes = {**NOW, "problems.architecture.optimizer.lr": 1e-30}
         engine = tiny.build("e2eaug", changes)
         if flip:
-            engine.data.val.images.sub_(255).neg_()
+            engine.hook(Segmentation).data.val.images.sub_(255).neg_()
         for _ in range(3):
             engine.iterate()
             for name in ("generator", "discriminator", "segmentor"):
@@ -170,7 +171,7 @@ def test_pretraining_has_a_rate_of_its_own_and_the_optimizers_start_afresh() -> 
     rates = {"before": generator.optimizer.param_groups[0]["lr"]}
     for _ in range(3):
         engine.iterate()
-    engine.stage.on_end()
+    engine.next_stage()
     rates["after"] = generator.optimizer.param_groups[0]["lr"]
     assert rates == {"before": 0.25, "after": 1e-3}
     assert not generator.optimizer.state
@@ -223,10 +224,7 @@ MOVING = {
 def test_rows(row: str) -> None:
     engine = tiny.build("e2eaug", {"gan.pretrain": 1, "engine.iterations": 2, **ROWS[row]})
     engine.iterate()
-    on_end = engine.stages[0].on_end
-    assert on_end is not None
-    on_end()
-    engine.enter_stage(1)
+    engine.next_stage()
     before = {p.name: [q.detach().clone() for q in p.module.parameters()] for p in engine.problems}
     for _ in range(2):
         engine.iterate()

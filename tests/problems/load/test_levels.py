@@ -11,8 +11,10 @@ import tiny
 import torch
 from PIL import Image
 from torch import Tensor
+from transitions import loop
 
 from mlseg import checkpoint, config, evaluate, run
+from mlseg.engines.segmentation import Segmentation
 from mlseg.problems.load.records import class_changes, markdown, read_events
 from mlseg.problems.load.settings import LoadSettings
 from mlseg.segmentation.data.catalog import CATALOG
@@ -101,12 +103,21 @@ def test_the_scores_of_a_part_are_those_of_its_images(tmp_path: Path) -> None:
     engine: Any = tiny.build("load", QUICK, tmp_path)
     engine.run()
     found = engine.results()["scores"]["best"]
-    with engine.weights("best"):
-        held = engine.hold_out.samples
-        rest = [n for n, name in enumerate(engine.data.val.ids) if name not in held.ids]
-        for split, samples in (("val_hold_out", held), ("val_rest", engine.data.val.subset(rest))):
-            with evaluating(engine.segmentor_module):
-                alone = score(engine._predict, samples, engine.device, distances=True).compute()
+    with engine.hook(Segmentation).weights(engine, "best"):
+        held = loop(engine).hold_out.samples
+        rest = [
+            n
+            for n, name in enumerate(engine.hook(Segmentation).data.val.ids)
+            if name not in held.ids
+        ]
+        for split, samples in (
+            ("val_hold_out", held),
+            ("val_rest", engine.hook(Segmentation).data.val.subset(rest)),
+        ):
+            with evaluating(engine.hook(Segmentation).problem.module):
+                alone = score(
+                    engine.hook(Segmentation).predict, samples, engine.device, distances=True
+                ).compute()
             assert found[split] == pytest.approx(alone, abs=1e-12), split
 
 
@@ -136,13 +147,13 @@ def test_a_run_goes_on_without_the_file_it_started_from(tmp_path: Path) -> None:
 def test_the_picture_shows_what_changed(tmp_path: Path) -> None:
     engine: Any = tiny.build("load", QUICK, tmp_path)
     answers = iter([0.3, 0.9, 0.2, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3])
-    engine.hold_out.miou = lambda module: next(answers)
+    loop(engine).hold_out.miou = lambda module: next(answers)
     engine.run(10)
     with torch.no_grad():
-        for parameter in engine.segmentor_module.head.parameters():
+        for parameter in engine.hook(Segmentation).problem.module.head.parameters():
             parameter.neg_()
     state = checkpoint.load(tmp_path / "checkpoints" / "best.pt")
-    module = engine.segmentor_module.state_dict()
+    module = engine.hook(Segmentation).problem.module.state_dict()
     state["problems"]["generator"]["module"] = {k: v.clone() for k, v in module.items()}
     del state["format"]
     checkpoint.save(tmp_path / "checkpoints" / "best.pt", state)
@@ -256,17 +267,17 @@ def test_ignored_pixels_are_zero_on_both_sides() -> None:
     seen: list[Tensor] = []
     network = engine.discriminator.module
     network.register_forward_hook(lambda m, inputs, output: seen.append(inputs[1].detach()))
-    given = engine.data.train
+    given = engine.hook(Segmentation).data.train
     samples = replace(given, spec=replace(given.spec, ignore_index=255))
     samples.masks[:, :5] = 255
     engine.generator.ignore_index = 255
     engine.generator.train_data_loader[0].samples = samples
-    engine.discriminator_training._parts["train"] = (samples, 0)
+    loop(engine).training.batches._parts["train"] = (samples, 0)
     engine.train()
     engine.enter_stage(1)
     engine.generator.step_normal()
-    engine.buffer.open("g0", 0)
-    engine.discriminator_training.begin()
+    loop(engine).buffer.open("g0", 0)
+    loop(engine).training.begin()
     for _ in range(3):
         engine.discriminator.step_normal()
     assert len(seen) == 4
@@ -277,15 +288,13 @@ def test_ignored_pixels_are_zero_on_both_sides() -> None:
 
 def test_real_and_fake_have_half_of_the_weight_each() -> None:
     engine: Any = tiny.build("load", QUICK)
-    training = engine.discriminator_training
+    batches = loop(engine).training.batches
     for entries in (1, 2, 3):
-        engine.buffer.flush()
+        loop(engine).buffer.flush()
         for position in range(entries):
-            engine.buffer.open(f"g{position}", position)
+            loop(engine).buffer.open(f"g{position}", position)
         everything = torch.arange(6 * (entries + 1))
-        _, _, real, weight = training._batch(
-            "train", everything, training._window, torch.Generator()
-        )
+        _, _, real, weight = batches._batch("train", everything, batches._window, torch.Generator())
         assert float(weight[real > 0].sum()) == pytest.approx(float(weight[real == 0].sum()))
         assert float(weight.mean()) == pytest.approx(1.0)
         assert real.sum() == 6
@@ -294,14 +303,12 @@ def test_real_and_fake_have_half_of_the_weight_each() -> None:
 
 def test_an_image_and_its_maps_are_flipped_together() -> None:
     engine: Any = tiny.build("load", {**QUICK, "augmentation": {"flip_horizontal": 1.0}})
-    training, samples = engine.discriminator_training, engine.data.train
-    engine.buffer.open("g0", 0)
+    batches, samples = loop(engine).training.batches, engine.hook(Segmentation).data.train
+    loop(engine).buffer.open("g0", 0)
     maps = torch.randint(7, (10, 32, 32), dtype=torch.uint8)
-    engine.buffer.write(0, 0, maps)
+    loop(engine).buffer.write(0, 0, maps)
     pair = torch.tensor([2, 3])
-    image, label, real, _ = training._batch(
-        "train", pair, training._augmentation, training._generator
-    )
+    image, label, real, _ = batches._batch("train", pair, batches._augmentation, batches._generator)
     assert real.tolist() == [1.0, 0.0]
     assert torch.equal(label[0], samples.masks[1].long().flip(1))
     assert torch.equal(label[1], maps[1].long().flip(1))

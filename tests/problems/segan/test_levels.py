@@ -11,6 +11,7 @@ from segan_game import PLAIN, parameters_that_differ, watch
 from torch import Tensor, nn
 
 from mlseg import checkpoint
+from mlseg.engines.segmentation import Segmentation
 from mlseg.errors import UserError
 from mlseg.problems.segan import levels as segan
 from mlseg.problems.segan.networks.critic import Critic
@@ -112,7 +113,7 @@ def test_6_a_new_rate_keeps_the_optimizer_and_its_state() -> None:
 
 def test_7_empty_masks_score_what_the_documentation_says() -> None:
     engine = tiny.build("segan")
-    engine.data.val.masks[:] = 0
+    engine.hook(Segmentation).data.val.masks[:] = 0
     engine.segmentor.module.head.bias.data.fill_(-100.0)  # nothing is lesion
     figures = engine.validate()
     for name in ("jaccard", "dice", "accuracy", "sensitivity", "specificity"):
@@ -163,7 +164,7 @@ def test_k_is_annealed_by_epochs_of_the_training_images() -> None:
     assert found == pytest.approx([1.0] * 4 + [0.5] * 4 + [0.3] * 3)
     assert int(logistic.epochs) == 5
     # Both players and the prediction use it.
-    image = engine.data.val.images[:2].float() / 127.5 - 1
+    image = engine.hook(Segmentation).data.val.images[:2].float() / 127.5 - 1
     engine.eval()
     now = engine.segmentor.module(image)[:, 1]
     logistic.k.fill_(0.6)
@@ -232,7 +233,7 @@ def test_the_dice_term_is_the_segmentors_alone() -> None:
 def test_several_classes_with_both_layouts(layout: str, tmp_path: Path) -> None:
     changes = {"data.name": "synthetic_scenes", "critic.classes": layout}
     engine = tiny.build("segan", changes, tmp_path)
-    count = len(engine.data.spec.classes)
+    count = len(engine.hook(Segmentation).data.spec.classes)
     assert len(engine.critic.module.critics) == (count if layout == "each" else 1)
     before = tiny.weights(engine)
     engine.run()

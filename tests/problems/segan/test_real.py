@@ -8,6 +8,8 @@ import pytest
 import tiny
 from segan_game import PLAIN, watch
 
+from mlseg.engines.segmentation import Segmentation
+
 ISIC = {
     "data": {
         "name": "isic2018",
@@ -31,7 +33,7 @@ def with_root(changes: dict[str, Any], root: Path) -> dict[str, Any]:
 
 def test_1_each_step_moves_the_loss_its_way(real: Callable[[str], Path]) -> None:
     engine = tiny.build("segan", {**with_root(ISIC, real("isic2018")), **PLAIN})
-    assert engine.data.provenance == "real"
+    assert engine.hook(Segmentation).data.provenance == "real"
     seen = watch(engine)
     for _ in range(5):
         engine.iterate()
@@ -45,7 +47,7 @@ def test_camvid_with_both_critic_layouts(
 ) -> None:
     changes = {**with_root(CAMVID, real("camvid")), "critic.classes": layout}
     engine = tiny.build("segan", changes, tmp_path)
-    assert engine.data.spec.num_classes == 11
+    assert engine.hook(Segmentation).data.spec.num_classes == 11
     engine.run()
     figures = engine.results()["scores"]["best"]["test"]
     assert engine.results()["provenance"] == "real"
