@@ -1,5 +1,5 @@
 """The system ``load``; see :mod:`mlseg.problems.load.levels`."""
 
-from mlseg.problems.load.system import build
+from mlseg.problems.load.wiring import build
 
 __all__ = ["build"]
