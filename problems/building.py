@@ -1,16 +1,18 @@
-"""What systems build alike: a segmentor, a level's batches, a level."""
+"""What systems build alike: a segmentor, a level's batches, what a level is made of."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from mlseg.engines.settings import EngineSettings
 from mlseg.machine import choose_device
-from mlseg.multilevel.problem import Problem
+from mlseg.multilevel.config import Config
 from mlseg.multilevel.settings import ProblemSettings
 from mlseg.randomness import derived, seeded
 from mlseg.segmentation.data import (
@@ -23,7 +25,24 @@ from mlseg.segmentation.data import (
 )
 from mlseg.segmentation.nets import SegmentorSettings, build_segmentor
 
-P = TypeVar("P", bound=Problem)
+
+class Setup(NamedTuple):
+    """What every level is made of: the arguments of ``Problem``, in their order.
+
+    A level's own constructor takes it first, and then what its loss needs::
+
+        class Generator(Problem):
+            def __init__(self, setup: Setup, *, l1: float) -> None:
+                super().__init__(*setup)
+                self.l1 = l1
+    """
+
+    name: str
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    loader: BatchLoader | None = None
+    config: Config | None = None
+    scheduler: LRScheduler | None = None
 
 
 class SegmentationRun(Protocol):
@@ -85,29 +104,26 @@ class Builder:
             augmentation=Augmentation(chosen, self.spec.ignore_index),
         )
 
-    def problem(
+    def level(
         self,
-        cls: type[P],
         name: str,
-        level: ProblemSettings,
+        settings: ProblemSettings,
         module: nn.Module,
         loader: BatchLoader | None = None,
         more_steps: int = 0,
-        **config: Any,
-    ) -> P:
+        **changes: Any,
+    ) -> Setup:
         """The level ``name`` with the optimizer, scheduler and hypergradient of its settings.
 
         Args:
             more_steps: that it takes beyond ``engine.iterations``, in stages before the last.
-            config: changes to its ``Config``.
+            changes: to its ``Config``, which checks them.
         """
         engine = self.settings.engine
         steps = engine.iterations + more_steps
-        optimizer, scheduler = level.build(module.parameters(), engine.mode, steps)
-        made = level.config(self.settings.precision)
-        for key, value in config.items():
-            setattr(made, key, value)
-        return cls(name, module, optimizer, loader, made, scheduler)
+        optimizer, scheduler = settings.build(module.parameters(), engine.mode, steps)
+        config = replace(settings.config(self.settings.precision), **changes)
+        return Setup(name, module, optimizer, loader, config, scheduler)
 
     def engine_options(self, out: Path | None) -> dict[str, Any]:
         """Arguments of the engine that every system passes on."""

@@ -15,7 +15,7 @@ from mlseg.engines.segmentation import SegmentationEngine
 from mlseg.engines.settings import Stage
 from mlseg.multilevel.problem import Problem
 from mlseg.multilevel.settings import ProblemSettings
-from mlseg.problems.building import Builder
+from mlseg.problems.building import Builder, Setup
 from mlseg.problems.systems import RunSettings, system
 from mlseg.segmentation.data import AugmentationSettings, DataSettings, load_data
 from mlseg.segmentation.losses import LossSettings, SegmentationLoss
@@ -25,7 +25,9 @@ from mlseg.segmentation.nets import SegmentorSettings
 class Segmentor(Problem):
     """A segmentor on labelled pairs."""
 
-    criterion: SegmentationLoss
+    def __init__(self, setup: Setup, *, criterion: SegmentationLoss) -> None:
+        super().__init__(*setup)
+        self.criterion = criterion
 
     def training_step(self, batch: Any) -> Any:
         """``L_seg(D_tr; W)``."""
@@ -58,10 +60,12 @@ def build(settings: SupervisedSettings, out: Path | None) -> SegmentationEngine:
     """Data, network, the problem, the engine."""
     data = load_data(settings.data)
     window = settings.augmentation.output_size(data.train.image_size)
-    build, level = Builder(settings, data.spec), settings.problems.segmentor
-    loader = build.loader("segmentor", level, data.train, settings.augmentation)
-    segmentor = build.problem(Segmentor, "segmentor", level, build.segmentor(), loader)
-    segmentor.criterion = SegmentationLoss(settings.loss, data.spec.ignore_index)
+    make, level = Builder(settings, data.spec), settings.problems.segmentor
+    loader = make.loader("segmentor", level, data.train, settings.augmentation)
+    segmentor = Segmentor(
+        make.level("segmentor", level, make.segmentor(), loader),
+        criterion=SegmentationLoss(settings.loss, data.spec.ignore_index),
+    )
     return SegmentationEngine(
         [segmentor],
         settings.engine,
@@ -69,5 +73,5 @@ def build(settings: SupervisedSettings, out: Path | None) -> SegmentationEngine:
         data=data,
         window=window,
         stages=[Stage("training", settings.engine.iterations)],
-        **build.engine_options(out),
+        **make.engine_options(out),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -15,12 +15,11 @@ from mlseg.engines.segmentation import SegmentationEngine
 from mlseg.errors import UserError
 from mlseg.files import write_json
 from mlseg.multilevel.problem import Problem
+from mlseg.problems.e2eaug.levels import encode
 from mlseg.problems.e2eaug.networks.cells import CANDIDATES
+from mlseg.problems.e2eaug.settings import E2EAugSettings
 from mlseg.segmentation.data import to_uint8
 from mlseg.segmentation.pictures import colour, tiles, to_rgb
-
-if TYPE_CHECKING:
-    from mlseg.problems.e2eaug.settings import E2EAugSettings
 
 PICTURED = 4
 
@@ -191,8 +190,6 @@ class SyntheticPictures:
     @torch.no_grad()
     def __call__(self, figures: Mapping[str, float]) -> None:
         """Write a row of pairs: real image, its mask, the mask augmented, the image made of it."""
-        from mlseg.problems.e2eaug.levels import encode
-
         engine, segmentor = self._engine, self._segmentor
         data = engine.data.train
         count = min(PICTURED, engine.settings.samples, len(data))

@@ -27,8 +27,8 @@ from mlseg.comparison.tasks.base import (
 from mlseg.engines.segmentation import SegmentationEngine
 from mlseg.hypergradients import Method
 from mlseg.multilevel.problem import Problem
-from mlseg.problems.e2eaug import levels as e2eaug
 from mlseg.problems.e2eaug.settings import E2EAugSettings
+from mlseg.problems.e2eaug.wiring import build as build_system
 from mlseg.segmentation.data import to_float
 from mlseg.segmentation.nets import class_probabilities
 from mlseg.segmentation.scoring import evaluating, predict_logits, score
@@ -171,7 +171,7 @@ def _engine(
 ) -> SegmentationEngine:
     """The system in ``dtype``, its initial values drawn in float32."""
     with default_dtype(torch.float32):
-        engine = e2eaug.build(_config(settings, conditions, method), None)
+        engine = build_system(_config(settings, conditions, method), None)
     engine.recorder.progress.quiet = True
     for problem in engine.problems:
         problem.module.to(dtype)

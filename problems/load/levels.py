@@ -46,13 +46,13 @@ from mlseg.errors import UserError, one_line
 from mlseg.machine import choose_device
 from mlseg.multilevel.problem import Problem
 from mlseg.problems.load import records
+from mlseg.problems.load.losses import balanced_cross_entropy, fooling_loss, relax
 from mlseg.problems.load.networks import Discriminator as DiscriminatorNetwork
 from mlseg.problems.load.networks import one_hot, require_input_size
 from mlseg.problems.load.settings import AdversarialSettings, LoadSettings
 from mlseg.problems.systems import system
 from mlseg.randomness import derived, seeded
 from mlseg.segmentation.data import Augmentation, BatchLoader, Samples, load_data
-from mlseg.segmentation.losses import balanced_cross_entropy, fooling_loss, relax
 from mlseg.segmentation.nets import build_segmentor
 from mlseg.segmentation.nets.layers import freeze_batch_norm
 
