@@ -72,3 +72,8 @@ def load_system(name: str) -> System:
 def all_systems() -> Sequence[System]:
     """Every registered system, by name."""
     return _SYSTEMS.all()
+
+
+def system_names() -> list[str]:
+    """Names of the registered systems, sorted."""
+    return [system.name for system in all_systems()]
