@@ -22,7 +22,7 @@ from mlseg.hypergradients.optimizers.diagonals import one_step_scale
 from mlseg.multilevel.config import Config
 from mlseg.multilevel.problem import Problem
 from mlseg.problems.e2eaug.levels import encode
-from mlseg.segmentation.losses import gan_loss
+from mlseg.problems.e2eaug.losses import gan_loss
 
 
 class Hop:

@@ -1,4 +1,4 @@
-"""Choose the steepness k and the threshold of finished runs on their validation images.
+"""Choose the temperature k and the threshold of finished runs on their validation images.
 
     python -m mlseg.calibrate runs/try
     python -m mlseg.calibrate runs/a runs/b runs/c           the mean of their probabilities
@@ -10,8 +10,9 @@ the threshold. The choice is stored in every run's ``calibration.json``, from wh
 predict take it for exactly these weights; the grid is printed, and written beside it as
 ``calibration_grid*.csv`` and ``.png``. No test image is looked at.
 
-For one network at its own size k and the threshold t are one number, since f(z) > t is
-z > k log(t / (1 - t)); what k adds shows when probabilities are averaged or upsampled first.
+For one network at its own size k and the threshold t are one number, since a probability above t
+is a logit z > k log(t / (1 - t)); what k adds shows when probabilities are averaged or upsampled
+first.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from mlseg.files import write_text, writing
 from mlseg.machine import choose_device
 from mlseg.segmentation import calibration
 from mlseg.segmentation.data import Samples, to_float
-from mlseg.segmentation.metrics import SCORES, image_scores
+from mlseg.segmentation.metrics import SCORES, confusion_by_threshold, image_scores
 from mlseg.segmentation.nets import class_probabilities
 from mlseg.segmentation.scoring import SCORING_BATCH, at_native, score
 from mlseg.segmentation.trained import Ensemble, load_runs
@@ -166,7 +167,9 @@ def search(
             foreground = at_native(own[None], native_size, samples.fit)[0]
             ignore = samples.spec.ignore_index
             counts.append(
-                torch.stack([_confusions(p, mask, cuts, ignore) for p in foreground]).cpu()
+                torch.stack(
+                    [confusion_by_threshold(p, mask, cuts, ignore) for p in foreground]
+                ).cpu()
             )
     confusion = torch.stack(counts, 2)  # (len(ks), len(thresholds), N, 2, 2)
     scored = confusion[0, 0].sum((1, 2)) > 0
@@ -175,21 +178,6 @@ def search(
     confusion = confusion[:, :, scored]
     flat = image_scores(confusion.flatten(0, 2))[metric]
     return flat.reshape(confusion.shape[:3]).mean(2)
-
-
-def _confusions(
-    foreground_HW: Tensor, mask_HW: Tensor, cuts: Tensor, ignore_index: int | None
-) -> Tensor:
-    """(thresholds, 2, 2) counts of an image, rows are the truth."""
-    above = torch.bucketize(foreground_HW.contiguous(), cuts)  # how many thresholds it exceeds
-    bins = len(cuts) + 1
-    index = (mask_HW.long() * bins + above).flatten()
-    if ignore_index is not None:
-        index = index[mask_HW.flatten() != ignore_index]
-    histogram = torch.bincount(index, minlength=2 * bins).reshape(2, bins)
-    positive = histogram.flip(1).cumsum(1).flip(1)[:, 1:]  # (2, thresholds)
-    negative = histogram.sum(1, keepdim=True) - positive
-    return torch.stack([negative, positive], 2).transpose(0, 1)
 
 
 def best_cell(grid: Tensor, ks: Sequence[float], thresholds: Sequence[float]) -> tuple[int, int]:

@@ -93,7 +93,7 @@ def _run(arguments: argparse.Namespace) -> int:
             "runs": [str(run) for run in arguments.runs],
             "weights": arguments.weights,
             "steps": [member.step for member in ensemble.members],
-            "k": [member.own_k if member.k is None else member.k for member in ensemble.members],
+            "k": [member.k for member in ensemble.members],
             "threshold": ensemble.threshold,
             "scored_at": scale,
         }
@@ -105,7 +105,7 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
     """Arguments about which weights are used, how, and where."""
     parser.add_argument("--weights", choices=("best", "last"), default="best")
     parser.add_argument(
-        "--k", type=above_zero, help="steepness; default: the calibrated or the run's own"
+        "--k", type=above_zero, help="temperature; default: the calibrated or the run's own"
     )
     parser.add_argument(
         "--threshold", type=probability, help="of the foreground's probability; default: the same"

@@ -1,14 +1,17 @@
-"""What systems build alike: a segmentor, a level's batches, a level."""
+"""What systems build alike: a segmentor, a level's batches, what a level is made of."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeVar
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
+from mlseg.engines.settings import EngineSettings, LoopSettings
 from mlseg.machine import choose_device
-from mlseg.multilevel.problem import Problem
+from mlseg.multilevel.config import Config
 from mlseg.multilevel.settings import ProblemSettings
 from mlseg.randomness import derived, seeded
 from mlseg.segmentation.data import (
@@ -21,7 +24,24 @@ from mlseg.segmentation.data import (
 )
 from mlseg.segmentation.nets import SegmentorSettings, build_segmentor
 
-P = TypeVar("P", bound=Problem)
+
+class Setup(NamedTuple):
+    """What every level is made of: the arguments of ``Problem``, in their order.
+
+    A level's own constructor takes it first, and then what its loss needs::
+
+        class Generator(Problem):
+            def __init__(self, setup: Setup, *, l1: float) -> None:
+                super().__init__(*setup)
+                self.l1 = l1
+    """
+
+    name: str
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    loader: BatchLoader | None = None
+    config: Config | None = None
+    scheduler: LRScheduler | None = None
 
 
 class SegmentationRun(Protocol):
@@ -38,7 +58,7 @@ class SegmentationRun(Protocol):
     @property
     def segmentor(self) -> SegmentorSettings: ...
     @property
-    def engine(self) -> Any: ...
+    def engine(self) -> LoopSettings: ...
 
 
 class Builder:
@@ -83,26 +103,25 @@ class Builder:
             augmentation=Augmentation(chosen, self.spec.ignore_index),
         )
 
-    def problem(
+    def level(
         self,
-        cls: type[P],
         name: str,
-        level: ProblemSettings,
+        settings: ProblemSettings,
         module: nn.Module,
         loader: BatchLoader | None = None,
-        more_steps: int = 0,
-        **config: Any,
-    ) -> P:
+        more_steps: int | None = 0,
+        **changes: Any,
+    ) -> Setup:
         """The level ``name`` with the optimizer, scheduler and hypergradient of its settings.
 
         Args:
-            more_steps: that it takes beyond ``engine.iterations``, in stages before the last.
-            config: changes to its ``Config``.
+            more_steps: that it takes beyond ``engine.iterations``, in stages before the last; None:
+                how many steps it takes isn't known.
+            changes: to its ``Config``, which checks them.
         """
         engine = self.settings.engine
-        steps = engine.iterations + more_steps
-        optimizer, scheduler = level.build(module.parameters(), engine.mode, steps)
-        made = level.config(self.settings.precision)
-        for key, value in config.items():
-            setattr(made, key, value)
-        return cls(name, module, optimizer, loader, made, scheduler)
+        steps = None if more_steps is None else engine.iterations + more_steps
+        mode = engine.mode if isinstance(engine, EngineSettings) else "max"
+        optimizer, scheduler = settings.build(module.parameters(), mode, steps)
+        config = replace(settings.config(self.settings.precision), **changes)
+        return Setup(name, module, optimizer, loader, config, scheduler)

@@ -16,7 +16,7 @@ from mlseg.engines.segmentation import Segmentation
 from mlseg.engines.settings import Stage
 from mlseg.multilevel.problem import Problem
 from mlseg.multilevel.settings import ProblemSettings
-from mlseg.problems.building import Builder
+from mlseg.problems.building import Builder, Setup
 from mlseg.problems.systems import RunSettings, system
 from mlseg.segmentation.data import AugmentationSettings, DataSettings, load_data
 from mlseg.segmentation.losses import LossSettings, SegmentationLoss
@@ -26,7 +26,9 @@ from mlseg.segmentation.nets import SegmentorSettings
 class Segmentor(Problem):
     """A segmentor on labelled pairs."""
 
-    criterion: SegmentationLoss
+    def __init__(self, setup: Setup, *, criterion: SegmentationLoss) -> None:
+        super().__init__(*setup)
+        self.criterion = criterion
 
     def training_step(self, batch: Any) -> Any:
         """``L_seg(D_tr; W)``."""
@@ -59,15 +61,17 @@ def build(settings: SupervisedSettings, out: Path | None) -> Engine:
     """Data, network, the problem, the engine."""
     data = load_data(settings.data)
     window = settings.augmentation.output_size(data.train.image_size)
-    build, level = Builder(settings, data.spec), settings.problems.segmentor
-    loader = build.loader("segmentor", level, data.train, settings.augmentation)
-    segmentor = build.problem(Segmentor, "segmentor", level, build.segmentor(), loader)
-    segmentor.criterion = SegmentationLoss(settings.loss, data.spec.ignore_index)
+    make, level = Builder(settings, data.spec), settings.problems.segmentor
+    loader = make.loader("segmentor", level, data.train, settings.augmentation)
+    segmentor = Segmentor(
+        make.level("segmentor", level, make.segmentor(), loader),
+        criterion=SegmentationLoss(settings.loss, data.spec.ignore_index),
+    )
     return Engine(
         [segmentor],
         settings.engine,
         stages=[Stage("training", settings.engine.iterations)],
-        device=build.device,
+        device=make.device,
         out=out,
         hooks=[Segmentation(segmentor, settings.segmentor, data, window=window)],
     )

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-GROUND = ("errors", "files", "randomness", "checkpoint", "machine", "_betty", "_version")
+GROUND = (
+    "errors",
+    "files",
+    "randomness",
+    "checkpoint",
+    "machine",
+    "precision",
+    "_betty",
+    "_version",
+)
 CORE = {"ground", "config", "hypergradients", "multilevel"}
 MAY_IMPORT = {
     "ground": set(),

@@ -1,4 +1,4 @@
-"""The steepness k and the threshold that a grid search chose, kept in the runs they belong to.
+"""The temperature k and the threshold that a grid search chose, kept in the runs they belong to.
 
 ``calibration.json`` of a run lists choices, each for certain checkpoints: its own alone, or those
 of an ensemble, by the digests of the files. A run that is trained further has another digest, so a
@@ -8,7 +8,6 @@ choice never applies to weights that it wasn't made for.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ class Choice(pydantic.BaseModel):
     """What was chosen, for which weights, and how.
 
     Attributes:
-        k: the logits are divided by it before the logistic.
+        k: the temperature, by which the logits are divided.
         threshold: above it the mean probability means foreground.
         metric, value: what was maximised on the validation images, and its highest value.
         before: the value without the choice, at each network's k and the config's threshold.
@@ -99,7 +98,7 @@ def calibrated(ensemble: Ensemble, k: float | None, threshold: float | None) -> 
 
 def describe(ensemble: Ensemble) -> str:
     """How the ensemble decides, for a table's title."""
-    ks: Sequence[float] = sorted({m.own_k if m.k is None else m.k for m in ensemble.members})
+    ks = sorted({member.k for member in ensemble.members})
     return f"k {', '.join(f'{k:.3g}' for k in ks)}, threshold {ensemble.threshold:g}"
 
 

@@ -1,7 +1,4 @@
-"""Losses of segmentors and of their adversaries."""
-
-from collections.abc import Sequence
-from typing import Literal
+"""The loss of a segmentor on labelled pixels."""
 
 import torch
 from pydantic import Field, model_validator
@@ -10,10 +7,11 @@ from torch.nn import functional
 
 from mlseg.config import Settings
 from mlseg.errors import UserError
+from mlseg.precision import full
 
 
 class LossSettings(Settings):
-    """Weights of a segmentation loss's terms; the default is E2EAug's, cross-entropy alone.
+    """Weights of a segmentation loss's terms; the default is cross-entropy alone.
 
     Attributes:
         cross_entropy, dice, jaccard: weight of each term, 0 or more; at least one above 0.
@@ -66,7 +64,7 @@ class SegmentationLoss(nn.Module):
 
     def forward(self, logits_BKHW: Tensor, target_BHW: Tensor) -> Tensor:
         """(B, K, H, W) logits, (B, H, W) int64 labels in 0..K-1 or the ignore index -> scalar."""
-        logits_BKHW = _full(logits_BKHW)
+        logits_BKHW = full(logits_BKHW)
         settings = self.settings
         if self.ignore_index is None:
             valid_BHW = torch.ones_like(target_BHW, dtype=torch.bool)
@@ -105,149 +103,3 @@ class SegmentationLoss(nn.Module):
         jaccard_K = 1 - (inside_K + smooth) / (both_K - inside_K + smooth)
         loss_K = settings.dice * dice_K + settings.jaccard * jaccard_K
         return (loss_K * present_K).sum() / present_K.sum().clamp_min(1)
-
-
-def gan_loss(logits: Tensor, real: bool) -> Tensor:
-    """The vanilla GAN loss (Goodfellow et al., 2014): binary cross-entropy, mean over all patches.
-
-    Args:
-        logits: the discriminator's output, any shape; positive means real.
-        real: the label; True gives mean log(1 + e^-x), False mean log(1 + e^x).
-
-    A discriminator minimises it with the true label, a generator with `real=True` on its own images
-    (the non-saturating form).
-    """
-    target = torch.full_like(logits, float(real))
-    return functional.binary_cross_entropy_with_logits(logits, target)
-
-
-Reduction = Literal["layer_mean", "concat", "sum"]
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def multi_scale_l1(
-    predicted: Sequence[Tensor], true: Sequence[Tensor], reduction: Reduction = "layer_mean"
-) -> Tensor:
-    """SegAN's loss: the L1 distance of two images' features, over all scales (equations 1 and 2).
-
-    With f_i and f'_i the L feature maps of N predicted and true images:
-
-        layer_mean   (1 / L) sum_i mean |f_i - f'_i|, over all entries of layer i
-        concat       mean of w_i |f_i - f'_i| over the entries of all layers together; the weights
-                     w are 1, 1, 2, ..., 2, 4, as in the authors' public code
-        sum          (1 / N) sum_n (1 / L) sum_i ||f_i - f'_i||_1, equation 2 to the letter
-
-    ``layer_mean`` gives every scale the same say. In ``concat`` the first maps, which have most of
-    the entries, dominate; ``sum`` does the same and grows with the size of the image and the width.
-
-    Args:
-        predicted, true: L maps each, of the same shapes, (N, ...).
-
-    Returns:
-        A scalar, float32 or wider.
-    """
-    distances = [
-        # Never in bfloat16: the difference of near features would be its rounding.
-        (a.to(_wide(a)) - b.to(_wide(b))).abs()
-        for a, b in zip(predicted, true, strict=True)
-    ]
-    if reduction == "layer_mean":
-        return torch.stack([distance.mean() for distance in distances]).mean()
-    sums = torch.stack([distance.sum() for distance in distances])
-    if reduction == "sum":
-        return sums.sum() / (len(distances) * len(distances[0]))
-    weights = [1.0, 1.0, *(2.0 for _ in distances[2:-1]), 4.0][: len(distances)]
-    entries = sum(distance.numel() for distance in distances)
-    return torch.stack([w * s for w, s in zip(weights, sums, strict=True)]).sum() / entries
-
-
-def dice_of_maps(maps_BMHW: Tensor, label_BMHW: Tensor, smooth: float = 1.0) -> Tensor:
-    """1 minus the soft Dice of label maps, pooled over the batch, mean over the maps.
-
-    Args:
-        maps_BMHW: predicted, in [0, 1].
-        label_BMHW: true, of the same shape.
-        smooth: in pixels, see `SegmentationLoss`.
-    """
-    pixels = (0, 2, 3)
-    inside_M = (maps_BMHW * label_BMHW).sum(pixels)
-    both_M = maps_BMHW.sum(pixels) + label_BMHW.sum(pixels)
-    return (1 - (2 * inside_M + smooth) / (both_M + smooth)).mean()
-
-
-def _full(logits: Tensor) -> Tensor:
-    """Half-precision logits in single precision, others as they are."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-
-Relaxation = Literal["softmax", "gumbel", "straight_through"]
-
-
-def relax(logits_BKHW: Tensor, kind: Relaxation, temperature: float = 1.0) -> Tensor:
-    """Label maps that a gradient passes through, in place of the hard ones that argmax gives.
-
-    With the logits z and the temperature tau:
-
-        softmax            softmax(z / tau)
-        gumbel             softmax((z + n) / tau), n drawn from Gumbel(0, 1)
-        straight_through   one-hot argmax z forward, the gradient of softmax(z / tau) backward
-
-    LoAd's workshop version draws Gumbel noise at temperature 20 (section 4); the full paper doesn't
-    say what the discriminator sees of the segmentor.
-
-    Sources: Jang et al., Categorical reparameterization with Gumbel-softmax, ICLR 2017; Bengio et
-        al., 2013 (arXiv:1308.3432) for the straight-through estimate.
-
-    Returns:
-        (B, K, H, W), summing to 1 over the classes.
-    """
-    logits_BKHW = _full(logits_BKHW)
-    if kind == "gumbel":
-        return functional.gumbel_softmax(logits_BKHW, tau=temperature, dim=1)
-    soft = (logits_BKHW / temperature).softmax(1)
-    if kind == "softmax":
-        return soft
-    hard = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1.0)
-    return hard + (soft - soft.detach())  # the difference is exactly 0
-
-
-def fooling_loss(logits: Tensor, saturating: bool = False) -> Tensor:
-    """What a generator minimises, mean over the batch, from a discriminator's logits x on fakes.
-
-    Non-saturating: -log D = log(1 + e^-x) (LoAd, section 2). Saturating: log(1 - D) = -log(1 + e^x)
-    (its workshop version, equation 2), whose gradient vanishes where D is sure of itself.
-    """
-    if saturating:
-        return -functional.softplus(logits).mean()
-    return functional.softplus(-logits).mean()
-
-
-def balanced_cross_entropy(
-    logits_BKHW: Tensor, target_BHW: Tensor, mean_pixels_K: Tensor, ignore_index: int | None = None
-) -> Tensor:
-    """Cross-entropy in which a class that an image shows little of counts more there.
-
-    A pixel of class c in image b weighs n_c / n_bc: the mean number of pixels of c in an image,
-    over the data set, by its number in this image. The sum is divided by the number of labelled
-    pixels. Source: LoAd, section 4, Stanford Background.
-
-    Args:
-        logits_BKHW: (B, K, H, W).
-        target_BHW: (B, H, W) int64 labels in 0..K-1 or the ignore index.
-        mean_pixels_K: (K,) n_c, float.
-    """
-    batch, classes = logits_BKHW.shape[:2]
-    ignore = -100 if ignore_index is None else ignore_index
-    pixels = functional.cross_entropy(
-        _full(logits_BKHW), target_BHW, ignore_index=ignore, reduction="none"
-    )
-    valid_BHW = target_BHW != ignore
-    known_BN = torch.where(valid_BHW, target_BHW, classes).flatten(1)
-    counts = pixels.new_zeros(batch, classes + 1)
-    counts.scatter_add_(1, known_BN, torch.ones_like(known_BN, dtype=counts.dtype))
-    weight_BK = mean_pixels_K.to(counts.dtype) / counts[:, :classes].clamp_min(1)
-    weight_BN = functional.pad(weight_BK, (0, 1)).gather(1, known_BN)
-    return (pixels.flatten(1) * weight_BN).sum() / valid_BHW.sum().clamp_min(1)

@@ -58,6 +58,32 @@ def confusion_per_image(
     return counts[:, :bins].reshape(batch, num_classes, num_classes), wrong.sum()
 
 
+def confusion_by_threshold(
+    foreground_HW: Tensor, mask_HW: Tensor, thresholds: Tensor, ignore_index: int | None = None
+) -> Tensor:
+    """The same for an image of two classes at every threshold of its foreground, in one count.
+
+    Args:
+        foreground_HW: (H, W) probability of class 1, which is predicted where it exceeds a
+            threshold.
+        mask_HW: (H, W) 0, 1 or the ignore index.
+        thresholds: (T,) ascending, on the same device.
+        ignore_index: label of pixels that don't count, or None.
+
+    Returns:
+        (T, 2, 2) int64 counts, rows are the truth.
+    """
+    above = torch.bucketize(foreground_HW.contiguous(), thresholds)  # how many it exceeds
+    bins = len(thresholds) + 1
+    index = (mask_HW.long() * bins + above).flatten()
+    if ignore_index is not None:
+        index = index[mask_HW.flatten() != ignore_index]
+    histogram = torch.bincount(index, minlength=2 * bins).reshape(2, bins)
+    positive = histogram.flip(1).cumsum(1).flip(1)[:, 1:]  # (2, T)
+    negative = histogram.sum(1, keepdim=True) - positive
+    return torch.stack([negative, positive], 2).transpose(0, 1)
+
+
 def _ratio(part: Tensor, whole: Tensor, empty_agrees: Tensor) -> Tensor:
     """part / whole; where whole is 0: 1 if truth and prediction agree there, else 0."""
     return torch.where(whole > 0, part / whole.clamp_min(1), empty_agrees.to(part.dtype))

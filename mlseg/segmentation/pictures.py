@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mlseg.segmentation.data import DatasetSpec
@@ -15,11 +14,6 @@ OPACITY = 0.5
 def to_rgb(image_CHW: Tensor) -> np.ndarray:
     """A uint8 image of 1 or 3 channels as (H, W, 3)."""
     return image_CHW.cpu().expand(3, -1, -1).permute(1, 2, 0).numpy()
-
-
-def from_float(image_BCHW: Tensor) -> Tensor:
-    """Images in [-1, 1] as uint8."""
-    return ((image_BCHW.detach().float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def colour(mask_HW: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:

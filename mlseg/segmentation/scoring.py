@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mlseg.precision import full
 from mlseg.segmentation.data import Fit, Samples, placed, to_float
 from mlseg.segmentation.metrics import SegmentationMetrics
 from mlseg.segmentation.nets import decide
@@ -29,7 +30,7 @@ def predict_logits(
     """Logits by a network as it is, (B, K, H, W), in float32 or wider.
 
     A network that was trained on windows of its images has only ever seen that size, and does badly
-    on another (``docs/segan.md`` has by how much). Larger images pass in as few windows as cover
+    on another. Larger images pass in as few windows as cover
     them, evenly spaced; where these overlap, their logits are averaged.
 
     Args:
@@ -41,7 +42,7 @@ def predict_logits(
     def passed(part: Tensor) -> Tensor:
         with torch.autocast(part.device.type, torch.bfloat16, enabled=autocast):
             logits = segmentor(part)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return full(logits)
 
     height, width = image_BCHW.shape[-2:]
     if window is None or window == (height, width):

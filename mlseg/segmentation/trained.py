@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from mlseg import checkpoint
 from mlseg.errors import UserError
 from mlseg.segmentation.data import DatasetSpec, Fit
-from mlseg.segmentation.nets import SegmentorSettings, build_segmentor, class_probabilities
+from mlseg.segmentation.nets import (
+    SegmentorSettings,
+    build_segmentor,
+    class_probabilities,
+    temperature,
+)
 from mlseg.segmentation.scoring import at_native, predict_logits
 
 
@@ -32,7 +37,7 @@ class Trained:
         threshold: of the foreground's probability, as the run's config has it.
         scoring: the size at which the run's config counts scores.
         digest: SHA-256 of the checkpoint file, by which a calibration knows its runs.
-        k: steepness in place of the network's own; see :meth:`probabilities`.
+        temperature: k, in place of the network's own; see :attr:`k`.
     """
 
     run: Path
@@ -46,23 +51,27 @@ class Trained:
     threshold: float
     scoring: Literal["native", "trained"]
     digest: str
-    k: float | None = None
+    temperature: float | None = None
 
     @property
     def own_k(self) -> float:
-        """The k of the network's adaptive logistic; 1 for a network without one."""
-        logistic = getattr(self.module, "logistic", None)
-        return 1.0 if logistic is None else float(logistic.k)
+        """The network's own temperature; 1 for a network without one."""
+        return temperature(self.module)
+
+    @property
+    def k(self) -> float:
+        """The temperature of :meth:`probabilities`: the one chosen, or else the network's own."""
+        return self.own_k if self.temperature is None else self.temperature
 
     def logits(self, image_BCHW: Tensor) -> Tensor:
-        """(B, K, H, W) float32, divided by the network's own k."""
+        """(B, K, H, W) float32, divided by the network's own temperature."""
         return predict_logits(self.module, image_BCHW, self.window, self.autocast)
 
     def probabilities(self, image_BCHW: Tensor) -> Tensor:
-        """Class probabilities of images in [-1, 1], at their size, with `k` or the own one."""
+        """Class probabilities of images in [-1, 1], at their size and the temperature :attr:`k`."""
         logits = self.logits(image_BCHW)
-        if self.k is not None:
-            logits = logits * (self.own_k / self.k)
+        if self.temperature is not None:
+            logits = logits * (self.own_k / self.temperature)
         return class_probabilities(self.module, logits)
 
 
@@ -84,8 +93,10 @@ class Ensemble:
         return self.members[0]
 
     def with_choice(self, k: float | None, threshold: float | None) -> "Ensemble":
-        """The same networks with another steepness or threshold; None keeps what is there."""
-        members = self.members if k is None else tuple(replace(m, k=k) for m in self.members)
+        """The same networks at another temperature k or threshold; None keeps what is there."""
+        members = self.members
+        if k is not None:
+            members = tuple(replace(member, temperature=k) for member in members)
         return Ensemble(members, self.threshold if threshold is None else threshold)
 
     def __call__(self, image_BCHW: Tensor) -> Tensor:

@@ -36,41 +36,33 @@ Source: E2EAug, sections 3.1 to 3.3, equations 1 to 4.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mlseg.engines.engine import Engine
-from mlseg.engines.hooks import Hooks
-from mlseg.engines.segmentation import Segmentation, require_validation
-from mlseg.engines.settings import Stage
-from mlseg.errors import UserError
 from mlseg.hypergradients import Interface
 from mlseg.multilevel.problem import Problem
-from mlseg.problems.building import Builder
-from mlseg.problems.e2eaug import records
-from mlseg.problems.e2eaug.networks.architecture import Architecture as ArchitectureModule
-from mlseg.problems.e2eaug.networks.patchgan import PatchGAN
-from mlseg.problems.e2eaug.networks.pix2pix import SearchableGenerator
-from mlseg.problems.e2eaug.settings import E2EAugSettings
-from mlseg.problems.systems import system
-from mlseg.randomness import derived, seeded
-from mlseg.segmentation.data import Augmentation, load_data
-from mlseg.segmentation.losses import SegmentationLoss, gan_loss
-
-# --------------------------------------------------------------------------- the levels
+from mlseg.precision import full
+from mlseg.problems.building import Setup
+from mlseg.problems.e2eaug.losses import gan_loss
+from mlseg.segmentation.data import Augmentation
+from mlseg.segmentation.losses import SegmentationLoss
 
 
 class Generator(Problem):
-    """Level 1: mask to image, against the discriminator. Adversarial + ``l1`` * L1 (pix2pix)."""
+    """Level 1: mask to image, against the discriminator. Adversarial + ``l1`` * L1 (pix2pix).
 
-    l1: float
-    num_classes: int
+    Attributes:
+        pair: label, image and fake of the last step, for the discriminator.
+    """
+
     pair: tuple[Tensor, Tensor, Tensor]
-    """Label, image and fake of the last step, for the discriminator."""
+
+    def __init__(self, setup: Setup, *, l1: float, num_classes: int) -> None:
+        super().__init__(*setup)
+        self.l1, self.num_classes = l1, num_classes
 
     def training_step(self, batch: Any) -> dict[str, Tensor]:
         """Loss on a batch of real pairs, image and mask swapped (D_gan)."""
@@ -104,6 +96,9 @@ class Generator(Problem):
 class Discriminator(Problem):
     """Level 1, the critic: tells real from generated images, given the label map."""
 
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(*setup)
+
     def get_batch(self) -> tuple[Tensor, Tensor, Tensor]:
         """The pair of the generator's last step: the same fake, at no further pass."""
         return self.generator.pair
@@ -120,15 +115,33 @@ class Discriminator(Problem):
 
 
 class Segmentor(Problem):
-    """Level 2: learns from real pairs, and from augmented masks with the images made of them."""
+    """Level 2: learns from real pairs, and from augmented masks with the images made of them.
 
-    criterion: SegmentationLoss
-    num_classes: int
-    synthetic_weight: float
-    mask_augmentation: Augmentation
-    mask_generator: torch.Generator
-    frozen_generator: bool
-    _exported: nn.Module | None = None
+    Args:
+        criterion: L_seg.
+        synthetic_weight: lambda.
+        mask_augmentation, mask_seed: what the synthetic half's masks go through, and of its draws.
+        frozen_generator: the generator no longer changes.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        criterion: SegmentationLoss,
+        num_classes: int,
+        synthetic_weight: float,
+        mask_augmentation: Augmentation,
+        mask_seed: int,
+        frozen_generator: bool = False,
+    ) -> None:
+        super().__init__(*setup)
+        self.criterion, self.num_classes = criterion, num_classes
+        self.synthetic_weight = synthetic_weight
+        self.mask_augmentation = mask_augmentation
+        self.mask_generator = torch.Generator().manual_seed(mask_seed)
+        self.frozen_generator = frozen_generator
+        self._exported: nn.Module | None = None
 
     def get_batch(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Real images and masks, and the masks augmented: the draw is part of the batch."""
@@ -191,7 +204,9 @@ class Segmentor(Problem):
 class Architecture(Problem):
     """Level 3: the alphas, by the segmentor's loss on validation data."""
 
-    criterion: SegmentationLoss
+    def __init__(self, setup: Setup, *, criterion: SegmentationLoss) -> None:
+        super().__init__(*setup)
+        self.criterion = criterion
 
     def training_step(self, batch: Any) -> Tensor:
         """``L_seg(D_val; W)``."""
@@ -205,6 +220,11 @@ class Architecture(Problem):
     def forward(self) -> Tensor:
         """(cells, 3) selection weights."""
         return self.module()
+
+
+def label_channels(num_classes: int) -> int:
+    """Channels of an encoded label map of K classes."""
+    return 1 if num_classes == 2 else num_classes
 
 
 def encode(mask: Tensor, num_classes: int) -> Tensor:
@@ -223,96 +243,3 @@ def encode(mask: Tensor, num_classes: int) -> Tensor:
         classes = torch.arange(num_classes, device=mask.device).view(1, -1, 1, 1)
         inside = mask.unsqueeze(1) == classes
     return inside.to(torch.get_default_dtype()) * 2.0 - 1.0
-
-
-def full(image: Tensor) -> Tensor:
-    """What autocast computed in bfloat16 as float32; anything else as it is."""
-    return image.float() if image.dtype == torch.bfloat16 else image
-
-
-# ----------------------------------------------------------------------------- wiring
-
-
-@system("e2eaug", E2EAugSettings, "three levels: mask-to-image GAN, segmentor, its architecture")
-def build(settings: E2EAugSettings, out: Path | None) -> Engine:
-    """Data, networks, the four problems, and the engine with its stages."""
-    data = load_data(settings.data)
-    require_validation(data)
-    spec, size, seed = data.spec, data.train.image_size, settings.seed
-    channels = 1 if spec.num_classes == 2 else spec.num_classes
-    make, levels = Builder(settings, spec), settings.problems
-    with seeded(seed, "generator"):
-        maker = SearchableGenerator(
-            channels, spec.channels, size, **settings.generator.model_dump()
-        )
-    with seeded(seed, "discriminator"):
-        critic = PatchGAN(channels + spec.channels, **settings.discriminator.model_dump())
-    if min(size) < critic.smallest_side:
-        raise UserError(
-            f"discriminator.layers: {critic.layers} need images of {critic.smallest_side} pixels, "
-            f"data.image_size is {min(size)}; lower the layers"
-        )
-
-    criterion = SegmentationLoss(settings.loss, spec.ignore_index)
-
-    loader = make.loader("generator", levels.generator, data.train, settings.gan.augmentation)
-    generator = make.problem(Generator, "generator", levels.generator, maker, loader)
-    generator.l1, generator.num_classes = settings.gan.l1, spec.num_classes
-    discriminator = make.problem(Discriminator, "discriminator", levels.discriminator, critic)
-    loader = make.loader("segmentor", levels.segmentor, data.train, settings.augmentation)
-    segmentor = make.problem(Segmentor, "segmentor", levels.segmentor, make.segmentor(), loader)
-    segmentor.criterion, segmentor.num_classes = criterion, spec.num_classes
-    segmentor.synthetic_weight = settings.synthetic_weight
-    segmentor.frozen_generator = settings.gan.frozen
-    segmentor.mask_augmentation = Augmentation(settings.mask_augmentation, spec.ignore_index)
-    segmentor.mask_generator = torch.Generator().manual_seed(derived(seed, "masks"))
-    problems = [generator, discriminator, segmentor]
-    architecture = None
-    if maker.num_cells:
-        spread = settings.architecture.spread if settings.architecture.mode == "random" else 1e-3
-        with seeded(seed, "architecture"):
-            alphas = ArchitectureModule(maker.num_cells, spread)
-        level = levels.architecture
-        loader = make.loader("architecture", level, data.val)
-        architecture = make.problem(Architecture, "architecture", level, alphas, loader)
-        architecture.criterion = criterion
-        problems.append(architecture)
-
-    hooks: list[Hooks] = [
-        Segmentation(segmentor, settings.segmentor, data),
-        records.Pretraining(settings, generator, discriminator, architecture, out),
-        records.SyntheticPictures(data, generator, segmentor),
-    ]
-    if architecture is not None:
-        hooks.append(records.ArchitectureRecord(generator, architecture))
-    return Engine(
-        problems,
-        settings.engine,
-        stages=_stages(settings, generator, discriminator, segmentor, architecture),
-        device=make.device,
-        out=out,
-        hooks=[*hooks, records.ExportedGenerator(generator)],
-    )
-
-
-def _stages(
-    settings: E2EAugSettings,
-    generator: Problem,
-    discriminator: Problem,
-    segmentor: Problem,
-    architecture: Problem | None,
-) -> list[Stage]:
-    """Pre-training of the GAN, then the levels that the settings leave in play."""
-    stages = []
-    players = [generator, discriminator]
-    if settings.gan.pretrain and settings.gan.pretrained is None and settings.synthetic_weight:
-        stages.append(Stage(records.PRETRAINING, settings.gan.pretrain, players))
-    length = settings.engine.iterations
-    if settings.gan.frozen or not settings.synthetic_weight:
-        return [*stages, Stage("training", length, [segmentor])]
-    l2u: dict[Any, list[Any]] = {generator: [segmentor]}
-    if settings.architecture.mode != "learned" or architecture is None:
-        return [*stages, Stage("training", length, [*players, segmentor], {}, l2u)]
-    l2u[segmentor] = [architecture]
-    u2l: dict[Any, list[Any]] = {architecture: [generator, segmentor]}
-    return [*stages, Stage("search", length, [*players, segmentor, architecture], u2l, l2u)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -17,12 +17,11 @@ from mlseg.engines.settings import Stage
 from mlseg.errors import UserError
 from mlseg.files import write_json
 from mlseg.multilevel.problem import Problem
+from mlseg.problems.e2eaug.levels import encode
 from mlseg.problems.e2eaug.networks.cells import CANDIDATES
+from mlseg.problems.e2eaug.settings import E2EAugSettings
 from mlseg.segmentation.data import SegmentationData, to_uint8
 from mlseg.segmentation.pictures import colour, tiles, to_rgb
-
-if TYPE_CHECKING:
-    from mlseg.problems.e2eaug.settings import E2EAugSettings
 
 PRETRAINING = "pretraining"
 PICTURED = 4
@@ -198,8 +197,6 @@ class SyntheticPictures(Hooks):
     @torch.no_grad()
     def validated(self, engine: Engine, figures: Mapping[str, float]) -> None:
         """Write a row of pairs: real image, its mask, the mask augmented, the image made of it."""
-        from mlseg.problems.e2eaug.levels import encode
-
         segmentor, spec = self._segmentor, self._data.spec
         data = self._data.train
         count = min(PICTURED, engine.settings.samples, len(data))

@@ -28,8 +28,8 @@ from mlseg.engines.engine import Engine
 from mlseg.engines.segmentation import Segmentation
 from mlseg.hypergradients import Method
 from mlseg.multilevel.problem import Problem
-from mlseg.problems.e2eaug import levels as e2eaug
 from mlseg.problems.e2eaug.settings import E2EAugSettings
+from mlseg.problems.e2eaug.wiring import build as build_system
 from mlseg.segmentation.data import to_float
 from mlseg.segmentation.nets import class_probabilities
 from mlseg.segmentation.scoring import evaluating, predict_logits, score
@@ -170,7 +170,7 @@ def _engine(
 ) -> Engine:
     """The system in ``dtype``, its initial values drawn in float32."""
     with default_dtype(torch.float32):
-        engine = e2eaug.build(_config(settings, conditions, method), None)
+        engine = build_system(_config(settings, conditions, method), None)
     engine.recorder.progress.quiet = True
     for problem in engine.problems:
         problem.module.to(dtype)

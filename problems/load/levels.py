@@ -33,9 +33,10 @@ from torch.nn import functional
 
 from mlseg.engines.lookahead.label_maps import Batch, LabelMapBatches
 from mlseg.multilevel.problem import Problem
+from mlseg.problems.building import Setup
+from mlseg.problems.load.losses import balanced_cross_entropy, fooling_loss, relax
 from mlseg.problems.load.networks import one_hot
 from mlseg.problems.load.settings import AdversarialSettings
-from mlseg.segmentation.losses import balanced_cross_entropy, fooling_loss, relax
 from mlseg.segmentation.nets.layers import freeze_batch_norm
 
 
@@ -43,14 +44,18 @@ class Pretraining(Problem):
     """Stage 1, and the control: cross-entropy, at first weighted by class.
 
     Args:
-        setup: as for every problem.
         ignore_index: of pixels that don't count.
         weighted_steps: steps with weights.
         mean_pixels: (K,) pixels of each class in a training image, on average.
     """
 
     def __init__(
-        self, *setup: Any, ignore_index: int | None, weighted_steps: int, mean_pixels: Tensor
+        self,
+        setup: Setup,
+        *,
+        ignore_index: int | None,
+        weighted_steps: int,
+        mean_pixels: Tensor,
     ) -> None:
         super().__init__(*setup)
         self.ignore_index = ignore_index
@@ -74,13 +79,12 @@ class Generator(Problem):
     """The segmentor against a discriminator that stands still.
 
     Args:
-        setup: as for every problem.
         adversarial: what it learns from the discriminator, and how.
         ignore_index: of pixels that don't count.
     """
 
     def __init__(
-        self, *setup: Any, adversarial: AdversarialSettings, ignore_index: int | None
+        self, setup: Setup, *, adversarial: AdversarialSettings, ignore_index: int | None
     ) -> None:
         super().__init__(*setup)
         self.adversarial = adversarial
@@ -104,12 +108,11 @@ class Discriminator(Problem):
     """Tells drawn label maps from generated ones, given the image.
 
     Args:
-        setup: as for every problem.
         num_classes: K.
         batches: of label maps, real and fake; None where it never steps (the control).
     """
 
-    def __init__(self, *setup: Any, num_classes: int, batches: LabelMapBatches | None) -> None:
+    def __init__(self, setup: Setup, *, num_classes: int, batches: LabelMapBatches | None) -> None:
         super().__init__(*setup)
         self.num_classes = num_classes
         self.batches = batches

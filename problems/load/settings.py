@@ -19,10 +19,10 @@ from mlseg.engines.lookahead.discriminator_training import DiscriminatorTraining
 from mlseg.engines.lookahead.loop import METRIC
 from mlseg.engines.settings import EngineSettings, LoopSettings
 from mlseg.multilevel.settings import ProblemSettings
+from mlseg.problems.load.losses import Relaxation
 from mlseg.problems.load.networks import DiscriminatorSettings
 from mlseg.problems.systems import AnyRunSettings
 from mlseg.segmentation.data import AugmentationSettings, DataSettings
-from mlseg.segmentation.losses import Relaxation
 from mlseg.segmentation.nets import SegmentorSettings
 
 
@@ -57,7 +57,7 @@ class AdversarialSettings(Settings):
 
     Attributes:
         relaxation: of the generator's label maps, which reach the discriminator unhardened: see
-            :func:`mlseg.segmentation.losses.relax`.
+            :func:`mlseg.problems.load.losses.relax`.
         temperature: of the relaxation.
         loss: ``non_saturating``, -log D, or ``saturating``, log(1 - D).
         freeze_batch_norm: whether the generator's BatchNorm statistics stay those of stage 1; its

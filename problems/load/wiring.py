@@ -29,7 +29,6 @@ from mlseg.problems.systems import system
 from mlseg.randomness import derived, seeded
 from mlseg.segmentation.data import (
     Augmentation,
-    BatchLoader,
     Samples,
     SegmentationData,
     load_data,
@@ -71,29 +70,23 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
             derived(settings.seed, "label maps"),
         )
 
-    def parts(name: str, module: nn.Module, loader: BatchLoader | None = None) -> list[Any]:
-        """What every problem is made of."""
-        level = getattr(levels, name)
-        optimizer, scheduler = level.build(module.parameters(), "max")
-        return [name, module, optimizer, loader, level.config(settings.precision), scheduler]
-
     loader = make.loader("pretraining", levels.pretraining, data.train, settings.augmentation)
     epoch = len(loader)
     weighted = settings.pretraining.weighted_epochs * epoch if settings.start is None else 0
     pretraining = Pretraining(
-        *parts("pretraining", network, loader),
+        make.level("pretraining", levels.pretraining, network, loader, more_steps=None),
         ignore_index=spec.ignore_index,
         weighted_steps=weighted,
         mean_pixels=mean_pixels(data.train, size).to(make.device),
     )
     loader = make.loader("generator", levels.generator, data.train, settings.augmentation)
     generator = Generator(
-        *parts("generator", network, loader),
+        make.level("generator", levels.generator, network, loader, more_steps=None),
         adversarial=settings.adversarial,
         ignore_index=spec.ignore_index,
     )
     discriminator = Discriminator(
-        *parts("discriminator", judge),
+        make.level("discriminator", levels.discriminator, judge, more_steps=None),
         num_classes=spec.num_classes,
         batches=batches,
     )

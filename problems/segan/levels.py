@@ -35,41 +35,49 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mlseg.engines.engine import Engine
-from mlseg.engines.segmentation import Segmentation, require_validation
-from mlseg.engines.settings import Stage
 from mlseg.errors import UserError
 from mlseg.hypergradients import Interface
 from mlseg.multilevel.problem import Problem
-from mlseg.problems.building import Builder
-from mlseg.problems.segan.networks.critic import ClassCritics, check_label_maps
-from mlseg.problems.segan.networks.segmentor import SegAN
-from mlseg.problems.segan.settings import LogisticSettings, SegANSettings
-from mlseg.problems.systems import system
-from mlseg.randomness import seeded
-from mlseg.segmentation.data import BatchLoader, SegmentationData, load_data
-from mlseg.segmentation.losses import Reduction, dice_of_maps, multi_scale_l1
+from mlseg.problems.building import Setup
+from mlseg.problems.segan.losses import Reduction, dice_of_maps, multi_scale_l1
+from mlseg.problems.segan.networks.critic import check_label_maps
+from mlseg.problems.segan.settings import LogisticSettings
 from mlseg.segmentation.nets import class_probabilities
-
-# --------------------------------------------------------------------------- the players
 
 
 class Critic(Problem):
-    """The lower level: raises the loss between predicted and true label maps."""
+    """The lower level: raises the loss between predicted and true label maps.
 
-    num_classes: int
-    ignore_index: int | None
-    reduction: Reduction
-    signed: bool
-    clamp: float | None
-    clamp_norm: bool
-    logistic: LogisticSettings
+    Args:
+        num_classes, ignore_index: of the masks.
+        reduction: of the multi-scale loss.
+        signed: whether label maps mask images in [-1, 1], or in [0, 1].
+        clamp, clamp_norm: every parameter's bound, None for none, and whether BatchNorm's have it.
+        logistic: how the segmentor's k is annealed, if it has one.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        num_classes: int,
+        ignore_index: int | None = None,
+        reduction: Reduction = "layer_mean",
+        signed: bool = False,
+        clamp: float | None = None,
+        clamp_norm: bool = True,
+        logistic: LogisticSettings | None = None,
+    ) -> None:
+        super().__init__(*setup)
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.reduction, self.signed = reduction, signed
+        self.clamp, self.clamp_norm = clamp, clamp_norm
+        self.logistic = logistic
 
     def get_batch(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Image, true label maps, and where pixels count."""
@@ -141,17 +149,22 @@ class Critic(Problem):
     def epoch_callback(self) -> None:
         """Tell the segmentor, which has no loader of its own; anneal its logistic."""
         self.segmentor.step_scheduler("epoch")
-        logistic = getattr(self.segmentor.module, "logistic", None)
-        if logistic is not None:
-            chosen = self.logistic
-            logistic.end_epoch(chosen.decay, chosen.every, chosen.floor)
+        annealed = getattr(self.segmentor.module, "logistic", None)
+        if annealed is not None and self.logistic is not None:
+            annealed.end_epoch(self.logistic.decay, self.logistic.every, self.logistic.floor)
 
 
 class Segmentor(Problem):
-    """The upper level: lowers the same loss, on the critic's batch and through the critic."""
+    """The upper level: lowers the same loss, on the critic's batch and through the critic.
 
-    dice_weight: float
-    _kept: Tensor | None = None
+    Args:
+        dice_weight: of the Dice term beside it.
+    """
+
+    def __init__(self, setup: Setup, *, dice_weight: float = 0.0) -> None:
+        super().__init__(*setup)
+        self.dice_weight = dice_weight
+        self._kept: Tensor | None = None
 
     @property
     def in_warmup(self) -> bool:
@@ -233,92 +246,3 @@ def label_maps(
         return maps, None
     counted = (mask != ignore_index)[:, None].float()
     return maps * counted, counted
-
-
-# ----------------------------------------------------------------------------- wiring
-
-
-@system("segan", SegANSettings, "two levels: segmentor against critic, one multi-scale loss")
-def build(settings: SegANSettings, out: Path | None) -> Engine:
-    """Data, networks, the two players, and the engine with its stages."""
-    data = load_data(settings.data)
-    require_validation(data)
-    make, levels, spec = Builder(settings, data.spec), settings.problems, data.spec
-    network = make.segmentor()
-    loader = make.loader("segmentor", levels.critic, data.train, settings.augmentation)
-    window = check_input(settings, data, network, loader)
-    own = settings.critic
-    with seeded(settings.seed, "critic"):
-        judge = ClassCritics(
-            spec.channels,
-            1 if spec.num_classes == 2 else spec.num_classes,
-            own.classes == "stacked",
-            channels=own.channels,
-            layers=own.layers,
-            global_kernel=own.global_kernel,
-        )
-    judge.to(memory_format=torch.channels_last)
-
-    critic = make.problem(Critic, "critic", levels.critic, judge, loader)
-    critic.num_classes, critic.ignore_index = spec.num_classes, spec.ignore_index
-    critic.reduction, critic.signed = settings.loss.reduction, own.masked_range == "signed"
-    critic.clamp, critic.clamp_norm, critic.logistic = own.clamp, own.clamp_norm, settings.logistic
-    # The segmentor's graph is walked twice in the Stackelberg game: directly, and from the critic.
-    leads = settings.game == "stackelberg"
-    warmup = settings.warmup_epochs * len(loader)
-    segmentor = make.problem(
-        Segmentor, "segmentor", levels.segmentor, network, more_steps=warmup, retain_graph=leads
-    )
-    segmentor.dice_weight = settings.loss.dice_weight
-    stages = [Stage("warmup", warmup, [segmentor])] if warmup else []
-    u2l: dict[Any, list[Any]] = {segmentor: [critic]} if leads else {}
-    game = Stage("game", settings.engine.iterations, [critic], u2l, {critic: [segmentor]})
-    return Engine(
-        [critic, segmentor],
-        settings.engine,
-        stages=[*stages, game],
-        device=make.device,
-        out=out,
-        hooks=[
-            Segmentation(
-                segmentor, settings.segmentor, data, threshold=settings.threshold, window=window
-            )
-        ],
-    )
-
-
-def check_input(
-    settings: SegANSettings, data: SegmentationData, network: nn.Module, loader: BatchLoader
-) -> tuple[int, int]:
-    """Refuse sizes, batches and labels that the game can't be played with.
-
-    Returns:
-        (H, W) of what the players see.
-
-    Raises:
-        UserError: one line that names the key and the mend.
-    """
-    size = settings.augmentation.output_size(data.train.image_size)
-    if isinstance(network, SegAN) and any(side % 2**network.levels for side in size):
-        raise UserError(
-            f"segmentor.levels: {network.levels} levels halve the sides as often, which images of "
-            f"{size[0]}x{size[1]} pixels can't be; give augmentation.window or data.image_size "
-            f"multiples of {2**network.levels}, or lower the levels"
-        )
-    layers = settings.critic.layers
-    if min(size) < 2**layers:
-        raise UserError(
-            f"critic.layers: {layers} need images of {2**layers} pixels a side, they have "
-            f"{min(size)}; lower the layers"
-        )
-    if loader.batch_size < 2:
-        what = "problems.critic.batch_size" if len(data.train) > 1 else "data.train"
-        raise UserError(f"{what}: 1 image a batch; BatchNorm's statistics need at least 2")
-    labels = set(torch.unique(torch.as_tensor(data.train.masks)).tolist())
-    strange = labels - {*range(data.spec.num_classes), data.spec.ignore_index}
-    if strange:
-        raise UserError(
-            f"data: labels {', '.join(map(str, sorted(strange)))} in the training masks are none "
-            f"of the {data.spec.num_classes} classes; check data.classes and data.ignore_index"
-        )
-    return size

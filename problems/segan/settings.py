@@ -15,9 +15,9 @@ from pydantic import (
 
 from mlseg.config import Settings
 from mlseg.multilevel.settings import ProblemSettings
+from mlseg.problems.segan.losses import Reduction
 from mlseg.problems.systems import RunSettings
 from mlseg.segmentation.data import AugmentationSettings, DataSettings
-from mlseg.segmentation.losses import Reduction
 from mlseg.segmentation.nets import SegmentorSettings
 
 Open = Annotated[float, Field(gt=0.0, lt=1.0)]

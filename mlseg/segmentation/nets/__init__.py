@@ -1,20 +1,19 @@
 """Networks, a file each, and the segmentors by name.
 
 `SegmentorSettings` is what a config says about a segmentor, `build_segmentor` makes it, and
-`segmentor_names` lists what can be named; `class_probabilities` and `decide`
-turn its logits into a prediction. Generator, discriminator and architecture of E2EAug are
-in `pix2pix`, `patchgan` and `architecture`.
+`segmentor_names` lists what can be named; `class_probabilities` and `decide` turn its logits into
+a prediction.
 """
 
 from typing import Any
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from mlseg.config import Settings
 from mlseg.errors import UserError
 from mlseg.segmentation.nets.deeplab import DeepLabV3
+from mlseg.segmentation.nets.prediction import class_probabilities, decide, temperature
 from mlseg.segmentation.nets.unet import UNet
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -142,31 +141,11 @@ def build_segmentor(settings: SegmentorSettings, in_channels: int, num_classes: 
     )
 
 
-def class_probabilities(segmentor: nn.Module, logits_BKHW: Tensor) -> Tensor:
-    """(B, K, H, W) logits -> probability of every class: the softmax; in float32 or wider.
-
-    A network with a method ``probabilities`` says itself what they are (SegAN's logistic per map).
-    """
-    own = getattr(segmentor, "probabilities", None)
-    logits = logits_BKHW.to(torch.promote_types(logits_BKHW.dtype, torch.float32))
-    return logits.softmax(1) if own is None else own(logits)
-
-
-def decide(probabilities_BKHW: Tensor, threshold: float = 0.5) -> Tensor:
-    """(B, K, H, W) class probabilities -> (B, H, W) class indices.
-
-    Two classes: the foreground where its probability exceeds `threshold`. More: the most probable
-    one, whatever the threshold.
-    """
-    if probabilities_BKHW.shape[1] == 2:
-        return (probabilities_BKHW[:, 1] > threshold).long()
-    return probabilities_BKHW.argmax(1)
-
-
 __all__ = [
     "SegmentorSettings",
     "build_segmentor",
     "class_probabilities",
     "decide",
     "segmentor_names",
+    "temperature",
 ]

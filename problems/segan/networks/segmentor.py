@@ -1,6 +1,6 @@
 """SegAN's segmentor: residual encoder-decoder, global convolutions, adaptive logistic.
 
-Source: Xue, Xu and Huang, ISBI 2018, section 2.2, figure 1. The critic is in `segan_critic`.
+Source: Xue, Xu and Huang, ISBI 2018, section 2.2, figure 1. The critic is in `critic`.
 """
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mlseg.errors import UserError
+from mlseg.precision import full
 from mlseg.segmentation.nets.layers import BatchNorm, pad_to_multiple
 
 LEAK = 0.2
@@ -118,7 +119,7 @@ class AdaptiveLogistic(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """The scaled logits ``z / k``, whose sigmoid is f(z); in float32 under autocast too."""
-        return z.float() / self.k if z.dtype == torch.bfloat16 else z / self.k
+        return full(z) / self.k
 
     @torch.no_grad()
     def end_epoch(self, decay: float, every: int, floor: float) -> None:
@@ -228,6 +229,11 @@ class SegAN(nn.Module):
         if self.num_maps > 1:
             return scaled
         return torch.cat([torch.zeros_like(scaled), scaled], 1)
+
+    @property
+    def temperature(self) -> float:
+        """The present k of the logistic, by which the logits have been divided."""
+        return float(self.logistic.k)
 
     def probabilities(self, logits_BKHW: Tensor) -> Tensor:
         """(B, K, H, W) logits -> f(z) of every class; they add up to 1 for two classes only."""

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from mlseg.problems.e2eaug import levels as e2eaug
-from mlseg.segmentation.losses import gan_loss
+from mlseg.problems.e2eaug.losses import gan_loss
 
 PATHS = {"direct": ["segmentor"], "through G": ["generator"], "sum": ["generator", "segmentor"]}
 """The lower levels whose paths the architecture's gradient takes."""

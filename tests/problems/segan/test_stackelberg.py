@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from mlseg.errors import UserError
 from mlseg.hypergradients import names
-from mlseg.segmentation.losses import multi_scale_l1
+from mlseg.problems.segan.losses import multi_scale_l1
 
 RATE = 0.05
 GAME = {
