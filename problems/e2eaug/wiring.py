@@ -9,6 +9,7 @@ from mlseg.engines.engine import Engine
 from mlseg.engines.hooks import Hooks
 from mlseg.engines.segmentation import Segmentation, require_validation
 from mlseg.engines.settings import Stage
+from mlseg.errors import UserError
 from mlseg.multilevel.problem import Problem
 from mlseg.problems.building import Builder
 from mlseg.problems.e2eaug import records
@@ -17,11 +18,15 @@ from mlseg.problems.e2eaug.levels import (
     Discriminator,
     Generator,
     Segmentor,
+    label_channels,
 )
+from mlseg.problems.e2eaug.networks.architecture import Architecture as ArchitectureModule
+from mlseg.problems.e2eaug.networks.patchgan import PatchGAN
+from mlseg.problems.e2eaug.networks.pix2pix import SearchableGenerator
 from mlseg.problems.e2eaug.settings import E2EAugSettings
 from mlseg.problems.systems import system
-from mlseg.randomness import derived
-from mlseg.segmentation.data import Augmentation, load_data
+from mlseg.randomness import derived, seeded
+from mlseg.segmentation.data import Augmentation, SegmentationData, load_data
 from mlseg.segmentation.losses import SegmentationLoss
 
 
