@@ -226,7 +226,7 @@ def test_the_best_model_is_kept_wherever_it_stops(
 
     def step() -> None:
         original()
-        engine._keep_best_of_lookahead()
+        loop(engine).stop(engine)
         if engine.best is None:
             return
         best = checkpoint.load(tmp_path / "checkpoints" / "best.pt")

@@ -197,7 +197,7 @@ def test_the_control_goes_on_with_the_optimizer_and_the_rate_of_stage_1(
         "problems.pretraining.scheduler": {"name": "linear", "length": 4, "end": 0.1},
     }
     first: Any = tiny.build("load", {**still, "problems.pretraining.batch_size": 6}, tmp_path)
-    while not first.looking_ahead or first.best is None:
+    while not loop(first).in_charge(first) or first.best is None:
         assert first._advance_stage()
         first.global_step += 1
         first.stage_step += 1
