@@ -114,7 +114,9 @@ class Problem(Revisitable):
         keeps_graph = self.trajectory.is_open and self.trajectory.keeps.graph
         # With a graph that is to outlive the step, the optimizer must not write into its leaves.
         leaves = self.trajectory.leaves() if keeps_graph else parameters
-        with substituted(self.all_modules(), parameters, leaves) if keeps_graph else nullcontext():
+        with (
+            substituted(self.again.modules(), parameters, leaves) if keeps_graph else nullcontext()
+        ):
             loss, metrics = self.get_loss(batch)
             if keeps_graph:
                 both = torch.autograd.grad(
