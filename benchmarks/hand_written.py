@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings, Stage
-from mlseg.hypergradients.optimizers.diagonals import one_step_scale
+from mlseg.hypergradients.optimizers import one_step_scale
 from mlseg.multilevel.config import Config
 from mlseg.multilevel.problem import Problem
 from mlseg.problems.e2eaug.levels import encode

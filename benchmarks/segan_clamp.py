@@ -38,7 +38,7 @@ def measure(path: Path, overrides: Sequence[str], steps: int) -> list[dict[str, 
         engine.iterate()
     critic, segmentor = engine.critic, engine.segmentor
     image, label, counted = critic.cur_batch
-    with critic.revisiting():
+    with critic.again.untraced():
         maps = segmentor.maps(image, counted).detach().requires_grad_()
         masked = (image + 1.0) / 2.0
         with torch.no_grad():

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings
 from mlseg.hypergradients import Hop, resolve
-from mlseg.hypergradients.implicit import Hessian, Implicit
+from mlseg.hypergradients.implicit import Hessian, Implicit, System
 from mlseg.multilevel import Config, Problem
 from mlseg.segmentation.nets.unet import UNet
 
@@ -340,8 +340,8 @@ class Solve(Contestant):
         assert isinstance(method, Implicit)
         self.method, self.products = method, products
         with self.hop.evaluation(whole=True) as loss:
-            self.hessian = Hessian(loss(), self.hop, method.damping)
-        self.vector = self.hessian.restrict(task.vector)
+            hessian = Hessian(loss(), self.hop)
+        self.system, self.vector = System(hessian, method.damping), hessian.restrict(task.vector)
 
     def prepare(self) -> None:
         """Count anew."""
@@ -349,7 +349,7 @@ class Solve(Contestant):
 
     def run(self) -> list[Tensor]:
         """Solve."""
-        solution, _ = self.method.solve(self.hessian, self.vector)
+        solution, _ = self.method.solve(self.system, self.vector)
         _check_products(self.hop, self.products)
         return [solution]
 

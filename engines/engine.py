@@ -26,12 +26,13 @@ from mlseg.engines.recording import Recorder, read_scalars
 from mlseg.engines.settings import Dependencies, EngineSettings, Stage, as_settings
 from mlseg.errors import RunError
 from mlseg.machine import choose_device
+from mlseg.multilevel.graph import KnowsLevels, introduce
 from mlseg.multilevel.problem import Problem
 
 H = TypeVar("H", bound=Hooks)
 
 
-class Engine(betty.engine.Engine):
+class Engine(KnowsLevels, betty.engine.Engine):
     """Runs problems, ours or plain Betty's, stage by stage.
 
     Beyond Betty's engine: validation that chooses the best checkpoint, early stopping, a progress
@@ -93,6 +94,7 @@ class Engine(betty.engine.Engine):
         self._clock = time.monotonic()
         if validation is not None:
             self.validation = validation
+        self.recorder = Recorder(Path(out) if out else None, self.settings, quiet=quiet)
         first = self.stages[0]
         super().__init__(
             list(problems),
@@ -106,13 +108,13 @@ class Engine(betty.engine.Engine):
         )
         for index in reversed(range(len(self.stages))):
             self.enter_stage(index)  # what a later stage's levels can't do is said now
-        self.recorder = Recorder(Path(out) if out else None, self.settings, quiet=quiet)
         self._guard = NanGuard(self.problems, self.device)
 
     # ------------------------------------------------------------------- set-up
 
     def initialize(self) -> None:
         """Betty's set-up, without its announcements on standard output."""
+        introduce(self.problems, self)
         self.logger = betty_logger()
         console = get_logger()
         level = console.level
@@ -121,6 +123,10 @@ class Engine(betty.engine.Engine):
             super().initialize()
         finally:
             console.setLevel(level)
+
+    def set_problem_attr(self, problem: BettyProblem) -> str:
+        """Betty's makes an attribute of the problem; here :func:`introduce` has made it known."""
+        return str(problem.name)
 
     def configure_systems(self) -> dict[str, Any]:
         """Choose the device; this engine runs in one process."""

@@ -13,35 +13,36 @@ from torch import Tensor
 from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings
 from mlseg.hypergradients import names
+from mlseg.hypergradients.registry import classes
+from mlseg.hypergradients.tables import rewritten
 from mlseg.multilevel.config import Config
 from mlseg.multilevel.problem import Problem
 
 PAGE = (Path(__file__).parent.parent / "docs" / "how-to-choose.md").read_text(encoding="utf-8")
 
 
-TABLES = ("In short", "What they cost")
+def test_the_pages_tables_are_those_of_the_classes() -> None:
+    assert rewritten(PAGE) == PAGE, "run python -m mlseg.hypergradients docs/how-to-choose.md"
 
 
-def test_every_method_is_in_the_tables() -> None:
-    short, costs = (PAGE.split(f"## {title}\n")[1].split("\n## ")[0] for title in TABLES)
-    for name in names():
-        assert f"`{name}`" in short, name
-        assert re.search(rf"^\| `{name}` \|", costs, re.MULTILINE), name
+def test_every_method_describes_itself() -> None:
+    for name, cls in classes().items():
+        for part in ("situation", "because", "cost", "memory"):
+            assert getattr(cls, part), f"{name} lacks {part}"
+        assert f"| `{name}` |" in PAGE
 
 
-COSTS: dict[str, tuple[int, int]] = {
-    "finite_difference": (2, 0),
-    "identity": (1, 1),
-    "sama": (2, 0),
-    "neumann": (1, 10 + 8 + 1),
-    "cg": (1, 10 + 1),
-    "minres": (1, 10 + 1),
-    "nystrom": (1, 10 + 1 + 1),
-    "fixed_point": (1, 20 + 1),
-    "stochastic": (10 + 1, 10 + 8 + 1),
-    "penalty": (10 + 3, 0),
-}
-"""Evaluations and products (the mixed one included) of the first hop, by default."""
+def counts(name: str, steps: int, sources: int, weights: int) -> tuple[float, float]:
+    """Evaluations and products (the mixed one included) of a first hop, by the class's formula."""
+    cls = classes()[name]
+    formula = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", cls.cost)
+    values = {letter: cls.model_fields[setting].default for letter, setting in cls.symbols.items()}
+    values |= {"T": steps, "n": sources, "N": weights}
+    evaluations, products = (
+        eval(formula, {**values, "E": e, "H": h, "M": h}) for e, h in ((1, 0), (0, 1))
+    )
+    # The program's levels have a grad_callback.
+    return evaluations + steps * ("grad_callback" in cls.cost_note), products
 
 
 def counted(method: dict[str, Any], made: Program, steps: int = 1) -> tuple[float, float]:
@@ -58,23 +59,15 @@ def made() -> Program:
     return Program(FAMILIES["convolutional"](), SHAPES["two levels"])
 
 
-@pytest.mark.parametrize("method", COSTS)
+@pytest.mark.parametrize("method", names())
 def test_costs_are_those_of_the_table(method: str, made: Program) -> None:
-    assert counted({"method": method}, made) == COSTS[method]
+    steps = 3 if classes()[method].best_response.startswith("the last steps") else 1
+    sizes = (made.minima["top"].numel(), made.minima["low"].numel())
+    assert counted({"method": method}, made, steps) == counts(method, steps, *sizes)
 
 
-def test_costs_that_depend_on_steps_and_sizes(made: Program) -> None:
-    weights, hyperparameters = made.minima["low"].numel(), made.minima["top"].numel()
-    assert counted({"method": "exact"}, made) == (1, weights + 1)
-    assert counted({"method": "unrolled"}, made, 3) == (3, 3)
+def test_kept_graphs_spare_the_evaluations(made: Program) -> None:
     assert counted({"method": "unrolled", "store": "graphs"}, made, 3) == (0, 3)
-    assert counted({"method": "forward"}, made, 3) == (3, 3 * hyperparameters)
-    # The program's levels have a grad_callback.
-    assert counted({"method": "evolution"}, made, 3) == (2 * 8 * 3 + 3, 0)
-
-
-def test_every_methods_cost_is_tested() -> None:
-    assert set(names()) == {*COSTS, "exact", "unrolled", "forward", "evolution"}
 
 
 # --------------------------------------------------------------------- what they agree on

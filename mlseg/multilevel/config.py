@@ -9,7 +9,7 @@ from typing import Any, Literal
 import betty.configs
 
 from mlseg.hypergradients import Method, names, resolve
-from mlseg.hypergradients.registry import BETTYS
+from mlseg.multilevel.betty_tables import BETTYS
 
 SchedulerClock = Literal["iteration", "epoch", "validation"]
 

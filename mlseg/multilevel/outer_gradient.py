@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
-from betty.hypergradient import jvp_fn_mapping
 from betty.problems import Problem as BettyProblem
 from torch import Tensor
 
 from mlseg.hypergradients import Diagnostics, Hop, Vector
-from mlseg.hypergradients.vectors import norm
+from mlseg.hypergradients.vectors import filled, norm
+from mlseg.multilevel.betty_tables import carry_by_bettys
+from mlseg.multilevel.graph import Hops
+from mlseg.multilevel.revisiting import Revisitable
 
 if TYPE_CHECKING:
     from mlseg.multilevel.problem import Problem
@@ -28,18 +29,12 @@ class OuterGradient:
 
     Args:
         upper: the problem whose gradient is wanted.
-        paths: Betty's: each starts and ends with ``upper``, and each hop goes from an element to
-            the next one, ``[upper, level, ..., upper]``.
+        paths: of its gradient, see :class:`~mlseg.multilevel.graph.Hops`.
     """
 
     def __init__(self, upper: Problem, paths: Sequence[Sequence[BettyProblem]]) -> None:
         self.upper = upper
-        self.first: list[BettyProblem] = []
-        self.sources: dict[BettyProblem, list[BettyProblem]] = {}
-        for path in paths:
-            _append_new(self.first, path[1])
-            for level, source in pairwise(path[1:]):
-                _append_new(self.sources.setdefault(level, []), source)
+        self.hops = Hops(paths)
 
     def __call__(
         self, loss: Tensor, params: Sequence[Tensor], retain_graph: bool = False
@@ -51,20 +46,18 @@ class OuterGradient:
             that arrives at ``upper`` (``hypergradient/<level>``), the norm of the vector that
             starts at each first level, and what the methods report.
         """
-        groups = [list(level.meta_trainable_parameters()) for level in self.first]
+        groups = [list(level.meta_trainable_parameters()) for level in self.hops.first]
         flat = [*params, *(p for group in groups for p in group)]
         gradients = torch.autograd.grad(loss, flat, retain_graph=retain_graph, allow_unused=True)
-        filled = iter(
-            torch.zeros_like(p) if g is None else g for p, g in zip(flat, gradients, strict=True)
-        )
-        total = [next(filled) for _ in params]
+        parts = iter(filled(gradients, flat))
+        total = [next(parts) for _ in params]
         vectors: dict[BettyProblem, Vector] = {
-            level: [next(filled) for _ in group]
-            for level, group in zip(self.first, groups, strict=True)
+            level: [next(parts) for _ in group]
+            for level, group in zip(self.hops.first, groups, strict=True)
         }
         diagnostics: Diagnostics = {}
-        for level in self._in_order():
-            vector, sources = vectors.pop(level), self.sources[level]
+        for level in self.hops.in_order():
+            vector, sources = vectors.pop(level), self.hops.sources[level]
             diagnostics[f"hypergradient/into_{level.name}"] = norm(vector)
             carried, report = self._carry(vector, level, sources)
             for key, value in report.items():
@@ -82,30 +75,6 @@ class OuterGradient:
     def _carry(
         self, vector: Vector, level: BettyProblem, sources: list[BettyProblem]
     ) -> tuple[list[Vector], Diagnostics]:
-        from mlseg.multilevel.problem import Problem
-
-        if isinstance(level, Problem):
+        if isinstance(level, Revisitable):
             return level.hypergradient(vector, Hop(level, sources, self.upper.name))
-        # A plain Betty level: its own method, source by source.
-        method = jvp_fn_mapping[level.config.type]
-        return [list(method(vector, level, source, False)) for source in sources], {}
-
-    def _in_order(self) -> list[BettyProblem]:
-        """The levels, each after all those that carry something to it."""
-        waiting = list(self.sources)
-        ordered: list[BettyProblem] = []
-        while waiting:
-            ready = [
-                level
-                for level in waiting
-                if not any(level in self.sources[other] for other in waiting if other is not level)
-            ]
-            assert ready, "the graph of levels has a cycle"
-            ordered += ready
-            waiting = [level for level in waiting if level not in ready]
-        return ordered
-
-
-def _append_new(items: list[BettyProblem], item: BettyProblem) -> None:
-    if not any(item is known for known in items):
-        items.append(item)
+        return carry_by_bettys(vector, level, sources), {}

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mlseg import randomness
 from mlseg.config import Settings
-from mlseg.hypergradients import Vector
+from mlseg.hypergradients import Vector, pointed_at
 from mlseg.hypergradients.vectors import filled
 from mlseg.multilevel.problem import Problem
 
@@ -82,7 +82,7 @@ class PenaltyProblem(Problem):
         return self.lower
 
     def _take_gradient(self, batch: Any) -> dict[str, Any]:
-        lower: Problem = getattr(self, self.lower)
+        lower: Any = self.levels[self.lower]
         parameters, own = lower.trainable_parameters(), self.trainable_parameters()
         twin = self._twin or [p.detach().clone() for p in parameters]
         strength = self._strength
@@ -94,20 +94,16 @@ class PenaltyProblem(Problem):
             randomness.restore(state, self.device)
             return self.get_loss(batch)
 
-        def lower_loss() -> Tensor:
-            lower.restore_buffers()
-            lower.restore_step_randomness()
-            return lower.loss(lower.step_batch)
-
-        with lower.revisiting():
+        lower_loss = lower.again.last_loss
+        with lower.again.untraced():
             rate = self.penalty.rate or lower.optimizer.param_groups[0]["lr"]
             for _ in range(self.penalty.steps):
-                with lower.at_weights(twin):
+                with pointed_at(parameters, twin):
                     f = _gradient(upper_loss()[0], parameters)
                     g = _gradient(lower_loss(), parameters)
                 twin = [w - rate * (a / strength + b) for w, a, b in zip(twin, f, g, strict=True)]
             below = _gradient(lower_loss(), own)
-            with lower.at_weights(twin):
+            with pointed_at(parameters, twin):
                 above = _gradient(lower_loss(), [*own, *parameters])
                 loss, metrics = upper_loss()
                 f = _gradient(loss, [*own, *parameters])

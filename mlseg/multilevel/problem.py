@@ -11,15 +11,16 @@ from typing import Any
 import betty.configs
 import betty.problems
 import torch
-from betty.hypergradient import jvp_fn_mapping
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mlseg.errors import RunError, UserError
 from mlseg.hypergradients import Hop, Vector
 from mlseg.hypergradients.substitution import check_none_left, substituted
+from mlseg.multilevel import graph
+from mlseg.multilevel.betty_tables import carry_by_bettys
 from mlseg.multilevel.config import Config, SchedulerClock, method_of
-from mlseg.multilevel.loaders import FreshBatches, Place
+from mlseg.multilevel.loaders import FreshBatches, Place, Stream
 from mlseg.multilevel.outer_gradient import OuterGradient
 from mlseg.multilevel.revisiting import Revisitable
 
@@ -28,8 +29,9 @@ class Problem(Revisitable):
     """One level: a module, its optimizer, its data, and the loss in :meth:`training_step`.
 
     Derive from it and write ``training_step(batch)``, which returns the loss, or a dict of ``loss``
-    and figures to log. Other problems of the engine are attributes by their names. A problem
-    written for Betty's ``ImplicitProblem`` works as it is when it derives from this class instead.
+    and figures to log. The engine's other problems are attributes by their names, and are in
+    ``self.levels``. A problem written for Betty's ``ImplicitProblem`` works as it is when it
+    derives from this class instead.
 
     What differs from Betty 0.2.1, and why:
 
@@ -79,7 +81,11 @@ class Problem(Revisitable):
         self.metrics: dict[str, Any] = {}
         """Detached figures of the last step; the engine writes them when it logs."""
         self._start_remembering(method_of(self._config))
-        self._places: list[Place] = []
+
+    @property
+    def revisits(self) -> str | None:
+        """The name of a problem whose last step this one evaluates again, beside those of paths."""
+        return None
 
     # ------------------------------------------------------------------ one step
 
@@ -108,7 +114,9 @@ class Problem(Revisitable):
         keeps_graph = self.trajectory.is_open and self.trajectory.keeps.graph
         # With a graph that is to outlive the step, the optimizer must not write into its leaves.
         leaves = self.trajectory.leaves() if keeps_graph else parameters
-        with substituted(self.all_modules(), parameters, leaves) if keeps_graph else nullcontext():
+        with (
+            substituted(self.again.modules(), parameters, leaves) if keeps_graph else nullcontext()
+        ):
             loss, metrics = self.get_loss(batch)
             if keeps_graph:
                 both = torch.autograd.grad(
@@ -118,7 +126,7 @@ class Problem(Revisitable):
                 check_none_left(self.name, left, "store to weights")
                 self.trajectory.add_graph(gradient)
             if keeps_graph and not self._paths:
-                found: list[Any] = [None if g is None else g.detach() for g in gradient]
+                total: list[Any] = [None if g is None else g.detach() for g in gradient]
             else:
                 metrics |= self.backward(
                     loss=loss,
@@ -127,11 +135,11 @@ class Problem(Revisitable):
                     retain_graph=self._retain_graph or keeps_graph,
                     allow_unused=self._allow_unused,
                 )
-                found = [leaf.grad for leaf in leaves]
+                total = [leaf.grad for leaf in leaves]
         if keeps_graph:
             for leaf in leaves:
                 leaf.grad = None
-            self.set_grads(parameters, found)
+            self.set_grads(parameters, total)
         return metrics
 
     def _set_learning_rates(self) -> None:
@@ -171,7 +179,7 @@ class Problem(Revisitable):
     def training_step_exec(self, batch: Any) -> Tensor:
         """The loss alone, whatever ``training_step`` returns; Betty's methods call this."""
         if self.replaying:
-            self.restore_step_randomness()
+            self.again.restore_randomness()
         return self._evaluate(batch)["loss"]
 
     def loss(self, batch: Any) -> Tensor:
@@ -215,9 +223,8 @@ class Problem(Revisitable):
         """Carry an outer gradient over ``hop``, which starts from this level, by its method."""
         if self.method is not None:
             return self.method(vector, hop)
-        with self.revisiting():
-            method = jvp_fn_mapping[self._config.type]
-            return [list(method(vector, self, source, False)) for source in hop.sources], {}
+        with self.again.untraced():
+            return carry_by_bettys(vector, self, hop.sources), {}
 
     # ------------------------------------------------------------- the step order
 
@@ -285,8 +292,12 @@ class Problem(Revisitable):
         super().initialize()
         if self.optimizer is None and self.trainable_parameters():
             raise ValueError(f"problem {self.name!r} has parameters but no optimizer")
-        self._places = [Place(loader, self.device) for loader in self.train_data_loader or ()]
-        self._fresh = FreshBatches(self.name, self.device)
+        self._stream = Stream(
+            [Place(loader, self.device) for loader in self.train_data_loader or ()],
+            self.train_data_iterator or [],
+            self.epoch_counter or [],
+        )
+        self._fresh = FreshBatches(self.name, self._stream, self.device)
         self.connect()
 
     def patch_optimizer(self) -> None:
@@ -302,36 +313,26 @@ class Problem(Revisitable):
     def set_train_data_loader(self, loader: Any, idx: int = 0) -> None:
         """Replace a loader; the next batch comes from the new one."""
         super().set_train_data_loader(loader, idx)
-        self.train_data_iterator[idx] = iter(self.train_data_loader[idx])
-        self._places[idx] = Place(self.train_data_loader[idx], self.device)
+        self._stream.replace(idx, self.train_data_loader[idx])
+        self._fresh.restart()
 
     def connect(self) -> None:
         """Take note of the dependency graph; the engine calls it whenever the graph changes."""
         self.ready = [False] * len(self._children)
         self._inner_loop_start = True
-        self._is_differentiated = any(
-            self in path[1:-1] for problem in self._everyone() for path in problem.paths
-        ) or any(getattr(problem, "revisits", None) == self.name for problem in self._everyone())
+        everyone = self._everyone()
+        self._is_differentiated = graph.is_differentiated(self, everyone) or any(
+            isinstance(problem, Problem) and problem.revisits == self.name for problem in everyone
+        )
         self._forget_steps()
 
     # ------------------------------------------------------------- data and state
 
     def get_batch_single_loader(self, idx: int) -> Any:
         """The next batch of loader ``idx``, counted so that a resumed run finds its place."""
-        place = self._places[idx]
-        if not place.started:
-            # Betty starts the first pass while it sets up; start it here, from a known state.
-            self.train_data_iterator[idx] = place.start()
-        try:
-            batch = next(self.train_data_iterator[idx])
-        except StopIteration:
-            if idx == 0 and not self._fresh.drawing:
-                self.epoch_callback_exec()
-            self.epoch_counter[idx] += 1
-            self.train_data_iterator[idx] = place.start()
-            batch = next(self.train_data_iterator[idx])
-        place.draw()
-        return _on(self.device, batch)
+        training = self._stream is self._fresh.training
+        at_end = self.epoch_callback_exec if idx == 0 and training else None
+        return _on(self.device, self._stream.next(idx, at_end))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
@@ -339,10 +340,7 @@ class Problem(Revisitable):
         state["count"] = self._count
         state["inner_loop_start"] = self._inner_loop_start
         state["ready"] = list(self.ready)
-        state["loaders"] = [
-            {"epoch": epoch, **place.state_dict()}
-            for epoch, place in zip(self.epoch_counter or (), self._places, strict=True)
-        ]
+        state["loaders"] = self._stream.state_dict()
         # Figures that a later log is still to write.
         state["metrics"] = {
             k: v for k, v in self.metrics.items() if isinstance(v, (Tensor, int, float))
@@ -361,13 +359,7 @@ class Problem(Revisitable):
         self._count = state["count"]
         self._inner_loop_start = state["inner_loop_start"]
         self.ready = list(state["ready"])
-        for idx, (place, loader_state) in enumerate(
-            zip(self._places, state["loaders"], strict=True)
-        ):
-            self.epoch_counter[idx] = loader_state["epoch"]
-            rest = place.load_state_dict(loader_state)
-            if rest is not None:
-                self.train_data_iterator[idx] = rest
+        self._stream.load_state_dict(state["loaders"])
         self.metrics = {
             k: v.to(self.device) if isinstance(v, Tensor) else v
             for k, v in state["metrics"].items()
@@ -375,8 +367,11 @@ class Problem(Revisitable):
         if "gradients" in state:
             for p, gradient in zip(self.trainable_parameters(), state["gradients"], strict=True):
                 p.grad = None if gradient is None else gradient.to(p.device)
-        if "last_step" in state and state["last_step"]["batch"] is not None:
-            self.cur_batch = self.step_batch = _on(self.device, state["last_step"]["batch"])
+        if "last_step" in state:
+            last = state["last_step"]
+            batch = _on(self.device, last["batch"])
+            self.cur_batch = batch if batch is not None else self.cur_batch
+            self.again.load(batch, last["random_state"])
         self._recall(state)
 
     def _module_state(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a config says about one problem: optimizer, scheduler, hypergradient, clipping."""
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import torch
 from pydantic import (
@@ -11,7 +11,6 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     SerializeAsAny,
-    Strict,
     model_validator,
 )
 from torch.optim import lr_scheduler
@@ -19,77 +18,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mlseg.config import Settings
 from mlseg.errors import UserError
-from mlseg.hypergradients import Method, resolve
+from mlseg.hypergradients import Method, optimizers, resolve
 from mlseg.multilevel.config import Config, SchedulerClock
 
-Betas = Annotated[tuple[float, float], Strict(False)]
-
-
-class _Optimizer(Settings):
-    name: str
-    lr: PositiveFloat
-    weight_decay: NonNegativeFloat = 0.0
-
-    def build(self, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
-        """The torch optimizer over ``parameters``, with these settings."""
-        values = self.model_dump(exclude={"name"})
-        if self.name in _FUSED:
-            values["fused"] = True  # one kernel for all parameters, on the CPU as well
-        return _OPTIMIZERS[self.name](parameters, **values)
-
-
-class Sgd(_Optimizer):
-    """Stochastic gradient descent; ``torch.optim.SGD``."""
-
-    name: Literal["sgd"] = "sgd"
-    momentum: NonNegativeFloat = 0.0
-    nesterov: bool = False
-
-
-class Adam(_Optimizer):
-    """``torch.optim.Adam``; ``eps`` matters where gradients are tiny, as hypergradients are."""
-
-    name: Literal["adam"] = "adam"
-    betas: Betas = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
-
-
-class AdamW(_Optimizer):
-    """``torch.optim.AdamW``."""
-
-    name: Literal["adamw"] = "adamw"
-    betas: Betas = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 1e-2
-
-
-class RmsProp(_Optimizer):
-    """``torch.optim.RMSprop``."""
-
-    name: Literal["rmsprop"] = "rmsprop"
-    momentum: NonNegativeFloat = 0.0
-    alpha: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
-    eps: PositiveFloat = 1e-8
-
-
-class Adagrad(_Optimizer):
-    """``torch.optim.Adagrad``."""
-
-    name: Literal["adagrad"] = "adagrad"
-    lr_decay: NonNegativeFloat = 0.0
-    eps: PositiveFloat = 1e-10
-
-
-_OPTIMIZERS: dict[str, Any] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "rmsprop": torch.optim.RMSprop,
-    "adagrad": torch.optim.Adagrad,
-}
-_FUSED = ("sgd", "adam", "adamw")
-
-OptimizerSettings = Annotated[Sgd | Adam | AdamW | RmsProp | Adagrad, Field(discriminator="name")]
+if TYPE_CHECKING:
+    OptimizerSettings = optimizers.Optimizer
+else:  # one of as many as there are
+    OptimizerSettings = Annotated[
+        Union[tuple(optimizers.known())],  # noqa: UP007
+        Field(discriminator="name"),
+    ]
 
 
 class _Scheduler(Settings):

@@ -205,7 +205,7 @@ class SyntheticPictures(Hooks):
         masks = data.masks[:count].to(engine.device).long()
         draw = torch.Generator().manual_seed(0)  # the same augmentations in every picture
         _, augmented = segmentor.mask_augmentation(None, masks, draw)
-        with self._generator.revisiting():
+        with self._generator.again.untraced():
             made = self._generator(encode(augmented, spec.num_classes))
         palette = spec.palette
         rows = [

@@ -118,7 +118,6 @@ def test_a_step_too_large_for_a_sharper_hessian_shrinks() -> None:
     low, top, program = still([1.0, 1.0, 1.0])
     program.iterate()
     low.set_train_data_loader([torch.full((3,), 6.0, dtype=torch.float64)])
-    low._fresh = type(low._fresh)("low", "cpu")
     for _ in range(20):
         program.iterate()
     assert close(top.gradient[:3], torch.full((3,), -1.0 / 6.0, dtype=torch.float64), 1e-3)

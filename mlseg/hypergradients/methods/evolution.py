@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from mlseg.errors import UserError
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Method, Vector
-from mlseg.hypergradients.optimizers.maps import Moments, rule_of
+from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Level, Method, Vector
+from mlseg.hypergradients.optimizers import Moments, optimizer_of
 from mlseg.hypergradients.registry import register
-from mlseg.hypergradients.replay import Replay, gradient_is_changed
+from mlseg.hypergradients.replay import Replay
+from mlseg.hypergradients.substitution import pointed_at
 from mlseg.hypergradients.trajectory import Keeps
 from mlseg.hypergradients.vectors import flatten, unflatten
-from mlseg.randomness import derived
-
-if TYPE_CHECKING:
-    from mlseg.multilevel.problem import Problem
 
 
 @register("evolution")
@@ -67,18 +63,30 @@ class Evolution(Method):
 
     through_interface: ClassVar[bool] = False  # it is the sources that are perturbed
 
-    def keeps(self, level: Problem) -> Keeps:
+    best_response = "the last steps, as they were taken"
+    situation = (
+        "the loss can't be differentiated by the upper level's variables (thresholds, "
+        "sampling, lookup)"
+    )
+    because = "only differentiates by the level's own weights"
+    cost = "2 P T E"
+    symbols = {"P": "pairs"}
+    cost_note = "to ``w`` only; T E more for a level with lower ones or a ``grad_callback``"
+    memory = "T weights and moments"
+    first_derivatives_alone = True
+
+    def keeps(self, level: Level) -> Keeps:
         """``T`` steps, and what lower levels or a callback added to their gradients."""
         return Keeps(
             steps=self.steps or level.unroll_steps,
             moments=True,
-            gradient=gradient_is_changed(level),
+            gradient=level.stepping.changes_its_gradient,
         )
 
-    def check(self, level: Problem) -> None:
+    def check(self, level: Level) -> None:
         """Refuse levels whose steps can't be taken again."""
-        rule_of(level)
-        if level.is_implemented("param_callback"):
+        optimizer_of(level)
+        if "param_callback" in level.stepping.hooks:
             raise UserError(
                 f"problem {level.name!r}: evolution would take its steps again without its "
                 "param_callback; take unrolled, which doesn't need it"
@@ -87,17 +95,17 @@ class Evolution(Method):
     def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         """See the class."""
         replay = Replay(hop, self.steps or hop.level.unroll_steps)
-        v = flatten(hop.level.spread(vector))
+        v = flatten(hop.spread(vector))
         size = sum(t.numel() for t in hop.inputs)
         total = v.new_zeros(size)
         square = v.new_zeros(())
         count = min(self.pairs, size) if self.directions == "orthogonal" else self.pairs
-        with hop.level.revisiting():
+        with hop.level.again.untraced():
             offsets = self._offsets(replay)
             for e in self._directions(count, total, hop):
-                with _shifted(hop.inputs, self.sigma * e):
+                with pointed_at(hop.inputs, _shifted(hop.inputs, self.sigma * e)):
                     above = flatten(self._run(replay, offsets))
-                with _shifted(hop.inputs, -self.sigma * e):
+                with pointed_at(hop.inputs, _shifted(hop.inputs, -self.sigma * e)):
                     below = flatten(self._run(replay, offsets))
                 slope = v.dot(above - below) / (2.0 * self.sigma)
                 total += slope * e
@@ -115,7 +123,7 @@ class Evolution(Method):
         """The weights after the steps, under the sources' present values."""
         weights = replay.steps[0].weights
         moments: list[Moments] = replay.steps[0].moments
-        rates = replay.level.learning_rates()
+        rates = replay.stepping.learning_rates()
         for index, step in enumerate(replay.steps):
             with replay.at(weights):
                 gradient = replay.gradient(step)
@@ -145,8 +153,7 @@ class Evolution(Method):
         return offsets
 
     def _directions(self, count: int, like: Tensor, hop: Hop) -> Iterator[Tensor]:
-        name = f"{hop.level.name}/{hop.level.count}"
-        generator = torch.Generator(like.device).manual_seed(derived(self.seed, name))
+        generator = hop.generator(self.seed, like.device)
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, device=like.device, dtype=like.dtype)
@@ -158,14 +165,6 @@ class Evolution(Method):
         yield from rows * like.numel() ** 0.5
 
 
-@contextmanager
-def _shifted(tensors: list[Tensor], shift: Tensor) -> Iterator[None]:
-    """Within this block the tensors' values are ``shift`` further on."""
-    kept = [t.data for t in tensors]
-    for t, data, by in zip(tensors, kept, unflatten(shift, tensors), strict=True):
-        t.data = data + by
-    try:
-        yield
-    finally:
-        for t, data in zip(tensors, kept, strict=True):
-            t.data = data
+def _shifted(tensors: list[Tensor], shift: Tensor) -> list[Tensor]:
+    """The tensors' values, ``shift`` further on."""
+    return [t.data + by for t, by in zip(tensors, unflatten(shift, tensors), strict=True)]

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
 from mlseg.errors import UserError
-from mlseg.hypergradients.base import Diagnostics
-from mlseg.hypergradients.implicit import Hessian, Implicit
+from mlseg.hypergradients.base import Level
+from mlseg.hypergradients.implicit import Implicit, Operator, Solution, System
 from mlseg.hypergradients.registry import register
-
-if TYPE_CHECKING:
-    from mlseg.multilevel.problem import Problem
 
 
 @register("exact")
@@ -36,7 +31,13 @@ class Exact(Implicit):
 
     limit: PositiveInt = 4096
 
-    def check(self, level: Problem) -> None:
+    situation = "a small level, to check another method"
+    because = "a dense Hessian, up to ``limit`` parameters"
+    cost = "1 E + N H + 1 M"
+    cost_note = "about 10 N^3 operations"
+    memory = "3 N^2 numbers"
+
+    def check(self, level: Level) -> None:
         """Refuse a level with too many parameters."""
         n = sum(p.numel() for p in level.trainable_parameters())
         if n > self.limit:
@@ -45,20 +46,30 @@ class Exact(Implicit):
                 f"up to {self.limit}: raise its limit, or take cg or minres"
             )
 
-    def solve(self, hessian: Hessian, v: Tensor) -> tuple[Tensor, Diagnostics]:
+    def solve(self, system: System, v: Tensor) -> Solution:
         """See the class."""
-        n = hessian.size
-        matrix = torch.stack([hessian(e) for e in torch.eye(n, dtype=v.dtype, device=v.device)])
-        matrix = 0.5 * (matrix + matrix.T)
-        if not matrix.isfinite().all():
-            return v * torch.nan, {}  # the run's guard against NaN says where it began
-        eigenvalues, vectors = torch.linalg.eigh(matrix)
-        moduli, tiny = eigenvalues.abs(), torch.finfo(v.dtype).tiny
-        curved = moduli > n * torch.finfo(v.dtype).eps * moduli.max()
-        solution = vectors @ torch.where(curved, vectors.T @ v / eigenvalues, 0.0)
-        residual = (matrix @ solution - v).norm() / v.norm().clamp_min(tiny)
-        return solution, {
-            "residual": residual,
-            "curvature": eigenvalues[0],
-            "condition": moduli.max() / moduli.min().clamp_min(tiny),
-        }
+        return dense_solution(system, v)
+
+
+def dense_solution(operator: Operator, v: Tensor) -> Solution:
+    """Solve ``operator(x) = v``, see :class:`Exact`.
+
+    Args:
+        operator: symmetric.
+        v: (n,).
+    """
+    n = v.numel()
+    matrix = torch.stack([operator(e) for e in torch.eye(n, dtype=v.dtype, device=v.device)])
+    matrix = 0.5 * (matrix + matrix.T)
+    if not matrix.isfinite().all():
+        return v * torch.nan, {}  # the run's guard against NaN says where it began
+    eigenvalues, vectors = torch.linalg.eigh(matrix)
+    moduli, tiny = eigenvalues.abs(), torch.finfo(v.dtype).tiny
+    curved = moduli > n * torch.finfo(v.dtype).eps * moduli.max()
+    solution = vectors @ torch.where(curved, vectors.T @ v / eigenvalues, 0.0)
+    residual = (matrix @ solution - v).norm() / v.norm().clamp_min(tiny)
+    return solution, {
+        "residual": residual,
+        "curvature": eigenvalues[0],
+        "condition": moduli.max() / moduli.min().clamp_min(tiny),
+    }

@@ -10,6 +10,7 @@ from torch import Tensor
 from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Vector
 from mlseg.hypergradients.one_step import Scaled
 from mlseg.hypergradients.registry import register
+from mlseg.hypergradients.substitution import pointed_at
 from mlseg.hypergradients.vectors import norm
 
 
@@ -35,9 +36,6 @@ class FiniteDifference(Scaled):
     take 1e-5. ``benchmarks/secant_check.py`` measures what a trained network wants. ``detach()``
     inside the loss is respected with regard to ``s`` but not to ``w``.
 
-    Parameters are perturbed by pointing them at other storage and back, so that they are afterwards
-    bit for bit what they were; adding and subtracting would leave rounding errors behind.
-
     Source: Liu, Simonyan, Yang: DARTS, ICLR 2019, section 2.3, equations 7 and 8; Choe et al.:
     Betty, 2022, section 3 for hops of any graph.
 
@@ -48,6 +46,16 @@ class FiniteDifference(Scaled):
 
     epsilon: PositiveFloat = 1e-2
     scheme: Literal["central", "forward"] = "central"
+
+    situation = (
+        "the default: the levels alternate step by step, networks are large (neural "
+        "architecture search, learned data or weights) and kinked (ReLU), memory is short"
+    )
+    because = "two evaluations, nothing to converge, no graph of a gradient"
+    cost = "2 E"
+    cost_note = "backwards to ``s`` only"
+    memory = "1 w"
+    first_derivatives_alone = True
 
     def mixed_product(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         """See the class."""
@@ -83,15 +91,9 @@ def _gradient_at(
     inputs: Vector,
 ) -> Cotangents:
     """``d loss / d inputs`` with ``step * vector`` (None: nothing) added to the parameters."""
-    kept = [p.data for p in parameters]
-    moved = kept
+    moved = here = [p.data for p in parameters]
     if step is not None:
         moved = list(torch._foreach_mul(vector, step))
-        torch._foreach_add_(moved, kept)
-    try:
-        for p, data in zip(parameters, moved, strict=True):
-            p.data = data
+        torch._foreach_add_(moved, here)
+    with pointed_at(parameters, moved):
         return torch.autograd.grad(loss(), inputs, allow_unused=True)
-    finally:
-        for p, data in zip(parameters, kept, strict=True):
-            p.data = data

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Method, Vector
+from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Level, Method, Vector
 from mlseg.hypergradients.implicit import finished
-from mlseg.hypergradients.optimizers.maps import Moments, StepMap, rule_of
+from mlseg.hypergradients.optimizers import Moments, optimizer_of
+from mlseg.hypergradients.optimizers.step_map import StepMap
 from mlseg.hypergradients.registry import register
 from mlseg.hypergradients.second_order.products import pull_through
 from mlseg.hypergradients.trajectory import present
 from mlseg.hypergradients.vectors import filled, norm
-
-if TYPE_CHECKING:
-    from mlseg.multilevel.problem import Problem
 
 
 @register("fixed_point")
@@ -59,20 +55,30 @@ class FixedPoint(Method):
     iterations: PositiveInt = 20
     tolerance: NonNegativeFloat = 1e-10
 
-    def check(self, level: Problem) -> None:
+    best_response = "the fixed point of the optimizer's map"
+    situation = (
+        "the level is near its minimum, ill-conditioned, and its optimizer has momentum or adapts"
+    )
+    because = "converges as fast as the optimizer did"
+    cost = "1 E + K H + 1 M"
+    symbols = {"K": "iterations"}
+    cost_note = "at most"
+    memory = "graph of the gradient, twice weights and moments"
+
+    def check(self, level: Level) -> None:
         """Refuse optimizers that can't be differentiated."""
-        rule_of(level)
+        optimizer_of(level)
 
     def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         """See the class."""
         level = hop.level
         parameters = level.trainable_parameters()
-        start = level.spread(vector)
+        start = hop.spread(vector)
         with hop.evaluation(whole=True) as loss:
             gradient = torch.autograd.grad(loss(), parameters, create_graph=True, allow_unused=True)
-            step = present(parameters, level.optimizer)
+            step = present(parameters, level.stepping.optimizer)
             step.stepped = [g is not None for g in gradient]
-            taken = StepMap(rule_of(level), step, gradient, hold=True)
+            taken = StepMap(optimizer_of(level), step, gradient, hold=True)
             now = (start, taken.zero_moments())
             best, size = now, norm(start)
             bound = size.clamp_min(torch.finfo(size.dtype).tiny)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
 from mlseg.errors import UserError
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Method, Vector
-from mlseg.hypergradients.optimizers.maps import Moments, rule_of
+from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Level, Method, Vector
+from mlseg.hypergradients.optimizers import Moments, optimizer_of
 from mlseg.hypergradients.registry import register
-from mlseg.hypergradients.replay import Replay, gradient_is_changed
+from mlseg.hypergradients.replay import Replay
 from mlseg.hypergradients.trajectory import Keeps, Step
 from mlseg.hypergradients.vectors import filled, flatten
-
-if TYPE_CHECKING:
-    from mlseg.multilevel.problem import Problem
 
 
 @register("forward")
@@ -54,20 +51,30 @@ class Forward(Method):
 
     through_interface: ClassVar[bool] = False  # the sources' own numbers are what counts
 
-    def keeps(self, level: Problem) -> Keeps:
+    best_response = "the last steps, as they were taken"
+    situation = (
+        "few hyperparameters (up to some dozens), many inner steps; learning rates are learned"
+    )
+    because = (
+        "what ``unrolled`` gives; a product per hyperparameter and step instead of one per step"
+    )
+    cost = "T E + T n H"
+    memory = "T weights and moments, graph of one gradient, n tangents"
+
+    def keeps(self, level: Level) -> Keeps:
         """``T`` steps; gradients where the last graph's value isn't all of it."""
         return Keeps(
             steps=self.steps or level.unroll_steps,
             moments=True,
-            gradient=gradient_is_changed(level),
+            gradient=level.stepping.changes_its_gradient,
         )
 
-    def check(self, level: Problem) -> None:
+    def check(self, level: Level) -> None:
         """Refuse optimizers that can't be differentiated, and too many hyperparameters."""
-        rule_of(level)
+        optimizer_of(level)
         self._check_count(level, [p for s in level.sources() for p in s.trainable_parameters()])
 
-    def _check_count(self, level: Problem, inputs: Sequence[Tensor]) -> None:
+    def _check_count(self, level: Level, inputs: Sequence[Tensor]) -> None:
         count = sum(t.numel() for t in inputs)
         if count > self.limit:
             raise UserError(
@@ -81,14 +88,14 @@ class Forward(Method):
         count = sum(t.numel() for t in hop.inputs)
         replay = Replay(hop, self.steps or hop.level.unroll_steps)
         tangents = [_Tangent(replay, j) for j in range(count)]
-        with hop.level.revisiting():
+        with hop.level.again.untraced():
             for step in replay.steps:
                 self._advance(replay, step, tangents)
-        final = flatten(hop.level.spread(vector))
+        final = flatten(hop.spread(vector))
         flat = torch.stack([final.dot(flatten(t.weights)) for t in tangents])
         parts = flat.split([t.numel() for t in hop.inputs])
-        found = [part.view_as(t).to(t.dtype) for part, t in zip(parts, hop.inputs, strict=True)]
-        return found, {"steps": len(replay.steps)}
+        result = [part.view_as(t).to(t.dtype) for part, t in zip(parts, hop.inputs, strict=True)]
+        return result, {"steps": len(replay.steps)}
 
     def _advance(self, replay: Replay, step: Step, tangents: list[_Tangent]) -> None:
         parameters, inputs = replay.parameters, replay.hop.inputs
@@ -130,8 +137,8 @@ class _Tangent:
     def _rate(self, rate: Tensor, source: Tensor) -> Tensor:
         if not rate.requires_grad:
             return torch.zeros_like(rate)
-        found = torch.autograd.grad(rate, [source], allow_unused=True, retain_graph=True)
-        (slope,) = filled(found, [source])
+        slopes = torch.autograd.grad(rate, [source], allow_unused=True, retain_graph=True)
+        (slope,) = filled(slopes, [source])
         return slope.reshape(-1)[self.place[1]].reshape(rate.shape)
 
     def product(
@@ -149,7 +156,7 @@ class _Tangent:
             terms.append(mine.reshape(-1)[j])
         if not terms:
             return [torch.zeros_like(p) for p in self.parameters]
-        found = torch.autograd.grad(
+        product = torch.autograd.grad(
             torch.stack(terms).sum(), self.parameters, allow_unused=True, retain_graph=True
         )
-        return filled(found, self.parameters)
+        return filled(product, self.parameters)

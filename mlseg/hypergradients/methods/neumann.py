@@ -6,8 +6,14 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from mlseg.hypergradients.base import Diagnostics
-from mlseg.hypergradients.implicit import Hessian, Implicit, finished, largest_eigenvalue
+from mlseg.hypergradients.implicit import (
+    Implicit,
+    Operator,
+    Solution,
+    System,
+    finished,
+    largest_eigenvalue,
+)
 from mlseg.hypergradients.registry import register
 
 
@@ -46,34 +52,53 @@ class Neumann(Implicit):
     step_size: PositiveFloat | None = None
     power_iterations: PositiveInt = 8
 
-    def solve(self, hessian: Hessian, v: Tensor) -> tuple[Tensor, Diagnostics]:
+    situation = "a fixed, small number of cheap corrections to the identity"
+    because = "with the learning rate for step size: some more steps of descent"
+    cost = "1 E + (K + P) H + 1 M"
+    symbols = {"K": "terms", "P": "power_iterations"}
+    cost_note = "no P with a ``step_size``"
+    memory = "graph of the gradient, 3 w"
+
+    def solve(self, system: System, v: Tensor) -> Solution:
         """See the class."""
-        smallest = torch.finfo(v.dtype).tiny
         if self.step_size is None:
-            found = largest_eigenvalue(hessian, v, self.power_iterations)
-            a = 1.0 / found.clamp_min(smallest)
+            largest = largest_eigenvalue(system, v, self.power_iterations)
+            a = 1.0 / largest.clamp_min(torch.finfo(v.dtype).tiny)
         else:
             a = torch.full_like(v.sum(), self.step_size)
-        term = total = v
-        size = start = v.norm()
-        active, diverged, count = start > 0, torch.zeros_like(start), torch.zeros_like(start)
-        # Below this the terms are rounding errors, whose norms may do what they like.
-        noise = 8.0 * torch.finfo(v.dtype).eps * start
-        for _ in range(self.terms):
-            if finished(active):
-                break
-            term = term - a * hessian(term)
-            former, size = size, torch.where(active, term.norm(), size)
-            # Not "larger": NaN must not pass for progress.
-            grown = ~(size <= former * (1.0 + 1e-6)) & ~(size <= noise)
-            diverged = torch.where(active & grown, 1.0, diverged)
-            active = active & ~grown & (former > 0)
-            count = count + active
-            total = torch.where(active, total + term, total)
-        residual = size / start.clamp_min(smallest)
-        return a * total, {
-            "residual": residual,
-            "iterations": count,
-            "step_size": a,
-            "diverged": diverged,
-        }
+        return neumann_series(system, v, terms=self.terms, step_size=a)
+
+
+def neumann_series(operator: Operator, v: Tensor, *, terms: int, step_size: Tensor) -> Solution:
+    """Solve ``operator(x) = v``, see :class:`Neumann`.
+
+    Args:
+        operator: symmetric, positive definite if the series is to converge.
+        v: (n,).
+        terms: at most, beside ``v`` itself.
+        step_size: ``a``, a scalar.
+    """
+    smallest = torch.finfo(v.dtype).tiny
+    term = total = v
+    size = start = v.norm()
+    active, diverged, count = start > 0, torch.zeros_like(start), torch.zeros_like(start)
+    # Below this the terms are rounding errors, whose norms may do what they like.
+    noise = 8.0 * torch.finfo(v.dtype).eps * start
+    for _ in range(terms):
+        if finished(active):
+            break
+        term = term - step_size * operator(term)
+        former, size = size, torch.where(active, term.norm(), size)
+        # Not "larger": NaN must not pass for progress.
+        grown = ~(size <= former * (1.0 + 1e-6)) & ~(size <= noise)
+        diverged = torch.where(active & grown, 1.0, diverged)
+        active = active & ~grown & (former > 0)
+        count = count + active
+        total = torch.where(active, total + term, total)
+    residual = size / start.clamp_min(smallest)
+    return step_size * total, {
+        "residual": residual,
+        "iterations": count,
+        "step_size": step_size,
+        "diverged": diverged,
+    }

@@ -8,10 +8,9 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from mlseg.hypergradients.base import Diagnostics
-from mlseg.hypergradients.implicit import Hessian, Implicit
+from mlseg.hypergradients.base import Hop
+from mlseg.hypergradients.implicit import Implicit, Operator, Solution, System
 from mlseg.hypergradients.registry import register
-from mlseg.randomness import derived
 
 
 @register("nystrom")
@@ -52,28 +51,47 @@ class Nystrom(Implicit):
     sketch: Literal["columns", "gaussian"] = "columns"
     seed: NonNegativeInt = 0
 
-    def solve(self, hessian: Hessian, v: Tensor) -> tuple[Tensor, Diagnostics]:
-        """See the class."""
-        hessian.damping, rho = 0.0, self.damping
-        rank = min(self.rank, hessian.size)
-        sketch = self._sketch(rank, v, f"{hessian.hop.level.name}/{hessian.hop.level.count}")
-        c = torch.stack([hessian(column) for column in sketch], dim=1)
-        # The small system squares the condition number: in double precision.
-        s, wide = sketch.T.double(), c.double()
-        w = s.T @ wide
-        small = rho * 0.5 * (w + w.T) + wide.T @ wide
-        small.diagonal().add_(torch.finfo(torch.float64).eps * small.diagonal().sum())
-        inner, _ = torch.linalg.solve_ex(small, wide.T @ v.double())
-        x = ((v.double() - wide @ inner) / rho).to(v.dtype)
-        residual = (v - hessian(x) - rho * x).norm() / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
-        return x, {"residual": residual}
+    situation = "few directions carry the curvature"
+    because = "products don't depend on each other, nothing iterates"
+    cost = "1 E + (R + 1) H + 1 M"
+    symbols = {"R": "rank"}
+    cost_note = "1 for the residual that it reports"
+    memory = "graph of the gradient, R w"
 
-    def _sketch(self, rank: int, v: Tensor, name: str) -> Tensor:
+    def solve(self, system: System, v: Tensor) -> Solution:
+        """See the class."""
+        rank = min(self.rank, v.numel())
+        sketch = self._sketch(rank, v, system.hop)
+        return nystrom_inverse(system.hessian, v, sketch=sketch, damping=self.damping)
+
+    def _sketch(self, rank: int, v: Tensor, hop: Hop) -> Tensor:
         """(rank, n) orthonormal rows."""
-        generator = torch.Generator(v.device).manual_seed(derived(self.seed, name))
+        generator = hop.generator(self.seed, v.device)
         if self.sketch == "columns":
             order = torch.randperm(v.numel(), generator=generator, device=v.device)
             rows = torch.zeros(rank, v.numel(), dtype=v.dtype, device=v.device)
             return rows.scatter_(1, order[:rank, None], 1.0)
         gaussian = torch.randn(v.numel(), rank, generator=generator, dtype=v.dtype, device=v.device)
         return torch.linalg.qr(gaussian)[0].T
+
+
+def nystrom_inverse(operator: Operator, v: Tensor, *, sketch: Tensor, damping: float) -> Solution:
+    """Solve ``operator(x) + damping x = v``, see :class:`Nystrom`.
+
+    Args:
+        operator: symmetric, without the damping.
+        v: (n,).
+        sketch: (rank, n) rows, the transposed of ``S``.
+        damping: ``rho``.
+    """
+    rho = damping
+    c = torch.stack([operator(column) for column in sketch], dim=1)
+    # The small system squares the condition number: in double precision.
+    s, wide = sketch.T.double(), c.double()
+    w = s.T @ wide
+    small = rho * 0.5 * (w + w.T) + wide.T @ wide
+    small.diagonal().add_(torch.finfo(torch.float64).eps * small.diagonal().sum())
+    inner, _ = torch.linalg.solve_ex(small, wide.T @ v.double())
+    x = ((v.double() - wide @ inner) / rho).to(v.dtype)
+    residual = (v - operator(x) - rho * x).norm() / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
+    return x, {"residual": residual}

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from mlseg.errors import UserError
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Method, Vector
-from mlseg.hypergradients.implicit import remember, remembered
-from mlseg.hypergradients.optimizers.diagonals import objective
+from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Level, Method, Vector
+from mlseg.hypergradients.optimizers import objective
 from mlseg.hypergradients.registry import register
+from mlseg.hypergradients.substitution import pointed_at
 from mlseg.hypergradients.vectors import filled, norm
-
-if TYPE_CHECKING:
-    from mlseg.multilevel.problem import Problem
 
 
 @register("penalty")
@@ -61,9 +56,22 @@ class Penalty(Method):
     step_size: PositiveFloat | None = None
     warm_start: bool = False
 
-    def check(self, level: Problem) -> None:
+    situation = (
+        "the level is near its minimum, and there is no second derivative, or no memory for one"
+    )
+    because = "descends with the incoming vector, by first derivatives alone"
+    cost = "(K + 3) E"
+    symbols = {"K": "iterations"}
+    cost_note = "2 of them to ``s``"
+    memory = "3 w"
+    first_derivatives_alone = True
+
+    def check(self, level: Level) -> None:
         """Refuse an optimizer that minimises and maximises at once."""
-        if len({bool(group.get("maximize")) for group in level.optimizer.param_groups}) > 1:
+        if (
+            len({bool(group.get("maximize")) for group in level.stepping.optimizer.param_groups})
+            > 1
+        ):
             raise UserError(
                 f"problem {level.name!r}: some of its parameter groups maximize and some don't; "
                 "the hypergradient method penalty takes one or the other"
@@ -89,11 +97,11 @@ class Penalty(Method):
                 left = norm(force) * self.strength
                 shift = [o - a * f for o, a, f in zip(shift, steps, force, strict=True)]
             below = torch.autograd.grad(loss(), hop.inputs, allow_unused=True)
-            with _at(parameters, at, shift):
+            with pointed_at(parameters, torch._foreach_add(at, shift)):
                 above = torch.autograd.grad(loss(), hop.inputs, allow_unused=True)
         if self.warm_start:
             for i, o in enumerate(shift):
-                remember(hop, f"penalty_{i}", o)
+                hop.remember(f"penalty_{i}", o)
         factor = self.strength * size * (-1.0 if -1 in signs else 1.0)
         product = [
             None if a is None or b is None else factor * (a - b)
@@ -104,7 +112,7 @@ class Penalty(Method):
 
     def _steps(self, hop: Hop) -> tuple[list[Tensor | float], list[int], list[Tensor | float]]:
         """Per parameter the descent's step, the loss's sign, and the weight decay."""
-        optimizer = hop.level.optimizer
+        optimizer = hop.level.stepping.optimizer
         signs, decays = objective(hop.parameters, optimizer)
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         steps = [
@@ -114,23 +122,10 @@ class Penalty(Method):
         return steps, signs, decays
 
     def _start(self, hop: Hop, parameters: Vector) -> Vector:
-        return filled(
-            [remembered(hop, f"penalty_{i}", p, self.warm_start) for i, p in enumerate(parameters)],
-            parameters,
-        )
-
-
-@contextmanager
-def _at(parameters: Vector, weights: Vector, shift: Vector) -> Iterator[None]:
-    """Within this block the parameters are ``weights + shift``."""
-    kept = [p.data for p in parameters]
-    for p, w, o in zip(parameters, weights, shift, strict=True):
-        p.data = w + o
-    try:
-        yield
-    finally:
-        for p, data in zip(parameters, kept, strict=True):
-            p.data = data
+        known: list[Tensor | None] = [None] * len(parameters)
+        if self.warm_start:
+            known = [hop.remembered(f"penalty_{i}", p) for i, p in enumerate(parameters)]
+        return filled(known, parameters)
 
 
 def _descent(
@@ -141,7 +136,7 @@ def _descent(
     signs: list[int],
 ) -> Vector:
     """What the level descends along at ``weights + shift``, without its decay."""
-    shift = shift or [torch.zeros_like(w) for w in weights]
-    with _at(parameters, weights, shift):
-        found = torch.autograd.grad(loss(), parameters, allow_unused=True)
-    return [sign * g for sign, g in zip(signs, filled(found, parameters), strict=True)]
+    moved = weights if shift is None else torch._foreach_add(weights, shift)
+    with pointed_at(parameters, moved):
+        gradient = torch.autograd.grad(loss(), parameters, allow_unused=True)
+    return [sign * g for sign, g in zip(signs, filled(gradient, parameters), strict=True)]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import PositiveFloat
 
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Vector
+from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Level, Vector
 from mlseg.hypergradients.methods.finite_difference import difference
 from mlseg.hypergradients.one_step import OneStep
-from mlseg.hypergradients.optimizers.maps import StepMap, rule_of
+from mlseg.hypergradients.optimizers import optimizer_of
+from mlseg.hypergradients.optimizers.step_map import StepMap
 from mlseg.hypergradients.registry import register
 from mlseg.hypergradients.trajectory import Keeps
-
-if TYPE_CHECKING:
-    from mlseg.multilevel.problem import Problem
 
 
 @register("sama")
@@ -49,22 +47,32 @@ class Sama(OneStep):
     epsilon: PositiveFloat = 1e-2
     scheme: Literal["central", "forward"] = "central"
 
-    def keeps(self, level: Problem) -> Keeps:
+    situation = (
+        "the levels alternate, and the level's optimizer is adaptive (Adam, RMSprop); or "
+        "take ``scale: optimizer`` of ``finite_difference`` or ``identity``"
+    )
+    because = "the optimizer's step per unit of gradient differs from weight to weight"
+    cost = "2 E"
+    cost_note = "to ``s`` only"
+    memory = "weights, moments, gradient, 1 w"
+    first_derivatives_alone = True
+
+    def keeps(self, level: Level) -> Keeps:
         """The last step whole."""
         return Keeps(steps=1, moments=True, gradient=True)
 
-    def check(self, level: Problem) -> None:
+    def check(self, level: Level) -> None:
         """Refuse an optimizer whose step can't be differentiated."""
-        rule_of(level)
+        optimizer_of(level)
 
     def scaled(self, vector: Vector, hop: Hop) -> Vector:
         """``P vector``."""
         level = hop.level
         step = level.trajectory.steps[-1]
-        taken = StepMap(rule_of(level), step, step.gradient, level.gradient_clipping)
-        spread = level.spread(vector)
+        taken = StepMap(optimizer_of(level), step, step.gradient, level.stepping.clip)
+        spread = hop.spread(vector)
         _, along, _, _ = taken.pull_back(spread, [{} for _ in spread])
-        return level.gather([a.neg_() for a in along])
+        return hop.gather([a.neg_() for a in along])
 
     def mixed_product(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         """See the class."""

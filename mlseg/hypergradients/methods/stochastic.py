@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from mlseg.hypergradients.base import Diagnostics
 from mlseg.hypergradients.implicit import (
-    Hessian,
     Implicit,
+    Operator,
+    Solution,
+    System,
     largest_eigenvalue,
-    remember,
-    remembered,
 )
 from mlseg.hypergradients.registry import register
+
+STEP = "stochastic_step"
+"""The step size in a hop's memory."""
 
 
 @register("stochastic")
@@ -60,35 +64,66 @@ class Stochastic(Implicit):
     power_iterations: PositiveInt = 8
     warm_start: bool = True
 
-    def solve(self, hessian: Hessian, v: Tensor) -> tuple[Tensor, Diagnostics]:
-        """See the class."""
-        hop = hessian.hop
-        a = self._step(hessian, v)
-        start = remembered(hop, "stochastic", v, self.warm_start)
-        x = torch.zeros_like(v) if start is None else start
-        first = r = v
-        for iteration in range(self.iterations):
-            hop.evaluations += 1
-            fresh = Hessian(hop.level.loss(hop.level.fresh_batch()), hop, self.damping)
-            r = v - fresh(x)
-            first = r if iteration == 0 else first
-            x = x + a * r
-        residual = r.norm() / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
-        # Not "larger": NaN must not pass for progress.
-        astray = ~(residual <= 2.0)
-        diverged = astray & ~(r.norm() <= first.norm())
-        x = torch.where(astray, a * v, x)
-        if self.warm_start:
-            remember(hop, "stochastic", x)
-        if self.step_size is None:
-            hop.memory["stochastic_step"] = torch.where(diverged, 0.5 * a, a)
-        return x, {"residual": residual, "step_size": a, "diverged": diverged.to(v.dtype)}
+    situation = (
+        "the level is near its minimum, with batches so small that one batch's Hessian says "
+        "little about the mean"
+    )
+    because = (
+        "a fresh batch per product, going on from the last solution; positive definite mean "
+        "Hessian only"
+    )
+    cost = "(K + 1) E + (K + P) H + 1 M"
+    symbols = {"K": "iterations", "P": "power_iterations"}
+    cost_note = "P at the first hop only, none with a ``step_size``"
+    memory = "graphs of two gradients, 2 w"
 
-    def _step(self, hessian: Hessian, v: Tensor) -> Tensor:
+    def solve(self, system: System, v: Tensor) -> Solution:
+        """See the class."""
+        a = self._step(system, v)
+        x, diagnostics = stochastic_descent(
+            system.on_fresh_batch, v, iterations=self.iterations, step_size=a, start=system.start
+        )
+        if self.step_size is None:
+            diverged = diagnostics["diverged"] > 0
+            system.hop.memory[STEP] = torch.where(diverged, 0.5 * a, a)
+        return x, diagnostics
+
+    def _step(self, system: System, v: Tensor) -> Tensor:
         if self.step_size is not None:
             return torch.full_like(v.sum(), self.step_size)
-        memory = hessian.hop.memory
-        if "stochastic_step" not in memory:
-            found = largest_eigenvalue(hessian, v, self.power_iterations)
-            memory["stochastic_step"] = 0.5 / found.clamp_min(torch.finfo(v.dtype).tiny)
-        return memory["stochastic_step"]
+        memory = system.hop.memory
+        if STEP not in memory:
+            largest = largest_eigenvalue(system, v, self.power_iterations)
+            memory[STEP] = 0.5 / largest.clamp_min(torch.finfo(v.dtype).tiny)
+        return memory[STEP]
+
+
+def stochastic_descent(
+    draw: Callable[[], Operator],
+    v: Tensor,
+    *,
+    iterations: int,
+    step_size: Tensor,
+    start: Tensor | None = None,
+) -> Solution:
+    """Solve ``E[draw()](x) = v``, see :class:`Stochastic`.
+
+    Args:
+        draw: gives symmetric operators with a positive definite mean.
+        v: (n,).
+        iterations: operators that are drawn.
+        step_size: ``a``, a scalar.
+        start: ``x`` to begin with; None: zero.
+    """
+    x = torch.zeros_like(v) if start is None else start
+    first = r = v
+    for iteration in range(iterations):
+        r = v - draw()(x)
+        first = r if iteration == 0 else first
+        x = x + step_size * r
+    residual = r.norm() / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
+    # Not "larger": NaN must not pass for progress.
+    astray = ~(residual <= 2.0)
+    diverged = astray & ~(r.norm() <= first.norm())
+    x = torch.where(astray, step_size * v, x)
+    return x, {"residual": residual, "step_size": step_size, "diverged": diverged.to(v.dtype)}

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
 from mlseg.errors import UserError
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Method, Vector
-from mlseg.hypergradients.higher_backend import backward_through, check_differentiable
-from mlseg.hypergradients.optimizers.maps import Moments, rule_of
+from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Level, Method, Vector
+from mlseg.hypergradients.optimizers import Moments, optimizer_of
 from mlseg.hypergradients.registry import register
-from mlseg.hypergradients.replay import Replay, gradient_is_changed
+from mlseg.hypergradients.replay import Replay
 from mlseg.hypergradients.second_order.products import Mode, directional, pull_through
 from mlseg.hypergradients.trajectory import Keeps, Step
 from mlseg.hypergradients.vectors import accumulate
-
-if TYPE_CHECKING:
-    from mlseg.multilevel.problem import Problem
 
 
 @register("unrolled")
@@ -84,10 +80,19 @@ class Unrolled(Method):
 
     through_interface: ClassVar[bool] = False  # each step has a graph of its own behind its loss
 
-    def keeps(self, level: Problem) -> Keeps:
+    best_response = "the last steps, as they were taken"
+    situation = (
+        "a few inner steps from a fresh or changing start (meta-learning, dataset distillation)"
+    )
+    because = "exact for what the level did, whether it has converged or not"
+    cost = "T E + T H"
+    cost_note = "``store: graphs``: T H, and training steps that build graphs"
+    memory = "T weights and moments, graph of one gradient; ``graphs``: of T"
+
+    def keeps(self, level: Level) -> Keeps:
         """``T`` steps; gradients where they can't be had as the last graph's value."""
         gradient = (
-            gradient_is_changed(level)
+            level.stepping.changes_its_gradient
             or self.optimizer_state == "fresh"
             or self.mode == "forward_over_reverse"
         )
@@ -98,12 +103,14 @@ class Unrolled(Method):
             graph=self.store == "graphs",
         )
 
-    def check(self, level: Problem) -> None:
+    def check(self, level: Level) -> None:
         """Refuse optimizers and combinations of settings that can't be differentiated."""
         if self.backend == "higher":
-            check_differentiable(level, self.store == "graphs")
+            from mlseg.hypergradients import higher_backend
+
+            higher_backend.check_differentiable(level, self.store == "graphs")
             return
-        rule_of(level)
+        optimizer_of(level)
         if self.store == "graphs" and level.precision == "bf16":
             raise UserError(
                 f"problem {level.name!r}: store: graphs would keep graphs in bfloat16, too coarse "
@@ -119,13 +126,16 @@ class Unrolled(Method):
         """See the class."""
         replay = Replay(hop, self.steps or hop.level.unroll_steps)
         if self.backend == "higher":
+            from mlseg.hypergradients import higher_backend
+
             fresh = self.optimizer_state == "fresh"
-            return backward_through(replay, vector, fresh), {"steps": len(replay.steps)}
+            through = higher_backend.backward_through(replay, vector, fresh)
+            return through, {"steps": len(replay.steps)}
         moments = self._moments(replay)
-        weights_bar = hop.level.spread(vector)
+        weights_bar = hop.spread(vector)
         moments_bar: list[Moments] = [{} for _ in weights_bar]
         total: list[Tensor | None] = [None] * len(hop.inputs)
-        with hop.level.revisiting():
+        with hop.level.again.untraced():
             for index in reversed(range(len(replay.steps))):
                 step = replay.steps[index]
                 back = _Back(replay, step, moments[index], self.mode)
@@ -137,11 +147,11 @@ class Unrolled(Method):
         if self.optimizer_state == "carried":
             return [step.moments for step in replay.steps]
         moments: list[Moments] = [{} for _ in replay.parameters]
-        found = []
+        before = []
         for step in replay.steps:
-            found.append(moments)
+            before.append(moments)
             _, moments = replay.map(step, step.gradient, moments=moments).value()
-        return found
+        return before
 
 
 class _Back:
@@ -175,14 +185,14 @@ class _Back:
             for index, loss in enumerate(losses):
                 replay.hop.products += 1
                 if graphs:
-                    found = _through_kept(replay, graphs[index], along, targets, kept)
+                    share = _through_kept(replay, graphs[index], along, targets, kept)
                 else:
-                    found = directional(
+                    share = directional(
                         loss, replay.level, replay.parameters, along, targets, self.mode
                     )
                 if not first:
-                    accumulate(before, found[: len(leaves)])
-                accumulate(total, found[len(targets) - len(inputs) :])
+                    accumulate(before, share[: len(leaves)])
+                accumulate(total, share[len(targets) - len(inputs) :])
         if rates_bar and replay.rates is not None:
             accumulate(total, _by_rates(replay.rates, rates_bar, inputs))
         return before, moments_before

@@ -5,17 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from mlseg.errors import UserError, one_line
+from mlseg.hypergradients.base import Level
 from mlseg.hypergradients.substitution import check_none_left, substituted
-
-if TYPE_CHECKING:
-    from mlseg.multilevel.problem import Problem
 
 Mode = Literal["double_backward", "forward_over_reverse"]
 """How a second derivative is taken.
@@ -30,7 +28,7 @@ loss computes with its own weights under ``no_grad`` must ``detach()`` the resul
 
 def directional(
     loss: Callable[[], Tensor],
-    level: Problem,
+    level: Level,
     parameters: Sequence[Tensor],
     direction: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -64,7 +62,7 @@ def directional(
         ]
         replaced = {id(p): dual for p, dual in zip(parameters, duals, strict=True)}
         try:
-            with substituted(level.all_modules(), parameters, duals):
+            with substituted(level.again.modules(), parameters, duals):
                 value = loss()
             if not value.requires_grad:
                 return [None] * len(targets)

@@ -17,7 +17,7 @@ PLAIN = {
 def distance(engine: Any, batch: Any) -> float:
     """The loss of both players on a batch, leaving no trace."""
     image, label, counted = batch
-    with torch.no_grad(), engine.critic.revisiting():
+    with torch.no_grad(), engine.critic.again.untraced():
         return float(engine.critic.distance(image, engine.segmentor.maps(image, counted), label))
 
 

@@ -1,135 +1,26 @@
-"""Optimizers' steps as differentiable maps, per parameter.
-
-A step takes a parameter ``w``, its gradient ``g`` and the optimizer's moments to the next ``w`` and
-moments. These are the maps of ``torch.optim``, operation for operation, but out of place and safe
-where a second moment is zero: the derivative of the square root is infinite there, that of the
-second moment by the gradient zero, and their product, which torch would give as NaN, is taken to be
-zero.
-
-Sources: the update rules in the documentation of ``torch.optim``.
-"""
+"""The step of all of a level's parameters as one differentiable map."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mlseg.errors import UserError
+from mlseg.hypergradients.optimizers.base import (
+    COUNT,
+    Moments,
+    Optimizer,
+    constant,
+    free,
+    safe_sqrt,
+)
 from mlseg.hypergradients.second_order.products import dual_level
 from mlseg.hypergradients.trajectory import Step
 from mlseg.hypergradients.vectors import filled, flatten, unflatten
-
-if TYPE_CHECKING:
-    from mlseg.multilevel.problem import Problem
-
-Moments = dict[str, Tensor]
-Rule = Callable[[Tensor, Tensor, Moments, Mapping[str, Any], bool], tuple[Tensor, Moments]]
-"""``rule(w, g, moments, settings, hold)``: the next ``w`` and moments, all in the shape of ``w``.
-
-``settings`` are those of ``w``'s group. ``hold`` takes the second moments for constants.
-"""
-
-COUNT = "step"
-"""The moment that counts steps; nothing is differentiated by it."""
-
-
-def rule_of(level: Problem) -> Rule:
-    """The map of a level's optimizer.
-
-    Raises:
-        UserError: there is none for it, or the level steps in a way of its own.
-    """
-    optimizer = level.optimizer
-    what = f"the step of {type(optimizer).__name__}"
-    if level.is_implemented("custom_optimizer_step"):
-        what = "a custom_optimizer_step"
-    else:
-        for cls, rule in _RULES:
-            if isinstance(optimizer, cls):
-                return rule
-    raise UserError(
-        f"problem {level.name!r}: {what} can't be differentiated, only that of SGD, Adam, AdamW, "
-        "RMSprop and Adagrad; take one of these, a method that doesn't need it (cg, identity), or "
-        "unrolled with backend: higher"
-    )
-
-
-def sgd(w: Tensor, g: Tensor, moments: Moments, settings: Mapping[str, Any], hold: bool) -> Any:
-    """``torch.optim.SGD``: momentum, dampening, Nesterov, L2 weight decay."""
-    g = _descent(w, g, settings)
-    after: Moments = {}
-    if settings["momentum"]:
-        buffer = g
-        if "momentum_buffer" in moments:
-            fresh = 1.0 - settings["dampening"]
-            buffer = settings["momentum"] * moments["momentum_buffer"] + fresh * g
-        after["momentum_buffer"] = buffer
-        g = g + settings["momentum"] * buffer if settings["nesterov"] else buffer
-    return w - settings["lr"] * g, after
-
-
-def adam(w: Tensor, g: Tensor, moments: Moments, settings: Mapping[str, Any], hold: bool) -> Any:
-    """``torch.optim.Adam`` and ``AdamW``, with AMSGrad."""
-    lr, (beta1, beta2) = settings["lr"], settings["betas"]
-    if settings.get("decoupled_weight_decay"):
-        g = -g if settings.get("maximize") else g
-        w = w * (1.0 - lr * settings["weight_decay"])
-    else:
-        g = _descent(w, g, settings)
-    count = _count(moments) + 1.0
-    zero = torch.zeros_like(w)
-    first = beta1 * moments.get("exp_avg", zero) + (1.0 - beta1) * g
-    second = _held(beta2 * moments.get("exp_avg_sq", zero) + (1.0 - beta2) * g * g, hold)
-    after = {COUNT: count, "exp_avg": first, "exp_avg_sq": second}
-    largest = second
-    if settings["amsgrad"]:
-        largest = torch.maximum(moments.get("max_exp_avg_sq", zero), second)
-        after["max_exp_avg_sq"] = largest
-    # In double precision, as in torch: 1 - beta^t cancels in single precision.
-    correction1, correction2 = 1.0 - beta1**count, 1.0 - beta2**count
-    denominator = safe_sqrt(largest) / correction2.sqrt().to(w) + settings["eps"]
-    return w - lr / correction1.to(w) * first / denominator, after
-
-
-def rmsprop(w: Tensor, g: Tensor, moments: Moments, settings: Mapping[str, Any], hold: bool) -> Any:
-    """``torch.optim.RMSprop``: centred or not, momentum, L2 weight decay."""
-    g = _descent(w, g, settings)
-    alpha, zero = settings["alpha"], torch.zeros_like(w)
-    second = _held(alpha * moments.get("square_avg", zero) + (1.0 - alpha) * g * g, hold)
-    after: Moments = {COUNT: _count(moments) + 1.0, "square_avg": second}
-    spread = second
-    if settings["centered"]:
-        mean = _held(alpha * moments.get("grad_avg", zero) + (1.0 - alpha) * g, hold)
-        after["grad_avg"] = mean
-        spread = second - mean * mean
-    direction = g / (safe_sqrt(spread) + settings["eps"])
-    if settings["momentum"]:
-        direction = settings["momentum"] * moments.get("momentum_buffer", zero) + direction
-        after["momentum_buffer"] = direction
-    return w - settings["lr"] * direction, after
-
-
-def adagrad(w: Tensor, g: Tensor, moments: Moments, settings: Mapping[str, Any], hold: bool) -> Any:
-    """``torch.optim.Adagrad``: decay of the rate, initial accumulator, L2 weight decay."""
-    g = _descent(w, g, settings)
-    count = _count(moments) + 1.0
-    start = torch.full_like(w, settings["initial_accumulator_value"])
-    total = _held(moments.get("sum", start) + g * g, hold)
-    rate = settings["lr"] / (1.0 + (count - 1.0) * settings["lr_decay"]).to(w)
-    return w - rate * g / (safe_sqrt(total) + settings["eps"]), {COUNT: count, "sum": total}
-
-
-_RULES: Sequence[tuple[type[torch.optim.Optimizer], Rule]] = (
-    (torch.optim.SGD, sgd),
-    (torch.optim.Adam, adam),  # AdamW derives from it
-    (torch.optim.RMSprop, rmsprop),
-    (torch.optim.Adagrad, adagrad),
-)
 
 
 @dataclass
@@ -158,8 +49,8 @@ class _Flat:
 
 
 def _bundles(step: Step) -> list[list[int]]:
-    """The parameters that step, those together that a rule treats alike."""
-    found: dict[Any, list[int]] = {}
+    """The parameters that step, those together that the optimizer treats alike."""
+    alike: dict[Any, list[int]] = {}
     for i, (w, settings, moments) in enumerate(
         zip(step.weights, step.groups, step.moments, strict=True)
     ):
@@ -170,18 +61,18 @@ def _bundles(step: Step) -> list[list[int]]:
             # A number on a device isn't read: that parameter goes by itself.
             count = float(count) if count.device.type == "cpu" else f"parameter {i}"
         key = (settings["index"], w.dtype, w.device, count, *_differentiable(moments))
-        found.setdefault(key, []).append(i)
-    return list(found.values())
+        alike.setdefault(key, []).append(i)
+    return list(alike.values())
 
 
 class StepMap:
     """The joint step of all of a level's parameters at one point: its value and derivatives.
 
-    Rules work element by element. Parameters that a rule treats alike are therefore taken as one
-    flat tensor: a network has dozens of small ones, and a rule dozens of operations.
+    Optimizers work element by element. Parameters that one treats alike are therefore taken as one
+    flat tensor: a network has dozens of small ones, and a step dozens of operations.
 
     Args:
-        rule: of the level's optimizer.
+        optimizer: what is known of the level's.
         step: where: weights, moments, settings, and which parameters had a gradient.
         gradients: per parameter, before clipping; what is None or didn't step stays where it is.
         clip: largest norm that the gradient is scaled down to; 0 for no clipping.
@@ -191,14 +82,15 @@ class StepMap:
 
     def __init__(
         self,
-        rule: Rule,
+        optimizer: type[Optimizer],
         step: Step,
         gradients: Sequence[Tensor | None],
         clip: float = 0.0,
         rates: Sequence[Tensor] | None = None,
         hold: bool = False,
     ) -> None:
-        self.rule, self.step, self.clip, self.hold = rule, step, clip, hold
+        self.optimizer, self.step, self.clip = optimizer, step, clip
+        self._hold = constant if hold else free
         self.weights = [w.detach() for w in step.weights]
         self.gradients = [
             torch.zeros_like(w) if g is None else g.detach()
@@ -247,12 +139,12 @@ class StepMap:
                     chosen.append(value)
                     bars.append(flatten(filled(known, [self.weights[i] for i in places])))
         leaves = before.leaves()
-        found: Sequence[Tensor | None] = [None] * len(leaves)
+        before_bars: Sequence[Tensor | None] = [None] * len(leaves)
         if chosen:
-            found = torch.autograd.grad(
+            before_bars = torch.autograd.grad(
                 chosen, leaves, grad_outputs=bars, allow_unused=True, retain_graph=True
             )
-        flat = before.like(filled(found, leaves))
+        flat = before.like(filled(before_bars, leaves))
         # Parameters that stay where they are pass their cotangents on.
         same = [
             {k: m.get(k, torch.zeros_like(v)) for k, v in known.items() if k != COUNT}
@@ -288,8 +180,8 @@ class StepMap:
             after = self._apply(before.like(duals), self.rates if rates is None else None)
 
             def tangent(value: Tensor) -> Tensor:
-                found = forward_ad.unpack_dual(value).tangent
-                return torch.zeros_like(value) if found is None else found
+                carried = forward_ad.unpack_dual(value).tangent
+                return torch.zeros_like(value) if carried is None else carried
 
             flat = _Flat(
                 [tangent(w) for w in after.weights],
@@ -324,7 +216,7 @@ class StepMap:
             assert settings is not None
             if rates is not None:
                 settings = {**settings, "lr": rates[settings["index"]]}
-            after, moments_after = self.rule(w, g, m, settings, self.hold)
+            after, moments_after = self.optimizer.step(w, g, m, settings, self._hold)
             weights.append(after)
             moments.append(moments_after)
         return _Flat(weights, [], moments)
@@ -376,23 +268,3 @@ class StepMap:
 
 def _differentiable(moments: Moments) -> list[str]:
     return sorted(key for key in moments if key != COUNT)
-
-
-def _held(second: Tensor, hold: bool) -> Tensor:
-    return second.detach() if hold else second
-
-
-def safe_sqrt(x: Tensor) -> Tensor:
-    """Square root with derivative 0 at 0 (and 0, with derivative 0, below: rounding's doing)."""
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
-
-
-def _descent(w: Tensor, g: Tensor, settings: Mapping[str, Any]) -> Tensor:
-    """The gradient of what is descended: of the negated loss if maximised, plus L2 decay."""
-    g = -g if settings.get("maximize") else g
-    return g + settings["weight_decay"] * w if settings["weight_decay"] else g
-
-
-def _count(moments: Moments) -> Tensor:
-    return torch.as_tensor(moments.get(COUNT, 0.0)).to(torch.float64)
