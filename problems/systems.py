@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeInt
 
 from mlseg.config import Settings
-from mlseg.config.registry import Entry, Registry
+from mlseg.config.registry import Entry, Registry, find_entry
 from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings
 
@@ -44,7 +44,7 @@ class System(Entry):
         return self.build(settings, out)
 
 
-_SYSTEMS = Registry(System, "system", ["mlseg.problems"], RunSettings, "my_package.games:build")
+SYSTEMS: Registry[System] = Registry("system", example="my_package.games:build")
 
 
 def system(
@@ -57,7 +57,11 @@ def system(
         settings: class of the whole config.
         summary: one line for ``--help``.
     """
-    return _SYSTEMS.register(name, settings, summary)
+
+    def enter(build: Callable[[Any, Path | None], Engine]) -> System:
+        return SYSTEMS.register(name)(System(name, summary, settings, build))
+
+    return enter
 
 
 def load_system(name: str) -> System:
@@ -66,14 +70,9 @@ def load_system(name: str) -> System:
     Raises:
         UserError: there is none of that name, or the path leads to something else.
     """
-    return _SYSTEMS.load(name)
+    return find_entry(SYSTEMS, System, RunSettings, name)
 
 
 def all_systems() -> Sequence[System]:
     """Every registered system, by name."""
-    return _SYSTEMS.all()
-
-
-def system_names() -> list[str]:
-    """Names of the registered systems, sorted."""
-    return [system.name for system in all_systems()]
+    return list(SYSTEMS.all().values())
