@@ -78,7 +78,7 @@ class SegmentationEngine(Engine):
             config = config.model_copy(update={"metric": data.spec.metric})
         spec = data.spec
         description = {
-            "settings": architecture.model_dump(mode="json", exclude_none=True),
+            **architecture.describe(),
             "in_channels": spec.channels,
             "num_classes": spec.num_classes,
             "image_size": list(data.val.images.shape[-2:]),

@@ -109,12 +109,16 @@ class Registry(Generic[T]):
 
     def all(self) -> dict[str, T]:
         """Everything that has a name, in the order of the names."""
-        while self._search():
-            pass
-        found = dict(self._entries)
+        found = self.registered()
         for source in self._sources:
             found = {**source(), **found}
         return dict(sorted(found.items()))
+
+    def registered(self) -> dict[str, T]:
+        """What has registered itself, without the further entries of :meth:`source`."""
+        while self._search():
+            pass
+        return dict(self._entries)
 
     def get(self, name: str) -> T:
         """What is registered as ``name``, or stands at a dotted path ``package.module:attribute``.
