@@ -18,14 +18,14 @@ from mlseg.multilevel.settings import ProblemSettings
 from mlseg.problems.building import Builder
 from mlseg.problems.systems import RunSettings, system
 from mlseg.segmentation.data import AugmentationSettings, DataSettings, load_data
-from mlseg.segmentation.losses import LossSettings, SegmentationLoss
+from mlseg.segmentation.losses import Criterion, LossSettings, build_loss
 from mlseg.segmentation.nets import SegmentorSettings
 
 
 class Segmentor(Problem):
     """A segmentor on labelled pairs."""
 
-    criterion: SegmentationLoss
+    criterion: Criterion
 
     def training_step(self, batch: Any) -> Any:
         """``L_seg(D_tr; W)``."""
@@ -61,7 +61,7 @@ def build(settings: SupervisedSettings, out: Path | None) -> SegmentationEngine:
     build, level = Builder(settings, data.spec), settings.problems.segmentor
     loader = build.loader("segmentor", level, data.train, settings.augmentation)
     segmentor = build.problem(Segmentor, "segmentor", level, build.segmentor(), loader)
-    segmentor.criterion = SegmentationLoss(settings.loss, data.spec.ignore_index)
+    segmentor.criterion = build_loss(settings.loss, data.spec.ignore_index)
     return SegmentationEngine(
         [segmentor],
         settings.engine,

@@ -18,6 +18,7 @@ class RunSettings(Settings):
 
     Attributes:
         system: registered name, or dotted path ``package.module:build``.
+        imports: modules to import first, which register what the rest of the config names.
         seed: of every random draw but the data split, which has its own.
         device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``bf16`` is autocast; hypergradients are evaluated in fp32 all the same.
@@ -25,6 +26,7 @@ class RunSettings(Settings):
     """
 
     system: str
+    imports: list[str] = []
     seed: NonNegativeInt = 0
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -32,8 +32,9 @@ class Component(Settings):
     """A named class or function with its settings, checked as strictly as any others.
 
     An instance has the settings of what it names as attributes, defaults included, beside the
-    fields that a subclass declares. A thing may also bring a :class:`Settings` class of its own
-    with a method ``build``, in place of a signature: then that class is what is registered.
+    fields that a subclass declares. Null for a key that takes none is as if it weren't there, so
+    that a file can undo what it inherits. In place of a class or function with a signature, a
+    :class:`Settings` class with a method ``build`` may be what is registered.
 
     Attributes:
         name: registered name, or dotted path ``package.module:attribute``.
@@ -60,7 +61,15 @@ class Component(Settings):
     @classmethod
     def _checked(cls, values: Any) -> Any:
         schema = cls._schema(values)
-        return values if schema is None else dict(schema.model_validate(values))
+        if schema is None:
+            return values
+        fields = schema.model_fields
+        given = {
+            key: value
+            for key, value in values.items()
+            if value is not None or key == "name" or (key in fields and _takes_null(fields[key]))
+        }
+        return dict(schema.model_validate(given))
 
     @classmethod
     def _schema(cls, values: Any) -> type[Settings] | None:
@@ -154,6 +163,11 @@ def signature_settings(
     # pydantic takes either a base or a config.
     held = type("_Base", (base,), {"model_config": config, "__module__": __name__})
     return pydantic.create_model(thing.__name__, __base__=held, **fields)
+
+
+def _takes_null(field: pydantic.fields.FieldInfo) -> bool:
+    members = typing.get_args(field.annotation) or (field.annotation,)
+    return any(member in (Any, None, type(None)) for member in members)
 
 
 def _is_plain(value: Any) -> bool:

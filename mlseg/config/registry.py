@@ -32,7 +32,8 @@ from difflib import get_close_matches
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
-from mlseg.config.loading import Settings
+from mlseg.config.explaining import quoted
+from mlseg.config.loading import Settings, Tree
 from mlseg.errors import UserError, one_line
 
 PLUGINS = "mlseg.problems"
@@ -210,6 +211,24 @@ def import_module(name: str) -> ModuleType:
         else:
             reason = f"{frames[-1].filename}:{frames[-1].lineno}: {one_line(error)}"
         raise UserError(f"can't import {name!r} ({reason})") from error
+
+
+def run_imports(tree: Tree) -> None:
+    """Import the modules that a config lists under ``imports:``, before names are looked up.
+
+    Raises:
+        UserError: it is no list of modules, or one can't be imported.
+    """
+    wanted = tree.values.get("imports", [])
+    if not isinstance(wanted, list):
+        raise tree.error("imports", f"expected a list of modules, got {quoted(wanted)}")
+    for position, module in enumerate(wanted):
+        if not isinstance(module, str):
+            raise tree.error(("imports", position), f"expected a string, got {quoted(module)}")
+        try:
+            import_module(module)
+        except UserError as error:
+            raise tree.error(("imports", position), str(error)) from error
 
 
 def _import_all(name: str) -> None:

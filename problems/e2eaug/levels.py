@@ -57,7 +57,7 @@ from mlseg.problems.e2eaug.settings import E2EAugSettings
 from mlseg.problems.systems import system
 from mlseg.randomness import derived, seeded
 from mlseg.segmentation.data import Augmentation, load_data
-from mlseg.segmentation.losses import SegmentationLoss, gan_loss
+from mlseg.segmentation.losses import Criterion, build_loss, gan_loss
 
 # --------------------------------------------------------------------------- the levels
 
@@ -120,7 +120,7 @@ class Discriminator(Problem):
 class Segmentor(Problem):
     """Level 2: learns from real pairs, and from augmented masks with the images made of them."""
 
-    criterion: SegmentationLoss
+    criterion: Criterion
     num_classes: int
     synthetic_weight: float
     mask_augmentation: Augmentation
@@ -189,7 +189,7 @@ class Segmentor(Problem):
 class Architecture(Problem):
     """Level 3: the alphas, by the segmentor's loss on validation data."""
 
-    criterion: SegmentationLoss
+    criterion: Criterion
 
     def training_step(self, batch: Any) -> Tensor:
         """``L_seg(D_val; W)``."""
@@ -251,7 +251,7 @@ def build(settings: E2EAugSettings, out: Path | None) -> SegmentationEngine:
             f"data.image_size is {min(size)}; lower the layers"
         )
 
-    criterion = SegmentationLoss(settings.loss, spec.ignore_index)
+    criterion = build_loss(settings.loss, spec.ignore_index)
 
     loader = make.loader("generator", levels.generator, data.train, settings.gan.augmentation)
     generator = make.problem(Generator, "generator", levels.generator, maker, loader)

@@ -10,7 +10,6 @@ is defined it registers itself; one of a user's own is found by dotted path as w
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pydantic import model_validator
 from torch import nn
 
 from mlseg.config import Tree, parse
@@ -21,8 +20,6 @@ from mlseg.errors import UserError
 SEGMENTORS: Registry[Callable[..., nn.Module]] = Registry(
     "segmentor", packages=["mlseg.segmentation.nets"], example="my_package.nets:MyNet"
 )
-_FORMER = ("channels", "levels", "expansion", "global_kernel", "encoder", "options")
-"""Keys that the configs and checkpoints of former versions set to null for every other network."""
 
 
 class SegmentorSettings(Component):
@@ -38,13 +35,6 @@ class SegmentorSettings(Component):
     given = 2
 
     name: str = "unet"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {k: v for k, v in values.items() if v is not None or k not in _FORMER}
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint holds of it: plain values, from which :func:`described` makes it."""
