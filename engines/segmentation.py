@@ -78,7 +78,7 @@ class Segmentation(Hooks):
         """The segmentor, such that it can be built again."""
         spec = self.data.spec
         segmentor = {
-            "settings": self.architecture.model_dump(mode="json", exclude_none=True),
+            **self.architecture.describe(),
             "in_channels": spec.channels,
             "num_classes": spec.num_classes,
             "image_size": list(self.data.val.images.shape[-2:]),

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, RunError, UserError
-from mlseg.segmentation.data.catalog import CATALOG
+from mlseg.segmentation.data.entry import DATA_SETS, data_set
 from mlseg.segmentation.data.fetch import fetch, how_to_get
-from mlseg.segmentation.data.settings import check_name, resolve_root
+from mlseg.segmentation.data.settings import resolve_root
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,16 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _list()
         return 0
     try:
-        check_name(given.name)
+        entry = data_set(given.name)
         if given.limit is not None and given.limit < 1:
             raise UserError(f"--limit must be at least 1, got {given.limit}")
-        entry = CATALOG[given.name]
         if entry.synthetic:
             raise UserError(f"{given.name} is drawn when a run needs it; there is nothing to fetch")
         if not entry.archives:
-            print(how_to_get(given.name), file=sys.stderr)
+            print(how_to_get(entry), file=sys.stderr)
             return EXIT_USER_ERROR
-        fetch(given.name, resolve_root(given.name, given.root), given.limit, given.part)
+        fetch(entry, resolve_root(entry.spec.name, given.root), given.limit, given.part)
     except RunError as error:
         print(error, file=sys.stderr)
         return EXIT_RUN_ERROR
@@ -52,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _list() -> None:
     table = Table("name", "classes", "channels", "metric", "fetch", "from")
-    for name, entry in CATALOG.items():
+    for name in DATA_SETS.names():
+        entry = data_set(name)
         spec = entry.spec
         by = "drawn" if entry.synthetic else "yes" if entry.archives else "by hand"
         table.add_row(

@@ -27,8 +27,13 @@ from mlseg.files import write_json
 from mlseg.machine import choose_device
 from mlseg.run import parse_run
 from mlseg.segmentation.calibration import calibrated, describe
-from mlseg.segmentation.data import DataSettings, SegmentationData, load_data, load_examples
-from mlseg.segmentation.data.catalog import CATALOG
+from mlseg.segmentation.data import (
+    DataSettings,
+    SegmentationData,
+    data_set,
+    load_data,
+    load_examples,
+)
 from mlseg.segmentation.metrics import SCORES
 from mlseg.segmentation.scoring import score
 from mlseg.segmentation.trained import Ensemble, load_runs
@@ -62,7 +67,7 @@ def _run(arguments: argparse.Namespace) -> int:
         own = {"test": data.test, **data.out_of_distribution}
         sets = {name: samples for name, samples in own.items() if len(samples)}
         if not sets:
-            raise _nothing_of_its_own(arguments.runs[0], data.spec.name)
+            raise _nothing_of_its_own(arguments.runs[0], data.manifest["dataset"])
     else:
         sets = {
             name: load_examples(name, arguments.root, trained.image_size, trained.spec, trained.fit)
@@ -138,7 +143,7 @@ def own_data(runs: Sequence[Path]) -> SegmentationData:
 
 def _nothing_of_its_own(run: Path, name: str) -> UserError:
     mend = "name a data set by --data"
-    if CATALOG[name].withheld_test:
+    if data_set(name).withheld_test:
         mend += f" (--data {name} scores its validation part, which has chosen the weights)"
     return UserError(f"{run}: its test split is empty, so it has nothing to be scored on; {mend}")
 

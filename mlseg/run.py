@@ -19,6 +19,7 @@ from rich.table import Table
 
 from mlseg import config
 from mlseg.commands import guarded, make_console
+from mlseg.config.registry import run_imports
 from mlseg.dry_run import dry_run
 from mlseg.engines.engine import Engine
 from mlseg.errors import UserError
@@ -97,10 +98,14 @@ def parse_run(tree: config.Tree) -> tuple[AnyRunSettings, Any]:
     Raises:
         UserError: the config names no system, an unknown one, or doesn't fit it.
     """
+    run_imports(tree)
     name = tree.values.get("system")
     if not isinstance(name, str):
         raise tree.error("system", "missing; name a system, such as system: e2eaug")
-    system = load_system(name)
+    try:
+        system = load_system(name)
+    except UserError as error:
+        raise tree.error("system", str(error)) from None
     return config.parse(system.settings, tree), system
 
 

@@ -19,14 +19,14 @@ from mlseg.multilevel.settings import ProblemSettings
 from mlseg.problems.building import Builder, Setup
 from mlseg.problems.systems import RunSettings, system
 from mlseg.segmentation.data import AugmentationSettings, DataSettings, load_data
-from mlseg.segmentation.losses import LossSettings, SegmentationLoss
+from mlseg.segmentation.losses import Criterion, LossSettings, build_loss
 from mlseg.segmentation.nets import SegmentorSettings
 
 
 class Segmentor(Problem):
     """A segmentor on labelled pairs."""
 
-    def __init__(self, setup: Setup, *, criterion: SegmentationLoss) -> None:
+    def __init__(self, setup: Setup, *, criterion: Criterion) -> None:
         super().__init__(*setup)
         self.criterion = criterion
 
@@ -65,7 +65,7 @@ def build(settings: SupervisedSettings, out: Path | None) -> Engine:
     loader = make.loader("segmentor", level, data.train, settings.augmentation)
     segmentor = Segmentor(
         make.level("segmentor", level, make.segmentor(), loader),
-        criterion=SegmentationLoss(settings.loss, data.spec.ignore_index),
+        criterion=build_loss(settings.loss, data.spec.ignore_index),
     )
     return Engine(
         [segmentor],

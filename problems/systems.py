@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeInt
 
 from mlseg.config import Settings
-from mlseg.config.registry import Entry, Registry
+from mlseg.config.registry import Entry, Registry, find_entry
 from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings, LoopSettings
 
@@ -18,6 +18,7 @@ class AnyRunSettings(Settings):
 
     Attributes:
         system: registered name, or dotted path ``package.module:build``.
+        imports: modules to import first, which register what the rest of the config names.
         seed: of every random draw but the data split, which has its own.
         device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``bf16`` is autocast; hypergradients are evaluated in fp32 all the same.
@@ -25,6 +26,7 @@ class AnyRunSettings(Settings):
     """
 
     system: str
+    imports: list[str] = []
     seed: NonNegativeInt = 0
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -54,7 +56,7 @@ class System(Entry):
         return self.build(settings, out)
 
 
-_SYSTEMS = Registry(System, "system", ["mlseg.problems"], AnyRunSettings, "my_package.games:build")
+SYSTEMS: Registry[System] = Registry("system", example="my_package.games:build")
 
 
 def system(
@@ -67,7 +69,11 @@ def system(
         settings: class of the whole config.
         summary: one line for ``--help``.
     """
-    return _SYSTEMS.register(name, settings, summary)
+
+    def enter(build: Callable[[Any, Path | None], Engine]) -> System:
+        return SYSTEMS.register(name)(System(name, summary, settings, build))
+
+    return enter
 
 
 def load_system(name: str) -> System:
@@ -76,14 +82,9 @@ def load_system(name: str) -> System:
     Raises:
         UserError: there is none of that name, or the path leads to something else.
     """
-    return _SYSTEMS.load(name)
+    return find_entry(SYSTEMS, System, RunSettings, name)
 
 
 def all_systems() -> Sequence[System]:
     """Every registered system, by name."""
-    return _SYSTEMS.all()
-
-
-def system_names() -> list[str]:
-    """Names of the registered systems, sorted."""
-    return [system.name for system in all_systems()]
+    return list(SYSTEMS.all().values())

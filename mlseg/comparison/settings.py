@@ -14,9 +14,7 @@ A task or method that is set to null is left out, as on a command line: ``method
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -29,7 +27,8 @@ from mlseg import config
 from mlseg.comparison.tasks.base import Task, TaskSettings, load_task
 from mlseg.config import Settings
 from mlseg.config.explaining import explain, quoted
-from mlseg.errors import UserError, one_line
+from mlseg.config.registry import run_imports
+from mlseg.errors import UserError
 from mlseg.hypergradients import Method, resolve
 from mlseg.machine import choose_device
 
@@ -79,7 +78,7 @@ class CompareSettings(Settings):
         tasks: by label; a mapping of ``name`` (the label by default) and that task's settings.
         methods: by label; a mapping of ``method`` (the label by default) and its settings, where a
             list of values makes one method of each.
-        imports: modules to import first, which register methods of the user's own.
+        imports: modules to import first, which register tasks and methods of the user's own.
         seeds: of every draw, one cell for each.
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
         threads: of each process; more than one may change the last digits.
@@ -141,9 +140,8 @@ def parse(tree: config.Tree) -> Comparison:
     Raises:
         UserError: a key, task, method or setting is unknown or wrong.
     """
+    run_imports(tree)
     settings = config.parse(CompareSettings, tree)
-    for position, module in enumerate(settings.imports):
-        _import(module, ("imports", position), tree)
     tasks = {
         label: _task(label, values, tree)
         for label, values in settings.tasks.items()
@@ -174,15 +172,6 @@ def parse(tree: config.Tree) -> Comparison:
         trained = tuple(dict.fromkeys(wanted))
     device = str(choose_device(settings.device))
     return Comparison(settings, tasks, methods, groups, trained, device)
-
-
-def _import(module: str, path: tuple[str | int, ...], tree: config.Tree) -> None:
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a user's module beside the config, as with python -m
-    try:
-        importlib.import_module(module)
-    except (ImportError, ValueError) as error:
-        raise tree.error(path, f"can't import {module!r} ({one_line(error)})") from error
 
 
 def _task(label: str, values: Mapping[str, Any], tree: config.Tree) -> tuple[Task, TaskSettings]:

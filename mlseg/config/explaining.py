@@ -245,9 +245,14 @@ def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel)
 
 
+def _fitting(model: Any, values: Any) -> Any:
+    """The schema that a model's values are checked by: see `Settings.fitting`."""
+    return model.fitting(values) if hasattr(model, "fitting") else model
+
+
 def _models(annotation: Any, path: Path, value: Any) -> Iterator[type[pydantic.BaseModel]]:
     """The schemas that may hold at `path`: of a union's members, those that fit the literals."""
-    models = [member for member in _members(annotation) if _is_model(member)]
+    models = [_fitting(member, value) for member in _members(annotation) if _is_model(member)]
     if isinstance(value, Mapping):
         named = [model for model in models if _fits(model, value)]
         models = named or models
@@ -283,7 +288,7 @@ def _fits(model: type[pydantic.BaseModel], value: Mapping[str, Any]) -> bool:
 def _all_keys(annotation: Any, prefix: str = "", above: tuple[type, ...] = ()) -> Iterator[str]:
     for model in _members(annotation):
         if _is_model(model) and model not in above:
-            for name, info in model.model_fields.items():
+            for name, info in _fitting(model, {}).model_fields.items():
                 dotted = prefix + (info.alias or name)
                 yield dotted
                 yield from _all_keys(info.annotation, dotted + ".", (*above, model))

@@ -48,6 +48,11 @@ class Settings(pydantic.BaseModel):
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False
     )
 
+    @classmethod
+    def fitting(cls, values: Any) -> type[pydantic.BaseModel]:
+        """The schema that `values` have to fit, where they name one among several."""
+        return cls
+
 
 S = TypeVar("S", bound=pydantic.BaseModel)
 

@@ -13,9 +13,9 @@ from mlseg import checkpoint
 from mlseg.errors import UserError
 from mlseg.segmentation.data import DatasetSpec, Fit
 from mlseg.segmentation.nets import (
-    SegmentorSettings,
     build_segmentor,
     class_probabilities,
+    described,
     temperature,
 )
 from mlseg.segmentation.scoring import at_native, predict_logits
@@ -166,9 +166,15 @@ def load_trained(run: Path, device: torch.device, weights: str = "best") -> Trai
     found: dict[str, Any] | None = state.get("segmentor")
     if found is None:
         raise UserError(f"{path}: this run has no segmentor to load")
-    settings = SegmentorSettings.model_validate(found["settings"])
+    settings = described(found, str(path))
     module = build_segmentor(settings, found["in_channels"], found["num_classes"])
-    module.load_state_dict(state["problems"][found["problem"]]["module"])
+    try:
+        module.load_state_dict(state["problems"][found["problem"]]["module"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{path}: its weights don't fit {settings.name!r} as it is now ({reason})"
+        ) from None
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     height, width = found["image_size"]

@@ -48,7 +48,7 @@ from mlseg.precision import full
 from mlseg.problems.building import Setup
 from mlseg.problems.e2eaug.losses import gan_loss
 from mlseg.segmentation.data import Augmentation
-from mlseg.segmentation.losses import SegmentationLoss
+from mlseg.segmentation.losses import Criterion
 
 
 class Generator(Problem):
@@ -128,7 +128,7 @@ class Segmentor(Problem):
         self,
         setup: Setup,
         *,
-        criterion: SegmentationLoss,
+        criterion: Criterion,
         num_classes: int,
         synthetic_weight: float,
         mask_augmentation: Augmentation,
@@ -204,7 +204,7 @@ class Segmentor(Problem):
 class Architecture(Problem):
     """Level 3: the alphas, by the segmentor's loss on validation data."""
 
-    def __init__(self, setup: Setup, *, criterion: SegmentationLoss) -> None:
+    def __init__(self, setup: Setup, *, criterion: Criterion) -> None:
         super().__init__(*setup)
         self.criterion = criterion
 

@@ -27,7 +27,7 @@ from mlseg.problems.e2eaug.settings import E2EAugSettings
 from mlseg.problems.systems import system
 from mlseg.randomness import derived, seeded
 from mlseg.segmentation.data import Augmentation, SegmentationData, load_data
-from mlseg.segmentation.losses import SegmentationLoss
+from mlseg.segmentation.losses import build_loss
 
 
 @system("e2eaug", E2EAugSettings, "three levels: mask-to-image GAN, segmentor, its architecture")
@@ -37,7 +37,7 @@ def build(settings: E2EAugSettings, out: Path | None) -> Engine:
     require_validation(data)
     make, levels, spec = Builder(settings, data.spec), settings.problems, data.spec
     maker, critic, alphas = networks(settings, data)
-    criterion = SegmentationLoss(settings.loss, spec.ignore_index)
+    criterion = build_loss(settings.loss, spec.ignore_index)
 
     loader = make.loader("generator", levels.generator, data.train, settings.gan.augmentation)
     generator = Generator(

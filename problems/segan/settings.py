@@ -16,6 +16,7 @@ from pydantic import (
 from mlseg.config import Settings
 from mlseg.multilevel.settings import ProblemSettings
 from mlseg.problems.segan.losses import Reduction
+from mlseg.problems.segan.networks.critic import KERNELS
 from mlseg.problems.systems import RunSettings
 from mlseg.segmentation.data import AugmentationSettings, DataSettings
 from mlseg.segmentation.nets import SegmentorSettings
@@ -37,7 +38,7 @@ class CriticSettings(Settings):
     """
 
     channels: PositiveInt = 64
-    layers: PositiveInt = 6
+    layers: Annotated[int, Field(ge=1, le=len(KERNELS))] = len(KERNELS)
     global_kernel: PositiveInt | None = 9
     classes: Literal["each", "stacked"] = "each"
     clamp: PositiveFloat | None = 0.05
@@ -90,7 +91,7 @@ class SegANSettings(RunSettings):
     game: Literal["alternating", "stackelberg"] = "alternating"
     data: DataSettings
     augmentation: AugmentationSettings = AugmentationSettings.off()
-    segmentor: SegmentorSettings = SegmentorSettings(name="segan")
+    segmentor: SegmentorSettings = Field(default_factory=lambda: SegmentorSettings(name="segan"))
     critic: CriticSettings = CriticSettings()
     logistic: LogisticSettings = LogisticSettings()
     loss: GameLossSettings = GameLossSettings()

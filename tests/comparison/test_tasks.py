@@ -273,7 +273,7 @@ class TestAim:
 
 class TestTable:
     def test_an_unknown_task(self) -> None:
-        with pytest.raises(UserError, match="no 'quadratik'; did you mean 'quadratic'"):
+        with pytest.raises(UserError, match="no task 'quadratik'; did you mean 'quadratic'"):
             load_task("quadratik")
 
     def test_a_dotted_path(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mlseg.config import Settings
-from mlseg.segmentation.losses import LossSettings, SegmentationLoss
+from mlseg.segmentation.losses import LossSettings, build_loss
 
 IGNORE = 255
 
@@ -32,7 +32,7 @@ def _only(**weights: float | bool) -> LossSettings:
 
 def test_the_default_is_cross_entropy_alone() -> None:
     logits, target = _case(3)
-    loss = SegmentationLoss(LossSettings())(logits, target)
+    loss = build_loss(LossSettings())(logits, target)
     torch.testing.assert_close(loss, functional.cross_entropy(logits, target))
 
 
@@ -41,11 +41,11 @@ def test_the_default_is_cross_entropy_alone() -> None:
 def test_overlap_terms_agree_with_smp(classes: int, smooth: float) -> None:
     """Every class occurs, so the difference in absent classes doesn't show."""
     logits, target = _case(classes)
-    dice = SegmentationLoss(_only(dice=1.0, smooth=smooth))(logits, target)
+    dice = build_loss(_only(dice=1.0, smooth=smooth))(logits, target)
     # There, s stands beside I and the mean of P and T; here, beside 2 I and their sum.
     expected = smp.losses.DiceLoss("multiclass", smooth=smooth / 2)(logits, target)
     torch.testing.assert_close(dice, expected)
-    jaccard = SegmentationLoss(_only(jaccard=1.0, smooth=smooth))(logits, target)
+    jaccard = build_loss(_only(jaccard=1.0, smooth=smooth))(logits, target)
     expected = smp.losses.JaccardLoss("multiclass", smooth=smooth)(logits, target)
     torch.testing.assert_close(jaccard, expected)
 
@@ -54,10 +54,10 @@ def test_overlap_terms_agree_with_smp(classes: int, smooth: float) -> None:
 @settings(max_examples=20, deadline=None)
 def test_ignored_pixels_are_as_if_they_were_not_there(seed: int, classes: int) -> None:
     logits, target = _case(classes, seed, ignored=0.4)
-    loss = SegmentationLoss(LossSettings(dice=0.5, jaccard=2.0), IGNORE)
+    loss = build_loss(LossSettings(dice=0.5, jaccard=2.0), IGNORE)
     kept = target != IGNORE
     rows = logits.permute(0, 2, 3, 1)[kept].T[None, :, None]
-    alone = SegmentationLoss(LossSettings(dice=0.5, jaccard=2.0))(rows, target[kept][None, None])
+    alone = build_loss(LossSettings(dice=0.5, jaccard=2.0))(rows, target[kept][None, None])
     torch.testing.assert_close(loss(logits, target), alone)
     logits.requires_grad_()
     (gradient,) = torch.autograd.grad(loss(logits, target), logits)
@@ -66,9 +66,9 @@ def test_ignored_pixels_are_as_if_they_were_not_there(seed: int, classes: int) -
 
 def test_terms_add_up_with_their_weights() -> None:
     logits, target = _case(3)
-    whole = SegmentationLoss(LossSettings(cross_entropy=0.5, dice=2.0, jaccard=3.0))
+    whole = build_loss(LossSettings(cross_entropy=0.5, dice=2.0, jaccard=3.0))
     parts = [
-        weight * SegmentationLoss(_only(smooth=1.0, **{name: 1.0}))(logits, target)
+        weight * build_loss(_only(smooth=1.0, **{name: 1.0}))(logits, target)
         for name, weight in (("cross_entropy", 0.5), ("dice", 2.0), ("jaccard", 3.0))
     ]
     torch.testing.assert_close(whole(logits, target), sum(parts))
@@ -85,7 +85,7 @@ def test_closed_form() -> None:
         ("dice", 1 - q),
         ("jaccard", 1 - q / (2 - q)),
     ):
-        assert math.isclose(float(SegmentationLoss(_only(**{name: 1.0}))(logits, target)), value)
+        assert math.isclose(float(build_loss(_only(**{name: 1.0}))(logits, target)), value)
 
 
 def test_absent_classes_and_background() -> None:
@@ -98,9 +98,9 @@ def test_absent_classes_and_background() -> None:
         truth = target == index
         inside = (probability[:, index] * truth).sum()
         dice.append(1 - 2 * inside / (probability[:, index].sum() + truth.sum()))
-    both = SegmentationLoss(_only(dice=1.0))(logits, target)
+    both = build_loss(_only(dice=1.0))(logits, target)
     torch.testing.assert_close(both, (dice[0] + dice[1]) / 2)
-    foreground = SegmentationLoss(_only(dice=1.0, background=False))(logits, target)
+    foreground = build_loss(_only(dice=1.0, background=False))(logits, target)
     torch.testing.assert_close(foreground, dice[1])
 
 
@@ -109,7 +109,7 @@ def test_nothing_but_ignored_pixels_is_zero(smooth: float) -> None:
     logits, target = _case(3)
     logits.requires_grad_()
     weights = LossSettings(dice=1.0, jaccard=1.0, smooth=smooth)
-    loss = SegmentationLoss(weights, IGNORE)(logits, torch.full_like(target, IGNORE))
+    loss = build_loss(weights, IGNORE)(logits, torch.full_like(target, IGNORE))
     assert float(loss) == 0
     (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
     assert not gradient.any()
@@ -121,7 +121,7 @@ def test_derivatives(term: str) -> None:
     logits, target = _case(3, ignored=0.2)
     logits = logits[:, :, :2, :3].clone().requires_grad_()
     target = target[:, :2, :3]
-    loss = SegmentationLoss(_only(smooth=1.0, **{term: 1.0}), IGNORE)
+    loss = build_loss(_only(smooth=1.0, **{term: 1.0}), IGNORE)
     assert torch.autograd.gradcheck(lambda x: loss(x, target), logits)
     assert torch.autograd.gradgradcheck(lambda x: loss(x, target), logits)
 
@@ -130,9 +130,9 @@ def test_derivatives(term: str) -> None:
 def test_half_precision_logits_are_summed_in_single(dtype: torch.dtype) -> None:
     logits, target = _case(2)
     weights = LossSettings(dice=1.0)
-    loss = SegmentationLoss(weights)(logits.to(dtype), target)
+    loss = build_loss(weights)(logits.to(dtype), target)
     assert loss.dtype == torch.float32
-    expected = SegmentationLoss(weights)(logits, target)
+    expected = build_loss(weights)(logits, target)
     assert math.isclose(float(loss), float(expected), abs_tol=1e-2)
 
 
@@ -142,7 +142,7 @@ def test_saturated_logits_stay_finite(extreme: float) -> None:
     logits[:, 1] = extreme
     logits.requires_grad_()
     weights = LossSettings(dice=1.0, jaccard=1.0, smooth=0.0)
-    loss = SegmentationLoss(weights)(logits, torch.zeros(1, 2, 2, dtype=torch.long))
+    loss = build_loss(weights)(logits, torch.zeros(1, 2, 2, dtype=torch.long))
     loss.backward()
     assert loss.isfinite()
     assert logits.grad is not None
@@ -164,6 +164,6 @@ def test_nothing_is_read_from_the_device() -> None:
     with torch.device("meta"):
         logits = torch.empty(2, 3, 4, 4, requires_grad=True)
         target = torch.empty(2, 4, 4, dtype=torch.long)
-        loss = SegmentationLoss(LossSettings(dice=1.0, jaccard=1.0), IGNORE)(logits, target)
+        loss = build_loss(LossSettings(dice=1.0, jaccard=1.0), IGNORE)(logits, target)
         loss.backward()
     assert loss.shape == ()

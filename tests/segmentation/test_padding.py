@@ -15,7 +15,7 @@ from mlseg import calibrate, checkpoint, evaluate, predict, run
 from mlseg.config import load
 from mlseg.run import parse_run
 from mlseg.segmentation.data import BatchLoader, load_data, to_float
-from mlseg.segmentation.losses import LossSettings, SegmentationLoss
+from mlseg.segmentation.losses import LossSettings, build_loss
 from mlseg.segmentation.nets import class_probabilities
 from mlseg.segmentation.scoring import predict_logits, score
 from mlseg.segmentation.trained import load_runs, load_trained
@@ -171,7 +171,7 @@ def test_a_batch_of_nothing_but_padding_trains_nothing(padded: Path) -> None:
     assert (corner == IGNORED).all()
     assert (image[smallest, :, -3:, -3:].abs() < 0.004).all()
     logits = torch.randn(1, 2, 3, 3, requires_grad=True)
-    loss = SegmentationLoss(LossSettings(dice=1.0, jaccard=1.0), IGNORED)(logits, corner)
+    loss = build_loss(LossSettings(dice=1.0, jaccard=1.0), IGNORED)(logits, corner)
     loss.backward()  # type: ignore[no-untyped-call]
     assert loss.item() == 0
     assert logits.grad is not None

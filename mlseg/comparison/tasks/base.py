@@ -14,7 +14,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from mlseg.config import Settings
-from mlseg.config.registry import Entry, Registry
+from mlseg.config.registry import Entry, Registry, find_entry
 from mlseg.engines.engine import Engine
 from mlseg.hypergradients import Method, resolve
 from mlseg.hypergradients.one_step import OneStep
@@ -173,12 +173,8 @@ class Task(Entry):
         return self.build(settings, conditions)
 
 
-_TASKS = Registry(
-    Task,
-    "task",
-    ["mlseg.comparison.tasks", "mlseg.problems"],
-    TaskSettings,
-    "my_package.tasks:build",
+TASKS: Registry[Task] = Registry(
+    "task", packages=["mlseg.comparison.tasks"], example="my_package.tasks:build"
 )
 
 
@@ -192,7 +188,11 @@ def task(
         settings: class of its settings.
         summary: one line for ``--help``.
     """
-    return _TASKS.register(name, settings, summary)
+
+    def enter(build: Callable[[Any, Conditions], Program]) -> Task:
+        return TASKS.register(name)(Task(name, summary, settings, build))
+
+    return enter
 
 
 def load_task(name: str) -> Task:
@@ -201,9 +201,9 @@ def load_task(name: str) -> Task:
     Raises:
         UserError: there is none of that name, or the path leads to something else.
     """
-    return _TASKS.load(name)
+    return find_entry(TASKS, Task, TaskSettings, name)
 
 
 def all_tasks() -> Sequence[Task]:
     """Every registered task, by name."""
-    return _TASKS.all()
+    return list(TASKS.all().values())

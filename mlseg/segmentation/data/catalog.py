@@ -6,96 +6,14 @@ of folders, `{ext}` any image extension. Where a mask has several patterns, each
 their foregrounds are united; so are several files that one pattern matches.
 
 Layouts are those of the official archives, unpacked; where they say other figures than a paper, the
-paper is named. To add a set, add an entry.
+paper is named. To add a set, add an entry; a set of your own may lie in any module that a config
+names, see `mlseg.segmentation.data.entry`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
-
 from mlseg.segmentation.data import palettes
+from mlseg.segmentation.data.entry import DATA_SETS, Archive, Entry, Part, RawFormat
+from mlseg.segmentation.data.layout import read_pairs
 from mlseg.segmentation.data.samples import DatasetSpec
-
-OWN_DATA = ("folder", "pairs")
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "bmp", "tif", "tiff", "gif", "webp")
-
-
-@dataclass(frozen=True)
-class Part:
-    """Patterns of the images and of their masks.
-
-    Attributes:
-        listed: pattern of a text file with the ids that belong to the part, one a line; other
-            images are left out.
-    """
-
-    images: str
-    masks: tuple[str, ...]
-    listed: str | None = None
-
-
-@dataclass(frozen=True)
-class Archive:
-    """A zip file at a public address that holds a part's images or masks under the same paths."""
-
-    url: str
-    part: str
-
-
-@dataclass(frozen=True)
-class RawFormat:
-    """Images without a header: big-endian unsigned 16-bit, `bits` of them used."""
-
-    suffix: str
-    height: int
-    width: int
-    bits: int
-    white_is_zero: bool
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A data set.
-
-    Attributes:
-        spec: what it is; see `DatasetSpec`.
-        layouts: alternatives, tried in order. Each maps a part's name to its patterns: "all", or
-            the official "train", "val", "test".
-        source: where to get it, and its terms where they are strict.
-        masks: "binary" masks are cut at half their range, "nonzero" ones above 0, "index" masks
-            hold class indices.
-        ids: regular expression of an example's name.
-        remap: classes of "index" masks by the values in the files; a value that isn't named has
-            the ignore index. None: the values are the classes.
-        withheld_test: the labels of the official test part are not public.
-        same_size: an image and its mask have the same size (else only the same shape).
-        unmasked_images: images without a mask are left out instead of being an error.
-        official: the official split is the default.
-        archives: what can be fetched.
-        raw: format of images without a header.
-    """
-
-    spec: DatasetSpec
-    layouts: tuple[Mapping[str, Part], ...]
-    source: str
-    masks: Literal["binary", "nonzero", "index"] = "binary"
-    ids: str = r"[^/]+?"
-    same_size: bool = True
-    unmasked_images: bool = False
-    official: bool = False
-    archives: tuple[Archive, ...] = ()
-    raw: RawFormat | None = None
-    synthetic: bool = False
-    remap: Mapping[int, int] | None = None
-    withheld_test: bool = False
-
-    @property
-    def expected(self) -> list[str]:
-        """The patterns of the first layout, for messages."""
-        found: list[str] = []
-        for part in self.layouts[0].values() if self.layouts else ():
-            found += [part.images, *part.masks]
-        return found
 
 
 def _binary(name: str, foreground: str, channels: int = 3, metric: str = "jaccard") -> DatasetSpec:
@@ -407,7 +325,7 @@ _ENTRIES = (
     ),
     Entry(
         spec=_binary("pairs", "foreground"),
-        layouts=(),
+        examples=read_pairs,
         source=(
             "your own data: a CSV file with the columns image and mask (paths from the file's "
             "folder), and if wanted id and split (train, val, test)"
@@ -431,4 +349,5 @@ _ENTRIES = (
     ),
 )
 
-CATALOG: dict[str, Entry] = {entry.spec.name: entry for entry in _ENTRIES}
+for _entry in _ENTRIES:
+    DATA_SETS.register(_entry.spec.name)(_entry)

@@ -25,8 +25,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mlseg.errors import RunError, UserError
-from mlseg.segmentation.data.catalog import Entry, RawFormat
-from mlseg.segmentation.data.layout import Example
+from mlseg.segmentation.data.entry import Entry, Example, RawFormat
 from mlseg.segmentation.data.placement import PADDING, Fit, padded, placed
 from mlseg.segmentation.data.samples import DatasetSpec, Samples
 

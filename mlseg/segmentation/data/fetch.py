@@ -29,7 +29,7 @@ from rich.progress import (
 )
 
 from mlseg.errors import RunError, UserError
-from mlseg.segmentation.data.catalog import CATALOG, Archive, Entry
+from mlseg.segmentation.data.entry import Archive, Entry
 from mlseg.segmentation.data.layout import choose_layout, match
 
 MARKER = ".mlseg-download-incomplete"
@@ -64,11 +64,10 @@ def incomplete(root: Path) -> bool:
     return (root / MARKER).exists()
 
 
-def how_to_get(name: str) -> str:
+def how_to_get(entry: Entry) -> str:
     """Where a data set is and what its folder must look like, on several lines."""
-    entry = CATALOG[name]
     lines = [
-        f"{name} has no public address that can be read by program.",
+        f"{entry.spec.name} has no public address that can be read by program.",
         f"Get it: {entry.source}",
     ]
     if entry.expected:
@@ -78,7 +77,7 @@ def how_to_get(name: str) -> str:
 
 
 def fetch(
-    name: str,
+    entry: Entry,
     root: Path,
     limit: int | None = None,
     parts: Sequence[str] | None = None,
@@ -88,7 +87,7 @@ def fetch(
     """Fetch a data set, or the first examples of it, into `root`.
 
     Args:
-        name: in the catalog.
+        entry: of the data set.
         limit: number of examples of each part, the first by id; None: all.
         parts: official parts; None: those that the set's default split is made from.
         archives: other addresses of the same archives (a mirror).
@@ -101,7 +100,7 @@ def fetch(
         UserError: the set has no public address (the text says where to get it), or no such part.
         RunError: the network, the archive or the disk failed; calling again goes on.
     """
-    entry = CATALOG[name]
+    name = entry.spec.name
     archives = entry.archives if archives is None else archives
     if not archives:
         raise UserError(

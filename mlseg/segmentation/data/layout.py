@@ -4,21 +4,11 @@ import csv
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
 
 from mlseg.errors import UserError
-from mlseg.segmentation.data.catalog import IMAGE_EXTENSIONS, Entry, Part
-
-
-@dataclass(frozen=True)
-class Example:
-    """An image and the files that make up its mask."""
-
-    id: str
-    image: Path
-    masks: tuple[Path, ...]
+from mlseg.segmentation.data.entry import IMAGE_EXTENSIONS, Entry, Example, Part
 
 
 @cache
@@ -53,14 +43,14 @@ def find_examples(entry: Entry, root: Path) -> dict[str, list[Example]]:
     """All examples of a data set by part ("all", or "train", "val", "test"), sorted by id.
 
     Args:
-        entry: of the catalog. For "pairs", `root` is a CSV file or a folder with pairs.csv.
+        entry: of the data set. For "pairs", `root` is a CSV file or a folder with pairs.csv.
 
     Raises:
         UserError: nothing in `root` fits a layout; an image without its mask, a mask without its
             image, two images of one id.
     """
-    if entry.spec.name == "pairs":
-        return _read_pairs(root)
+    if entry.examples is not None:
+        return _own(entry, root)
     files = list_files(root)
     layout = choose_layout(entry, files)
     if layout is None:
@@ -81,6 +71,23 @@ def find_examples(entry: Entry, root: Path) -> dict[str, list[Example]]:
                 )
         if images or any(masks):
             found[name] = _paired(entry, part, root, images, masks)
+    return found
+
+
+def _own(entry: Entry, root: Path) -> dict[str, list[Example]]:
+    """What an entry's own function finds."""
+    assert entry.examples is not None
+    found = {
+        part: sorted(e, key=lambda example: example.id) for part, e in entry.examples(root).items()
+    }
+    if not any(found.values()):
+        raise UserError(f"{root}: no image of {entry.spec.name} found")
+    strange = sorted(found.keys() - {"all", "train", "val", "test"})
+    if strange or ("all" in found and len(found) > 1):
+        raise UserError(
+            f"{entry.spec.name}: its examples are in the parts {', '.join(found)}; there is all, "
+            "or train, val and test"
+        )
     return found
 
 
@@ -169,7 +176,8 @@ def _paired(
     return examples
 
 
-def _read_pairs(root: Path) -> dict[str, list[Example]]:
+def read_pairs(root: Path) -> dict[str, list[Example]]:
+    """The pairs of a CSV file, or of the pairs.csv in a folder, by part."""
     path = root if root.suffix.lower() == ".csv" else root / "pairs.csv"
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:

@@ -11,15 +11,14 @@ import torch
 
 from mlseg.errors import UserError
 from mlseg.segmentation.data import splits
-from mlseg.segmentation.data.catalog import CATALOG, OWN_DATA, Entry
 from mlseg.segmentation.data.decode import decode
+from mlseg.segmentation.data.entry import Entry, Example, data_set
 from mlseg.segmentation.data.fetch import fetch, incomplete
-from mlseg.segmentation.data.layout import Example, find_examples
-from mlseg.segmentation.data.palettes import spread_palette
+from mlseg.segmentation.data.layout import find_examples
 from mlseg.segmentation.data.placement import Fit
 from mlseg.segmentation.data.samples import DatasetSpec, Samples
 from mlseg.segmentation.data.scenes import synthetic_scenes
-from mlseg.segmentation.data.settings import DataSettings, check_fit, check_name, resolve_root
+from mlseg.segmentation.data.settings import OWN_DATA, DataSettings, check_fit, resolve_root
 from mlseg.segmentation.data.synthetic import synthetic_lesions
 
 Provenance = Literal["real", "synthetic"]
@@ -59,8 +58,8 @@ def load_data(settings: DataSettings) -> SegmentationData:
         UserError: data are missing, bad, or fewer than asked for; one line that names the file.
         RunError: a download or the cache failed.
     """
-    entry = _entry(settings.name, settings)
-    root = resolve_root(settings.name, settings.root)
+    entry = settings.entry
+    root = resolve_root(entry.spec.name, settings.root)
     if entry.synthetic or not _available(entry, root, settings):
         return _synthetic(entry, root, settings)
 
@@ -110,8 +109,8 @@ def load_examples(
     """All examples of a data set, for scoring a trained model on it.
 
     Args:
-        name: in the catalog. Of a set with official parts the test part, or else the training part;
-            the validation part where the test part's labels are not public.
+        name: registered, or a dotted path. Of a set with official parts the test part, or else the
+            training part; the validation part where the test part's labels are not public.
         root: as `DataSettings.root`.
         size: (H, W) in pixels.
         spec: of the data the model was trained on; classes and channels must fit.
@@ -121,13 +120,11 @@ def load_examples(
         UserError: data are missing, bad, of other classes, or can't be padded.
     """
     try:
-        check_name(name)
-        entry = _fitting(_as_trained(CATALOG[name], spec), spec)
-        mend = "a model of padded images can only be scored on sets that have one"
-        check_fit(fit, name, entry.spec.ignore_index, mend)
+        entry = _fitting(_as_trained(data_set(name), spec), spec)
+        check_fit(fit, entry, "a model of padded images can only be scored on sets that have one")
     except ValueError as error:
         raise UserError(str(error)) from None
-    folder = resolve_root(name, root)
+    folder = resolve_root(entry.spec.name, root)
     if entry.synthetic:
         ids = _synthetic_ids(SYNTHETIC_COUNTS["test"])
         return _draw_synthetic(entry.spec, ids, size, fit, 0)
@@ -137,23 +134,6 @@ def load_examples(
     return decode(examples, entry, entry.spec, size, fit=fit)
 
 
-def _entry(name: str, settings: DataSettings) -> Entry:
-    entry = CATALOG[name]
-    if name not in OWN_DATA:
-        return entry
-    classes = tuple(settings.classes or entry.spec.classes)
-    spec = replace(
-        entry.spec,
-        channels=settings.channels or 3,
-        classes=classes,
-        ignore_index=settings.ignore_index,
-        metric=settings.metric or "jaccard",
-        palette=spread_palette(len(classes)),
-    )
-    binary = len(classes) == 2 and settings.ignore_index is None
-    return replace(entry, spec=spec, masks="binary" if binary else "index")
-
-
 def _absent(root: Path) -> bool:
     return not root.exists() or (root.is_dir() and not any(root.iterdir()))
 
@@ -161,7 +141,7 @@ def _absent(root: Path) -> bool:
 def _available(entry: Entry, root: Path, settings: DataSettings) -> bool:
     """Whether the data are there, after a download where that is wanted."""
     if settings.when_missing == "download" and (_absent(root) or incomplete(root)):
-        fetch(entry.spec.name, root, parts=_needed(entry, settings))
+        fetch(entry, root, parts=_needed(entry, settings))
     elif incomplete(root):
         raise UserError(
             f"{root}: a download was interrupted; finish it with: "
@@ -230,8 +210,8 @@ def _others(
     for name in settings.out_of_distribution:
         if name == settings.name:
             raise UserError(f"data.out_of_distribution: {name!r} is what is trained on")
-        other = _fitting(CATALOG[name], entry.spec)
-        root = resolve_root(name, settings.out_of_distribution_roots.get(name))
+        other = _fitting(data_set(name), entry.spec)
+        root = resolve_root(other.spec.name, settings.out_of_distribution_roots.get(name))
         if other.synthetic:
             raise UserError(
                 f"data.out_of_distribution: {name!r} is no test of a model of real data"
@@ -298,7 +278,7 @@ def _synthetic(entry: Entry, root: Path, settings: DataSettings) -> Segmentation
     )
     others = {}
     for number, other in enumerate(settings.out_of_distribution, 1):
-        spec = _fitting(CATALOG[other], entry.spec).spec
+        spec = _fitting(data_set(other), entry.spec).spec
         ids = _synthetic_ids(SYNTHETIC_COUNTS["test"])
         drawn = _draw_synthetic(spec, ids, settings.size, settings.fit, number)
         others[other] = _shifted(drawn)
@@ -318,7 +298,7 @@ def _synthetic(entry: Entry, root: Path, settings: DataSettings) -> Segmentation
         "synthetic",
         splits.manifest(
             split,
-            dataset=name,
+            dataset=settings.name,
             how="drawn",
             seed=settings.split_seed,
             provenance="synthetic",

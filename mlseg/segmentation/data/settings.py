@@ -1,16 +1,18 @@
 """Settings of the data, and where a data set's folder is."""
 
-import difflib
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from mlseg.config import Settings
-from mlseg.segmentation.data.catalog import CATALOG, OWN_DATA
+from mlseg.segmentation.data.entry import DATA_SETS, Entry, data_set
+from mlseg.segmentation.data.palettes import spread_palette
 from mlseg.segmentation.data.placement import Fit
 
+OWN_DATA = ("folder", "pairs")
 Count = Annotated[int, pydantic.Field(ge=0)]
 
 
@@ -18,8 +20,10 @@ class DataSettings(Settings):
     """Which data set, which examples of it, at which size.
 
     Attributes:
-        name: an entry of the catalog (`python -m mlseg.data` lists them); "folder" (images/ and
+        name: a registered data set (`python -m mlseg.data` lists them), or a dotted path to a
+            `mlseg.segmentation.data.Entry` or a function that makes one; "folder" (images/ and
             masks/) and "pairs" (a CSV file) are a user's own data.
+        options: keywords of that function.
         root: the data set's folder (for "pairs" the CSV file or its folder). A relative path
             starts at $MLSEG_DATA where that is set, and a leading "data/" stands for it; otherwise
             at the working directory. Not given: data/<name>.
@@ -47,6 +51,7 @@ class DataSettings(Settings):
     """
 
     name: str
+    options: Annotated[dict[str, Any], pydantic.Field(validate_default=True)] = {}
     root: str | None = None
     when_missing: Literal["error", "synthetic", "download"] = "error"
     image_size: int | list[int] = 256
@@ -68,13 +73,21 @@ class DataSettings(Settings):
     @pydantic.field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        return check_name(name)
+        DATA_SETS.get(name)
+        return name
+
+    @pydantic.field_validator("options")
+    @classmethod
+    def _taken(cls, options: dict[str, Any], info: pydantic.ValidationInfo) -> dict[str, Any]:
+        if "name" in info.data:
+            data_set(info.data["name"], options)
+        return options
 
     @pydantic.field_validator("out_of_distribution")
     @classmethod
     def _known_and_once(cls, names: list[str]) -> list[str]:
         for name in names:
-            check_name(name)
+            DATA_SETS.get(name)
             if name in OWN_DATA:
                 raise ValueError(f"{name!r} can't be tested on by name; it is for training data")
         if len(set(names)) < len(names):
@@ -112,14 +125,30 @@ class DataSettings(Settings):
 
     @pydantic.model_validator(mode="after")
     def _can_pad(self) -> "DataSettings":
-        for name in (self.name, *self.out_of_distribution):
-            if name in OWN_DATA:
-                mend = "set data.ignore_index, or data.fit to stretch"
-                check_fit(self.fit, name, self.ignore_index, mend)
-            else:
-                ignore_index = CATALOG[name].spec.ignore_index
-                check_fit(self.fit, name, ignore_index, "set data.fit to stretch")
+        stretch = "set data.fit to stretch"
+        mend = f"set data.ignore_index, or {stretch[4:]}" if self.name in OWN_DATA else stretch
+        check_fit(self.fit, self.entry, mend)
+        for name in self.out_of_distribution:
+            check_fit(self.fit, data_set(name), stretch)
         return self
+
+    @property
+    def entry(self) -> Entry:
+        """The data set; own data have the classes that are said here."""
+        entry = data_set(self.name, self.options)
+        if self.name not in OWN_DATA:
+            return entry
+        classes = tuple(self.classes or entry.spec.classes)
+        spec = replace(
+            entry.spec,
+            channels=self.channels or 3,
+            classes=classes,
+            ignore_index=self.ignore_index,
+            metric=self.metric or "jaccard",
+            palette=spread_palette(len(classes)),
+        )
+        binary = len(classes) == 2 and self.ignore_index is None
+        return replace(entry, spec=spec, masks="binary" if binary else "index")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -129,20 +158,7 @@ class DataSettings(Settings):
         return self.image_size[0], self.image_size[-1]
 
 
-def check_name(name: str) -> str:
-    """The name, if the catalog has it.
-
-    Raises:
-        ValueError: it doesn't; names the nearest.
-    """
-    if name not in CATALOG:
-        near = difflib.get_close_matches(name, CATALOG, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"no data set {name!r}; {hint}there are {', '.join(CATALOG)}")
-    return name
-
-
-def check_fit(fit: Fit, name: str, ignore_index: int | None, mend: str) -> None:
+def check_fit(fit: Fit, entry: Entry, mend: str) -> None:
     """Check that a data set's images can be padded, if they are to be.
 
     Args:
@@ -151,9 +167,10 @@ def check_fit(fit: Fit, name: str, ignore_index: int | None, mend: str) -> None:
     Raises:
         ValueError: its masks have no value for what is padded.
     """
-    if fit == "pad" and ignore_index is None and not CATALOG[name].synthetic:
+    if fit == "pad" and entry.spec.ignore_index is None and not entry.synthetic:
         raise ValueError(
-            f"data.fit: pad gives padding the ignore index, and {name!r} has none; {mend}"
+            f"data.fit: pad gives padding the ignore index, and {entry.spec.name!r} has none; "
+            f"{mend}"
         )
 
 

@@ -3,8 +3,10 @@
 from torch import Tensor, nn
 
 from mlseg.segmentation.nets.layers import accept_single_values
+from mlseg.segmentation.nets.segmentor import SEGMENTORS
 
 
+@SEGMENTORS.register("deeplabv3")
 class DeepLabV3(nn.Module):
     """torchvision's DeepLabV3-ResNet50 with random weights: nothing is ever downloaded.
 

@@ -2,16 +2,22 @@
 
 import difflib
 import inspect
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Annotated, Any
 
-import segmentation_models_pytorch as smp
+from pydantic import AfterValidator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mlseg.errors import UserError
 from mlseg.segmentation.nets.layers import accept_single_values, pad_to_multiple
+from mlseg.segmentation.nets.segmentor import SEGMENTORS
 
-ARCHITECTURES = tuple(sorted(smp.MODEL_ARCHITECTURES_MAPPING))
+# segmentation-models-pytorch is imported where it is needed: that takes seconds.
+
+_PREFIX = "smp_"
+"""Of the names of architectures that a network here bears too."""
 
 # Set by mlseg itself: shapes come from the data, weights are never downloaded, outputs are logits.
 _OURS = {
@@ -29,32 +35,71 @@ _OURS = {
 _SMALLEST_SIDE = {"pan": 128}
 
 
+@cache
+def _signature(architecture: str) -> Mapping[str, inspect.Parameter]:
+    import segmentation_models_pytorch as smp
+
+    return inspect.signature(smp.MODEL_ARCHITECTURES_MAPPING[architecture].__init__).parameters
+
+
 def default_encoder(architecture: str) -> str:
     """The encoder segmentation-models-pytorch gives this architecture if none is named."""
-    signature = inspect.signature(smp.MODEL_ARCHITECTURES_MAPPING[architecture].__init__)
-    return str(signature.parameters["encoder_name"].default)
+    return str(_signature(architecture)["encoder_name"].default)
 
 
-def valid_options(architecture: str) -> list[str]:
-    """Names of the keywords that `SmpSegmentor` passes on to this architecture."""
-    signature = inspect.signature(smp.MODEL_ARCHITECTURES_MAPPING[architecture].__init__)
-    return sorted(set(signature.parameters) - _OURS)
-
-
-def check_encoder(encoder: str) -> None:
+def check_encoder(encoder: str) -> str:
     """Raise UserError for an encoder that segmentation-models-pytorch doesn't know.
 
     Encoders of timm ("tu-...") are not in its list and are checked when they are built.
     """
+    import segmentation_models_pytorch as smp
+
     known = smp.encoders.get_encoder_names()
     if encoder in known or encoder.startswith("tu-"):
-        return
+        return encoder
     near = difflib.get_close_matches(encoder, known, n=3)
     few = near or ["resnet18", "resnet34", "efficientnet-b0", "mobilenet_v2", "mit_b0"]
     raise UserError(
         f"unknown encoder {encoder!r}; {'nearest' if near else 'for example'}: {', '.join(few)} "
         "(all: segmentation_models_pytorch.encoders.get_encoder_names(), or tu-<a timm model>)"
     )
+
+
+def check_options(architecture: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Raise UserError for a keyword that this architecture doesn't take or mlseg sets itself."""
+    valid = sorted(set(_signature(architecture)) - _OURS)
+    for key in options:
+        if key not in valid:
+            raise UserError(f"{architecture!r} has no option {key!r}; valid: {', '.join(valid)}")
+    return options
+
+
+@SEGMENTORS.source
+def architectures() -> dict[str, Callable[..., nn.Module]]:
+    """All of segmentation-models-pytorch, by the names that they have in a config."""
+    import segmentation_models_pytorch as smp
+
+    return {
+        _PREFIX + name if name in SEGMENTORS.registered() else name: _builder(name)
+        for name in smp.MODEL_ARCHITECTURES_MAPPING
+    }
+
+
+@cache
+def _builder(architecture: str) -> Callable[..., nn.Module]:
+    def build(
+        in_channels: int,
+        num_classes: int,
+        *,
+        encoder: Annotated[str, AfterValidator(check_encoder)] = default_encoder(architecture),
+        options: Annotated[
+            dict[str, Any], AfterValidator(lambda given: check_options(architecture, given))
+        ] = {},  # noqa: B006, only read
+    ) -> nn.Module:
+        return SmpSegmentor(architecture, in_channels, num_classes, encoder, options)
+
+    build.__name__ = architecture
+    return build
 
 
 class SmpSegmentor(nn.Module):
@@ -65,11 +110,11 @@ class SmpSegmentor(nn.Module):
     size, and its logits are resized back.
 
     Args:
-        architecture: one of `ARCHITECTURES`.
+        architecture: as segmentation-models-pytorch names it.
         in_channels: channels of the image.
         num_classes: K, channels of the output.
         encoder: encoder name, or None for the architecture's default.
-        options: further keywords of the architecture, see `valid_options`.
+        options: further keywords of the architecture, see `check_options`.
 
     Raises:
         UserError: if the library refuses the encoder or an option; the text holds its reason.
@@ -83,6 +128,8 @@ class SmpSegmentor(nn.Module):
         encoder: str | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
+        import segmentation_models_pytorch as smp
+
         super().__init__()
         encoder = encoder or default_encoder(architecture)
         check_encoder(encoder)

@@ -1,9 +1,13 @@
 """U-Net (Ronneberger et al., MICCAI 2015) with BatchNorm and padded convolutions."""
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from mlseg.segmentation.nets.layers import BatchNorm, pad_to_multiple
+from mlseg.segmentation.nets.segmentor import SEGMENTORS
 
 
 def _double_convolution(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -19,6 +23,7 @@ def _double_convolution(in_channels: int, out_channels: int) -> nn.Sequential:
     )
 
 
+@SEGMENTORS.register("unet")
 class UNet(nn.Module):
     """U-Net: `levels` times halve and double, skip connections, 1x1 head.
 
@@ -35,7 +40,11 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, num_classes: int, channels: int = 64, levels: int = 4
+        self,
+        in_channels: int,
+        num_classes: int,
+        channels: Annotated[int, Field(ge=1)] = 64,
+        levels: Annotated[int, Field(ge=1, le=8)] = 4,
     ) -> None:
         super().__init__()
         self.levels = levels

@@ -38,7 +38,7 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         if not 1 <= layers <= len(KERNELS):
-            raise UserError(f"critic.layers: 1 to {len(KERNELS)}, not {layers}")
+            raise ValueError(f"layers: from 1 to {len(KERNELS)}, not {layers}")
         self.layers = layers
         widths = [in_channels, *(channels * width for width in WIDTHS[:layers])]
         self.blocks = nn.ModuleList()

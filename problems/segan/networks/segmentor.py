@@ -3,12 +3,15 @@
 Source: Xue, Xu and Huang, ISBI 2018, section 2.2, figure 1. The critic is in `critic`.
 """
 
+from typing import Annotated
+
 import torch
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mlseg.errors import UserError
 from mlseg.precision import full
+from mlseg.segmentation.nets import SEGMENTORS
 from mlseg.segmentation.nets.layers import BatchNorm, pad_to_multiple
 
 LEAK = 0.2
@@ -132,6 +135,7 @@ class AdaptiveLogistic(nn.Module):
         self.k.copy_((decay ** steps.double()).clamp_min(floor))
 
 
+@SEGMENTORS.register("segan")
 class SegAN(nn.Module):
     """The segmentor of figure 1, at its size with the defaults and 3x128x128 images.
 
@@ -159,14 +163,14 @@ class SegAN(nn.Module):
         self,
         in_channels: int,
         num_classes: int,
-        channels: int = 64,
-        levels: int = DEEPEST,
-        expansion: float = 0.25,
-        global_kernel: int = 7,
+        channels: PositiveInt = 64,
+        levels: Annotated[int, Field(ge=2, le=DEEPEST)] = DEEPEST,
+        expansion: PositiveFloat = 0.25,
+        global_kernel: PositiveInt = 7,
     ) -> None:
         super().__init__()
         if not 2 <= levels <= DEEPEST:
-            raise UserError(f"segmentor.levels: segan has 2 to {DEEPEST} levels, not {levels}")
+            raise ValueError(f"levels: from 2 to {DEEPEST}, not {levels}")
         self.levels = levels
         self.num_maps = 1 if num_classes == 2 else num_classes
         self.logistic = AdaptiveLogistic()

@@ -17,7 +17,7 @@ from mlseg import checkpoint, config, evaluate, run
 from mlseg.engines.segmentation import Segmentation
 from mlseg.problems.load.records import class_changes, markdown, read_events
 from mlseg.problems.load.settings import LoadSettings
-from mlseg.segmentation.data.catalog import CATALOG
+from mlseg.segmentation.data.entry import data_set
 from mlseg.segmentation.nets import build_segmentor
 from mlseg.segmentation.scoring import evaluating, score
 
@@ -402,7 +402,7 @@ def test_configs_are_what_their_names_say(path: Path) -> None:
     values = settings.lookahead
     assert (values.cycles, values.patience, values.buffer_size) == (50, 50, 3)
     assert (values.beta_l, values.beta_u) == (0.05, 0.001)
-    spec = CATALOG[settings.data.name].spec
+    spec = data_set(settings.data.name).spec
     with torch.device("meta"):
         network = build_segmentor(settings.segmentor, spec.channels, spec.num_classes)
     million = sum(p.numel() for p in network.parameters()) / 1e6

@@ -21,7 +21,6 @@ from mlseg.run import parse_run
         ({"critic.layers": 6}, "critic.layers: 6 need images of 64 pixels"),
         ({"problems.critic.batch_size": 1}, "problems.critic.batch_size: 1 image a batch"),
         ({"data.train": 1}, "data.train: 1 image a batch"),
-        ({"segmentor.levels": 7}, "segmentor.levels: segan has 2 to 6"),
     ],
 )
 def test_what_the_game_refuses_is_one_line(changes: dict[str, Any], words: str) -> None:
@@ -54,7 +53,9 @@ def test_labels_outside_the_classes_are_refused(monkeypatch: pytest.MonkeyPatch)
         ({"critic.class": "each"}, "did you mean 'critic.classes'"),
         ({"problems.critic.hypergradient": {"method": "identiy"}}, "did you mean 'identity'"),
         ({"problems.segmentor.scheduler": {"name": "linear", "step": "epoch"}}, "length"),
-        ({"segmentor.encoder": "resnet18"}, "segmentor 'segan' has no setting 'encoder'"),
+        ({"segmentor.encoder": "resnet18"}, "segmentor.encoder: unknown key; valid here: name, ch"),
+        ({"segmentor.levels": 7}, "segmentor.levels: should be less than or equal to 6, got 7"),
+        ({"critic.layers": 7}, "critic.layers: should be less than or equal to 6, got 7"),
     ],
 )
 def test_mistakes_in_the_config_are_one_line(

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mlseg.problems.segan.losses import dice_of_maps, multi_scale_l1
-from mlseg.segmentation.losses import LossSettings, SegmentationLoss
+from mlseg.segmentation.losses import LossSettings, build_loss
 
 
 def features(seed: int) -> list[Tensor]:
@@ -57,6 +57,6 @@ def test_dice_of_maps() -> None:
     # Of one map it is the Dice of the two-class loss without its background.
     logits = torch.randn(2, 2, 6, 5, dtype=torch.float64)
     settings = LossSettings(cross_entropy=0, dice=1, background=False)
-    whole = SegmentationLoss(settings)(logits, label[:, 0].long())
+    whole = build_loss(settings)(logits, label[:, 0].long())
     found = dice_of_maps(logits.softmax(1)[:, 1:], label[:, :1])
     assert float(found) == pytest.approx(float(whole))

@@ -193,7 +193,7 @@ def test_fewer_levels_leave_out_the_deepest(levels: int) -> None:
 
 @pytest.mark.parametrize("levels", [1, 7])
 def test_levels_out_of_range(levels: int) -> None:
-    with pytest.raises(UserError, match=r"segmentor.levels: segan has 2 to 6"):
+    with pytest.raises(ValueError, match=r"levels: from 2 to 6"):
         SegAN(3, 2, levels=levels)
 
 
@@ -223,5 +223,5 @@ def test_3_a_label_that_would_broadcast_is_refused(shape: tuple[int, ...]) -> No
 
 
 def test_layers_out_of_range() -> None:
-    with pytest.raises(UserError, match=r"critic.layers: 1 to 6, not 7"):
+    with pytest.raises(ValueError, match=r"layers: from 1 to 6, not 7"):
         Critic(3, layers=7)

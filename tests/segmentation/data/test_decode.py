@@ -8,12 +8,14 @@ from PIL import Image
 from tiny_files import half_mask, write_image
 
 from mlseg.errors import UserError
-from mlseg.segmentation.data.catalog import CATALOG, Entry, RawFormat
 from mlseg.segmentation.data.decode import decode as decode_examples
 from mlseg.segmentation.data.decode import image_size, read_image, read_mask
+from mlseg.segmentation.data.entry import DATA_SETS, Entry, RawFormat, data_set
 from mlseg.segmentation.data.layout import Example, find_examples
 
 SIZE = (20, 24)
+
+ENTRIES = {name: data_set(name) for name in DATA_SETS.names()}
 
 
 def test_images_are_resized_with_an_antialiased_filter(tmp_path: Path) -> None:
@@ -143,7 +145,7 @@ def test_a_binary_mask_of_strange_values(tmp_path: Path) -> None:
 
 
 def folder_examples(root: Path) -> tuple[list[Example], Entry]:
-    entry = CATALOG["folder"]
+    entry = data_set("folder")
     return find_examples(entry, root)["all"], entry
 
 
@@ -224,7 +226,7 @@ def test_a_turned_photo_is_padded_as_it_is_shown(folder: Path) -> None:
 
 def test_the_mask_of_what_can_be_padded_has_its_images_size() -> None:
     """Scoring finds the image's place from the mask's size."""
-    assert all(e.same_size for e in CATALOG.values() if e.spec.ignore_index is not None)
+    assert all(e.same_size for e in ENTRIES.values() if e.spec.ignore_index is not None)
 
 
 def test_a_fault_leaves_no_half_written_cache(folder: Path, tmp_path: Path) -> None:

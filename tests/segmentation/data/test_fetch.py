@@ -17,12 +17,14 @@ from mlseg.data import main
 from mlseg.errors import RunError, UserError
 from mlseg.segmentation.data import DataSettings, load_data
 from mlseg.segmentation.data import fetch as fetching
-from mlseg.segmentation.data.catalog import CATALOG, Archive
+from mlseg.segmentation.data.entry import DATA_SETS, Archive, data_set
 from mlseg.segmentation.data.fetch import fetch, incomplete
 
 IMAGES = "ISIC2018_Task1-2_Training_Input"
 MASKS = "ISIC2018_Task1_Training_GroundTruth"
 NUMBER = 24
+
+ENTRIES = {name: data_set(name) for name in DATA_SETS.names()}
 
 
 class Server:
@@ -128,7 +130,7 @@ def archives(server: Server) -> tuple[Archive, ...]:
 
 
 def get(server: Server, root: Path, limit: int | None = None) -> int:
-    return fetch("isic2018", root, limit, archives=archives(server), pause=0.01)
+    return fetch(data_set("isic2018"), root, limit, archives=archives(server), pause=0.01)
 
 
 def names(root: Path) -> list[str]:
@@ -210,15 +212,20 @@ def test_a_member_that_leads_out_of_the_folder_is_refused(server: Server, tmp_pa
     name = f"../{'Kvasir-SEG'}/{{}}/a.jpg"
     server.files["/images.zip"] = archive({name.format("images"): b"x", name.format("masks"): b"y"})
     with pytest.raises(RunError, match="refuses to unpack"):
-        fetch("kvasir", tmp_path / "in", archives=[Archive(f"{server.url}/images.zip", "all")])
+        fetch(
+            data_set("kvasir"),
+            tmp_path / "in",
+            archives=[Archive(f"{server.url}/images.zip", "all")],
+        )
     assert not (tmp_path / "Kvasir-SEG").exists()
 
 
 def test_when_missing_download(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entry = replace(CATALOG["isic2018"], archives=archives(server))
-    monkeypatch.setitem(CATALOG, "isic2018", entry)
+    entry = replace(data_set("isic2018"), archives=archives(server))
+    known = DATA_SETS.get
+    monkeypatch.setattr(DATA_SETS, "get", lambda n: entry if n == "isic2018" else known(n))
     settings = DataSettings(
         name="isic2018", root=str(tmp_path / "isic"), when_missing="download", image_size=16
     )
@@ -235,8 +242,9 @@ def test_the_command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    entry = replace(CATALOG["isic2018"], archives=archives(server))
-    monkeypatch.setitem(CATALOG, "isic2018", entry)
+    entry = replace(data_set("isic2018"), archives=archives(server))
+    known = DATA_SETS.get
+    monkeypatch.setattr(DATA_SETS, "get", lambda n: entry if n == "isic2018" else known(n))
     assert main(["isic2018", "--root", str(tmp_path), "--limit", "2"]) == 0
     assert len(names(tmp_path)) == 4
     assert main(["isic2018", "--root", str(tmp_path), "--part", "test"]) == 2
@@ -250,13 +258,13 @@ def test_the_command(
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, entry in CATALOG.items() if not entry.archives and not entry.synthetic]
+    "name", [name for name, entry in ENTRIES.items() if not entry.archives and not entry.synthetic]
 )
 def test_sets_behind_a_form_say_where_they_are(
     name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert main([name, "--root", str(tmp_path)]) == 2
     text = capsys.readouterr().err
-    assert CATALOG[name].source in text
-    assert all(path in text for path in CATALOG[name].expected)
+    assert data_set(name).source in text
+    assert all(path in text for path in data_set(name).expected)
     assert list(tmp_path.iterdir()) == []

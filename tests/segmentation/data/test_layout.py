@@ -9,8 +9,8 @@ from tiny_files import half_mask, write_image
 
 from mlseg.errors import UserError
 from mlseg.segmentation.data import DataSettings, load_data
-from mlseg.segmentation.data.catalog import CATALOG
 from mlseg.segmentation.data.decode import decode, read_mask
+from mlseg.segmentation.data.entry import DATA_SETS, data_set
 from mlseg.segmentation.data.layout import find_examples
 
 _FPD = "Fetoscopy Placenta Dataset"
@@ -120,6 +120,8 @@ OFFICIAL: dict[str, tuple[list[str], dict[str, str]]] = {
     "folder": (["images/a {n}.tif", "masks/a {n}.png"], {"all": ""}),
 }
 
+ENTRIES = {name: data_set(name) for name in DATA_SETS.names()}
+
 
 def write(root: Path, name: str, numbers: Sequence[int] = (1, 2, 3)) -> dict[str, str]:
     """A tiny copy; the numbers of a later part go on from those of the one before."""
@@ -155,14 +157,14 @@ def write(root: Path, name: str, numbers: Sequence[int] = (1, 2, 3)) -> dict[str
 
 
 def test_the_table_above_has_every_set_of_files() -> None:
-    of_files = {name for name, entry in CATALOG.items() if entry.layouts}
+    of_files = {name for name, entry in ENTRIES.items() if entry.layouts}
     assert of_files == set(OFFICIAL)
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_layouts(name: str, tmp_path: Path) -> None:
     parts = write(tmp_path, name)
-    entry = CATALOG[name]
+    entry = data_set(name)
     found = find_examples(entry, tmp_path)
     assert {part: len(examples) for part, examples in found.items()} == dict.fromkeys(parts, 3)
     examples = next(iter(found.values()))
@@ -175,20 +177,20 @@ def test_official_layouts(name: str, tmp_path: Path) -> None:
 
 def test_a_nested_folder_is_no_obstacle_where_archives_bring_one(tmp_path: Path) -> None:
     write(tmp_path / "download" / "unpacked", "kvasir")
-    assert len(find_examples(CATALOG["kvasir"], tmp_path)["all"]) == 3
+    assert len(find_examples(data_set("kvasir"), tmp_path)["all"]) == 3
 
 
 def test_other_layouts_of_the_lungs(tmp_path: Path) -> None:
     write_image(tmp_path / "images" / "MCUCXR_0001_0.png", 90)
     write_image(tmp_path / "masks" / "MCUCXR_0001_0.png", half_mask())
-    assert len(find_examples(CATALOG["nlm_mc"], tmp_path)["all"]) == 1
+    assert len(find_examples(data_set("nlm_mc"), tmp_path)["all"]) == 1
 
 
 def test_several_masks_of_one_image_are_united(tmp_path: Path) -> None:
     write(tmp_path, "busi", (1,))
     base = tmp_path / "Dataset_BUSI_with_GT" / "benign"
     write_image(base / "benign (1)_mask_1.png", half_mask((64, 64))[:, ::-1].copy())
-    entry = CATALOG["busi"]
+    entry = data_set("busi")
     (example,) = find_examples(entry, tmp_path)["all"]
     assert len(example.masks) == 2
     assert decode([example], entry, entry.spec, (16, 16)).masks.min() == 1
@@ -197,14 +199,14 @@ def test_several_masks_of_one_image_are_united(tmp_path: Path) -> None:
 def test_images_without_a_mask_are_left_out_only_where_the_set_has_such(tmp_path: Path) -> None:
     write(tmp_path, "nlm_sz")
     (tmp_path / "mask" / "CHNCXR_0002_0_mask.png").unlink()
-    assert [e.id for e in find_examples(CATALOG["nlm_sz"], tmp_path)["all"]] == [
+    assert [e.id for e in find_examples(data_set("nlm_sz"), tmp_path)["all"]] == [
         "CHNCXR_0001_0",
         "CHNCXR_0003_0",
     ]
     write(tmp_path, "nlm_mc")
     (tmp_path / "MontgomerySet/ManualMask/leftMask/MCUCXR_0002_0.png").unlink()
     with pytest.raises(UserError, match=r"MCUCXR_0002_0\.png: image without a mask"):
-        find_examples(CATALOG["nlm_mc"], tmp_path)
+        find_examples(data_set("nlm_mc"), tmp_path)
 
 
 def test_a_mask_without_an_image(folder: Path) -> None:
@@ -212,31 +214,31 @@ def test_a_mask_without_an_image(folder: Path) -> None:
     with pytest.raises(
         UserError, match=r"masks.p03\.png: mask without an image; expected images/p03"
     ):
-        find_examples(CATALOG["folder"], folder)
+        find_examples(data_set("folder"), folder)
 
 
 def test_an_image_without_a_mask(folder: Path) -> None:
     (folder / "masks" / "p03.png").unlink()
     with pytest.raises(UserError, match=r"images.p03\.png: image without.* expected masks/p03"):
-        find_examples(CATALOG["folder"], folder)
+        find_examples(data_set("folder"), folder)
 
 
 def test_two_images_of_one_name(folder: Path) -> None:
     write_image(folder / "images" / "p03.jpg", 5)
     with pytest.raises(UserError, match=r"p03\.jpg: a second image of that name, .*p03\.png"):
-        find_examples(CATALOG["folder"], folder)
+        find_examples(data_set("folder"), folder)
 
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:
     write_image(tmp_path / "pictures" / "a.png", 5)
     with pytest.raises(UserError, match="no image of isic2018 found; expected ISIC2018_Task1-2_Tr"):
-        find_examples(CATALOG["isic2018"], tmp_path)
+        find_examples(data_set("isic2018"), tmp_path)
 
 
 def test_hidden_files_are_no_data(folder: Path) -> None:
     (folder / "images" / "._p03.png").write_bytes(b"what macOS leaves")
     (folder / ".cache" / "images").mkdir(parents=True)
-    assert len(find_examples(CATALOG["folder"], folder)["all"]) == 12
+    assert len(find_examples(data_set("folder"), folder)["all"]) == 12
 
 
 def pairs(folder: Path, *lines: str) -> Path:
@@ -253,7 +255,7 @@ def test_pairs(folder: Path) -> None:
         "masks/p02.png,images/p02.png,test",
     )
     for root in (path, folder):
-        found = find_examples(CATALOG["pairs"], root)
+        found = find_examples(data_set("pairs"), root)
         assert {part: [e.id for e in examples] for part, examples in found.items()} == {
             "train": ["p01"],
             "test": ["p02"],
@@ -291,17 +293,17 @@ def test_pairs(folder: Path) -> None:
 )
 def test_faults_in_pairs(folder: Path, lines: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        find_examples(CATALOG["pairs"], pairs(folder, *lines))
+        find_examples(data_set("pairs"), pairs(folder, *lines))
 
 
 def test_no_csv_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"pairs\.csv: not a readable CSV file"):
-        find_examples(CATALOG["pairs"], tmp_path)
+        find_examples(data_set("pairs"), tmp_path)
 
 
 def test_voc_is_what_its_lists_say(tmp_path: Path) -> None:
     write(tmp_path, "voc2012")
-    entry = CATALOG["voc2012"]
+    entry = data_set("voc2012")
     found = find_examples(entry, tmp_path)
     assert [e.id for e in found["val"]] == ["2007_000011", "2007_000012", "2007_000013"]
     lists = tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation"
@@ -316,7 +318,7 @@ def test_voc_is_what_its_lists_say(tmp_path: Path) -> None:
 def test_labels_that_are_no_class_are_ignored(tmp_path: Path) -> None:
     for name in ("cityscapes", "stanford_background"):
         write(tmp_path / name, name)
-        entry = CATALOG[name]
+        entry = data_set(name)
         (example, *_) = next(iter(find_examples(entry, tmp_path / name).values()))
         masks = decode([example], entry, entry.spec, (64, 64)).masks
         assert masks[0, 0, 0] == 1

@@ -9,7 +9,7 @@ from tiny_files import half_mask, write_image
 from mlseg.config import load, parse
 from mlseg.errors import UserError
 from mlseg.segmentation.data import DataSettings, load_data, load_examples
-from mlseg.segmentation.data.catalog import CATALOG
+from mlseg.segmentation.data.entry import DATA_SETS, data_set
 from mlseg.segmentation.data.samples import DatasetSpec
 from mlseg.segmentation.data.settings import resolve_root
 
@@ -121,11 +121,13 @@ def test_a_wrong_folder_is_an_error_even_where_a_stand_in_would_do(tmp_path: Pat
         load_data(settings)
 
 
-@pytest.mark.parametrize("name", [name for name in CATALOG if name not in ("folder", "pairs")])
+@pytest.mark.parametrize(
+    "name", [name for name in DATA_SETS.names() if name not in ("folder", "pairs")]
+)
 def test_stand_ins_have_the_shape_of_what_they_stand_for(name: str) -> None:
     sizes: dict[str, Any] = {"train": 6, "val": 2, "test": 4, "image_size": [16, 24]}
     data = load_data(DataSettings(name=name, when_missing="synthetic", **sizes))
-    spec = CATALOG[name].spec
+    spec = data_set(name).spec
     assert data.provenance == "synthetic"
     assert data.manifest["provenance"] == "synthetic"
     assert data.notice is not None

@@ -13,10 +13,10 @@ from mlseg.segmentation.data import (
     synthetic_scenes,
     to_float,
 )
-from mlseg.segmentation.data.catalog import CATALOG
+from mlseg.segmentation.data.entry import data_set
 
 Maker = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-CLASSES = CATALOG["synthetic_scenes"].spec.classes
+CLASSES = data_set("synthetic_scenes").spec.classes
 
 
 def scenes(
@@ -135,7 +135,7 @@ class SmallUNet(nn.Module):
 
 def test_a_small_unet_learns_the_lesions_but_not_perfectly() -> None:
     torch.manual_seed(0)
-    size, spec = (40, 40), CATALOG["synthetic_lesions"].spec
+    size, spec = (40, 40), data_set("synthetic_lesions").spec
     images, masks = synthetic_lesions(range(32 + 150), size)
     samples = Samples([str(n) for n in range(len(images))], images, masks, spec)
     train, test = samples.subset(range(32)), samples.subset(range(32, 182))

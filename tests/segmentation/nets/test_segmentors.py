@@ -9,8 +9,9 @@ from torch import nn
 
 from mlseg.config import Settings, dump, load, parse
 from mlseg.errors import UserError
-from mlseg.segmentation.nets import SegmentorSettings, build_segmentor, segmentor_names
+from mlseg.segmentation.nets import SegmentorSettings, build_segmentor
 from mlseg.segmentation.nets.layers import BatchNorm, accept_single_values, pad_to_multiple
+from mlseg.segmentation.nets.smp import architectures
 
 
 class Experiment(Settings):
@@ -45,7 +46,7 @@ SMALL = [
     {"name": "unet", "channels": 4, "levels": 3},
     {"name": "deeplabv3"},
     {"name": "segan", "channels": 4, "levels": 4},
-    *({"name": name, "encoder": "resnet18"} for name in segmentor_names()[3:] if name != "dpt"),
+    *({"name": name, "encoder": "resnet18"} for name in architectures() if name != "dpt"),
     {"name": "segformer", "encoder": "mit_b0"},
     {
         "name": "smp_unet",
@@ -91,19 +92,22 @@ def test_from_yaml_and_back(tmp_path: Path, line: str, expected: dict[str, objec
     again = _parse(tmp_path, dump(Experiment(segmentor=settings)))
     assert again == settings
     assert SegmentorSettings.model_validate(settings.model_dump()) == settings
+    # Former versions wrote null for what other networks take.
+    former = dict.fromkeys(("channels", "expansion", "encoder", "options")) | settings.model_dump()
+    assert SegmentorSettings.model_validate(former) == settings
 
 
 @pytest.mark.parametrize(
     ("line", "texts"),
     [
         ("{name: unett}", ["'unett'", "unet", "deeplabv3", "unetplusplus"]),
-        ("{name: deeplabv3, channels: 4}", ["'deeplabv3'", "'channels'", "none but name"]),
-        ("{name: unet, encoder: resnet18}", ["'unet'", "'encoder'", "channels, levels"]),
-        ("{name: unet, chanels: 4}", ["chanels", "channels"]),
+        ("{name: deeplabv3, channels: 4}", ["segmentor.channels: unknown key; valid here: name"]),
+        ("{name: unet, encoder: resnet18}", ["segmentor.encoder: unknown key", "channels, levels"]),
+        ("{name: unet, chanels: 4}", ["segmentor.chanels", "did you mean 'segmentor.channels'?"]),
         ("{name: unet, channels: 0}", ["segmentor.channels"]),
         ("{name: unet, channels: four}", ["segmentor.channels"]),
-        ("{name: fpn, encoder: resnt18}", ["resnt18", "resnet18"]),
-        ("{name: fpn, options: {depth: 3}}", ["'depth'", "encoder_depth"]),
+        ("{name: fpn, encoder: resnt18}", ["segmentor.encoder", "resnt18", "resnet18"]),
+        ("{name: fpn, options: {depth: 3}}", ["segmentor.options", "'depth'", "encoder_depth"]),
         ("{name: 3}", ["segmentor.name"]),
     ],
 )
