@@ -1,5 +1,6 @@
 """Engines: the loop around the problems, with validation, checkpoints and records."""
 
+import mlseg._betty  # noqa: F401, its version is checked before anything is built on it
 from mlseg.engines.base import Engine
 from mlseg.engines.settings import EngineSettings, Stage
 

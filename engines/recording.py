@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from mlseg.checkpoint import one_line
 from mlseg.engines.progress import Progress
 from mlseg.errors import RunError
 
 if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
     from mlseg.engines.base import Engine
     from mlseg.engines.settings import EngineSettings
 
@@ -74,6 +75,8 @@ class Recorder:
                 os.truncate(path, min(offset, path.stat().st_size))
                 self._files[name] = path.open("a", encoding="utf-8")
         if self.settings.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
             self._curves = SummaryWriter(
                 str(self.directory / "tensorboard"),
                 purge_step=None if self._resumed_at is None else self._resumed_at + 1,

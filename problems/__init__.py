@@ -5,6 +5,7 @@ one ``build`` that wires them into an engine, registered with
 :func:`mlseg.problems.systems.system`.
 """
 
+import mlseg._betty  # noqa: F401, its version is checked before anything is built on it
 from mlseg.problems.base import Problem
 from mlseg.problems.config import Config
 

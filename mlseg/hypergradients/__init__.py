@@ -5,6 +5,7 @@ or one of its kinds: ``OneStep`` and ``Scaled`` (one step of descent), ``Implici
 system). :mod:`mlseg.hypergradients.base` says what a method is given.
 """
 
+import mlseg._betty  # noqa: F401, its version is checked before anything is built on it
 from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Interface, Method, Vector
 from mlseg.hypergradients.cg import ConjugateGradients
 from mlseg.hypergradients.evolution import Evolution
