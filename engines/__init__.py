@@ -1,5 +1,6 @@
 """The engine: the loop around the problems, with validation, checkpoints and records."""
 
+import mlseg._betty  # noqa: F401, its version is checked before anything is built on it
 from mlseg.engines.engine import Engine
 from mlseg.engines.hooks import Hooks
 from mlseg.engines.settings import EngineSettings, Stage

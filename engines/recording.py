@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from mlseg.engines.progress import Progress
 from mlseg.files import writing
 
 if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
     from mlseg.engines.engine import Engine
     from mlseg.engines.settings import EngineSettings
 
@@ -72,6 +73,8 @@ class Recorder:
                 os.truncate(path, min(offset, path.stat().st_size))
                 self._files[name] = path.open("a", encoding="utf-8")
         if self.settings.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
             self._curves = SummaryWriter(
                 str(self.directory / "tensorboard"),
                 purge_step=None if self._resumed_at is None else self._resumed_at + 1,

@@ -20,15 +20,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib.figure
-import matplotlib.patches
+from mlseg import threads
+
+if __name__ == "__main__":
+    threads.bound_spinning()  # before torch is loaded
+
 import torch
 from rich.table import Table
 from torch import Tensor
 
 from mlseg.commands import guarded, make_console
 from mlseg.errors import UserError
-from mlseg.evaluate import above_zero, own_data, probability
+from mlseg.evaluate import above_zero, choose_threads, own_data, probability
 from mlseg.files import write_text, writing
 from mlseg.machine import choose_device
 from mlseg.segmentation import calibration
@@ -61,12 +64,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--scale", choices=("native", "trained"), help="default: the run's own")
     made.add_argument("--weights", choices=("best", "last"), default="best")
     made.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    threads.add_flag(made)
     return made
 
 
 def _run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     ensemble = load_runs(arguments.runs, device, arguments.weights)
+    choose_threads(arguments).use()
     trained = ensemble.first
     if trained.spec.num_classes != 2:
         raise UserError(
@@ -225,7 +230,10 @@ def draw(
     Raises:
         RunError: it can't be written.
     """
-    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(grid.numpy(), origin="lower", aspect="auto", cmap="viridis")
     axes.set_xticks(range(len(thresholds)), [f"{t:g}" for t in thresholds])
@@ -234,9 +242,7 @@ def draw(
     axes.set_ylabel("k")
     row, column = ks.index(choice.k), thresholds.index(choice.threshold)
     axes.add_patch(
-        matplotlib.patches.Rectangle(
-            (column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2
-        )
+        Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2)
     )
     axes.set_title(
         f"{choice.metric} on {choice.images} validation images: {choice.value:.4f} at "

@@ -16,6 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlseg import threads
+
+if __name__ == "__main__":
+    threads.bound_spinning()  # before torch is loaded
+
 import torch
 from rich.table import Table
 
@@ -25,7 +30,7 @@ from mlseg.engines.segmentation import check_same_data
 from mlseg.errors import UserError
 from mlseg.files import write_json
 from mlseg.machine import choose_device
-from mlseg.run import parse_run
+from mlseg.run import begun_with, parse_run
 from mlseg.segmentation.calibration import calibrated, describe
 from mlseg.segmentation.data import (
     DataSettings,
@@ -52,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--root", help="folder of the data set, when one is named")
     made.add_argument("--scale", choices=("native", "trained"), help="default: the run's own")
     add_choices(made)
+    threads.add_flag(made)
     made.add_argument("--out", type=Path, help="JSON file for all figures, per image too")
     return made
 
@@ -61,6 +67,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError("--root: the folder of one data set; name exactly one with --data")
     device = choose_device(arguments.device)
     ensemble = load_chosen(arguments, device)
+    chosen = choose_threads(arguments).use()
     trained = ensemble.first
     if arguments.data is None:
         data = own_data(arguments.runs)
@@ -101,6 +108,7 @@ def _run(arguments: argparse.Namespace) -> int:
             "k": [member.k for member in ensemble.members],
             "threshold": ensemble.threshold,
             "scored_at": scale,
+            "threads": chosen.record(),
         }
         write_json(arguments.out, {**report, "scores": figures})
     return 0
@@ -122,6 +130,17 @@ def load_chosen(arguments: argparse.Namespace, device: torch.device) -> Ensemble
     """The runs' segmentors with the k and threshold that the arguments or a calibration say."""
     ensemble = load_runs(arguments.runs, device, arguments.weights)
     return calibrated(ensemble, arguments.k, arguments.threshold)
+
+
+def choose_threads(arguments: argparse.Namespace) -> threads.Threads:
+    """As many as the command or the environment says, or else as the first run was trained with.
+
+    So its figures are those that the run reported.
+    """
+    if arguments.threads is not None:
+        return threads.Threads(arguments.threads, "--threads")
+    own = threads.Threads(min(begun_with(arguments.runs[0]), threads.cores()), "run")
+    return threads.by_environment() or own
 
 
 def own_data(runs: Sequence[Path]) -> SegmentationData:

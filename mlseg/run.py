@@ -14,6 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlseg import threads
+
+if __name__ == "__main__":
+    threads.bound_spinning()  # before torch is loaded
+
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +34,8 @@ from mlseg.machine import device_name, versions
 from mlseg.problems.systems import AnyRunSettings, all_systems, load_system
 from mlseg.randomness import seed_everything
 
+RESUMABLE = ("engine.iterations", "threads")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
@@ -36,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # An override in the config's place, as in `--resume DIR engine.iterations=200`.
         arguments.overrides.insert(0, arguments.config)
         arguments.config = None
+    if arguments.threads is not None:
+        arguments.overrides.append(f"threads={arguments.threads}")
     return guarded(_run, arguments)
 
 
@@ -54,12 +64,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, help="run directory (runs/<config>/<time>)")
     made.add_argument("--resume", type=Path, metavar="DIR", help="go on with an interrupted run")
     made.add_argument("--dry-run", action="store_true", help="build, run each level once, report")
+    threads.add_flag(made)
     return made
 
 
 def _run(arguments: argparse.Namespace) -> int:
     tree, directory = _what_and_where(arguments)
     settings, build = parse_run(tree)
+    chosen, remark = _threads(arguments, settings)
+    settings = settings.model_copy(update={"threads": chosen.use().number})
     seed_everything(settings.seed)
     if arguments.dry_run:
         dry_run(build(settings, None))
@@ -75,6 +88,8 @@ def _run(arguments: argparse.Namespace) -> int:
         console.print("No checkpoint was written yet: starting anew")
     write_text(directory / "config.yaml", config.dump(settings))
     console.print(f"Writing to {directory}, running on {engine.device}")
+    if remark is not None:
+        console.print(remark)
     _say(console, engine.notices)
     engine.run()
     results = {
@@ -84,6 +99,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "precision": settings.precision,
         "versions": versions(),
         "device": device_name(engine.device),
+        "threads": chosen.record(),
     }
     write_json(directory / "results.json", results)
     report(engine, results, make_console())
@@ -109,6 +125,40 @@ def parse_run(tree: config.Tree) -> tuple[AnyRunSettings, Any]:
     return config.parse(system.settings, tree), system
 
 
+def _threads(
+    arguments: argparse.Namespace, settings: AnyRunSettings
+) -> tuple[threads.Threads, str | None]:
+    """How many threads, and what a resumed run has to say of it: their number changes sums.
+
+    A resumed run goes on with as many as it began with, unless its command says otherwise.
+    """
+    by = "config" if arguments.threads is None else "--threads"
+    chosen = (
+        threads.choose(settings.work())
+        if settings.threads == "auto"
+        else threads.Threads(settings.threads, by)
+    )
+    if arguments.resume is None:
+        return chosen, None
+    before = begun_with(arguments.resume)
+    asked = any(override.startswith("threads=") for override in arguments.overrides)
+    if not asked and settings.threads in ("auto", before):
+        return threads.Threads(before, "run"), None
+    if chosen.number == before:
+        return chosen, None
+    return chosen, (
+        f"It began with {before} and goes on with {chosen.number} threads: its figures may differ "
+        "in the last digits from those of a run that kept them"
+    )
+
+
+def begun_with(run: Path) -> int:
+    """The threads that a run began with; torch's own number for one that hasn't stored it."""
+    path = run / "config.yaml"
+    stored = config.load(path).values.get("threads") if path.is_file() else None
+    return stored if isinstance(stored, int) else torch.get_num_threads()
+
+
 def _what_and_where(arguments: argparse.Namespace) -> tuple[config.Tree, Path]:
     if arguments.resume is not None:
         return _resumed(arguments), arguments.resume
@@ -125,7 +175,7 @@ def _what_and_where(arguments: argparse.Namespace) -> tuple[config.Tree, Path]:
 
 
 def _resumed(arguments: argparse.Namespace) -> config.Tree:
-    """The config stored in the run; one given beside it may only ask for more iterations."""
+    """The config stored in the run; one given beside it may only change what RESUMABLE lists."""
     if arguments.out is not None:
         raise UserError("--out: a resumed run stays in its directory; drop it")
     path = arguments.resume / "config.yaml"
@@ -135,15 +185,16 @@ def _resumed(arguments: argparse.Namespace) -> config.Tree:
     original = config.load(path)
     if arguments.config is not None:
         given = config.load(arguments.config, arguments.overrides)
+        given.values.setdefault("threads", original.values.get("threads", "auto"))
         settings, _ = parse_run(given)
         stored = config.Tree(settings.model_dump(mode="json"), given.origins, given.source)
     before = parse_run(original)[0].model_dump(mode="json")
     now = parse_run(stored)[0].model_dump(mode="json")
-    changed = [key for key in config.differences(before, now) if key != "engine.iterations"]
+    changed = [key for key in config.differences(before, now) if key not in RESUMABLE]
     if changed:
         raise UserError(
             f"--resume: {changed[0]} differs from the run's own config.yaml; a resumed run may "
-            "only change engine.iterations, start a new run for the rest"
+            f"only change {' and '.join(RESUMABLE)}, start a new run for the rest"
         )
     return stored
 

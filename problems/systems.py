@@ -1,11 +1,11 @@
 """The table of systems: whole multilevel programs that a config can name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import NonNegativeInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from mlseg.config import Settings
 from mlseg.config.registry import Entry, Registry, find_entry
@@ -21,6 +21,8 @@ class AnyRunSettings(Settings):
         imports: modules to import first, which register what the rest of the config names.
         seed: of every random draw but the data split, which has its own.
         device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: of the processor; ``auto``: what the environment says (OMP_NUM_THREADS), or else as
+            many as the work fills. Another number may change the last digits.
         precision: ``bf16`` is autocast; hypergradients are evaluated in fp32 all the same.
         engine: length, validation, checkpoints.
     """
@@ -29,8 +31,23 @@ class AnyRunSettings(Settings):
     imports: list[str] = []
     seed: NonNegativeInt = 0
     device: str = "auto"
+    threads: Literal["auto"] | PositiveInt = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     engine: LoopSettings = LoopSettings()
+
+    def work(self) -> int:
+        """What threads have to share, in multiply-adds; 0 without images.
+
+        Those of a 1x1 convolution of the widest features at full resolution: examples of a batch x
+        pixels x channels^2, each the largest that the config names. Deeper layers of a U-Net have
+        as many.
+        """
+        values = self.model_dump()
+        data, augmentation = values.pop("data", None) or {}, values.get("augmentation") or {}
+        size = augmentation.get("window") or data.get("image_size") or 0
+        height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
+        batch = max(_all(values.get("problems"), "batch_size"), default=1)
+        return batch * height * width * max(_all(values, "channels"), default=_UNNAMED) ** 2
 
 
 class RunSettings(AnyRunSettings):
@@ -41,6 +58,18 @@ class RunSettings(AnyRunSettings):
     """
 
     engine: EngineSettings = EngineSettings()
+
+
+_UNNAMED = 64
+"""Channels of networks whose settings don't name them: those of a ResNet's first layers."""
+
+
+def _all(values: Any, key: str) -> Iterator[int]:
+    """Every integer of that key, at any depth."""
+    for name, value in values.items() if isinstance(values, Mapping) else ():
+        if name == key and isinstance(value, int):
+            yield value
+        yield from _all(value, key)
 
 
 @dataclass(frozen=True)

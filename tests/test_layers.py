@@ -14,6 +14,7 @@ GROUND = (
     "checkpoint",
     "machine",
     "precision",
+    "threads",
     "_betty",
     "_version",
 )

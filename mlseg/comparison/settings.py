@@ -81,7 +81,8 @@ class CompareSettings(Settings):
         imports: modules to import first, which register tasks and methods of the user's own.
         seeds: of every draw, one cell for each.
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
-        threads: of each process; more than one may change the last digits.
+        threads: of each process; the command also takes ``auto``: what the environment says, or 1.
+            More than one may change the last digits.
         accuracy: None skips the phase.
         training: None skips the phase.
     """

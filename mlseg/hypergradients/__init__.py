@@ -10,6 +10,7 @@ A method's class is an attribute of this module as well, found when it is asked 
 
 from typing import Any
 
+import mlseg._betty  # noqa: F401, its version is checked before anything is built on it
 from mlseg.hypergradients.base import (
     Cotangents,
     Diagnostics,

@@ -4,8 +4,6 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import binary_erosion
-from scipy.spatial import cKDTree
 
 Mask = NDArray[np.bool_]
 PERCENTILE = 95.0
@@ -28,6 +26,8 @@ def hd95(prediction_HW: Mask, target_HW: Mask) -> float:
     if not prediction_HW.any() or not target_HW.any():
         one_empty = bool(prediction_HW.any() or target_HW.any())
         return math.hypot(*prediction_HW.shape) if one_empty else 0.0
+    from scipy.spatial import cKDTree  # here, for it takes long to load
+
     predicted, true = (_boundary(mask) for mask in (prediction_HW, target_HW))
     there, _ = cKDTree(true).query(predicted)
     back, _ = cKDTree(predicted).query(true)
@@ -57,6 +57,8 @@ def class_hd95(
 
 def _boundary(mask_HW: Mask) -> NDArray[np.intp]:
     """(N, 2) coordinates."""
+    from scipy.ndimage import binary_erosion
+
     rows, columns = (np.flatnonzero(mask_HW.any(axis)) for axis in (1, 0))
     # Only the bounding box, which is often small: what lies around it is empty.
     top, left = rows[0], columns[0]

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import aiohttp
-import fsspec
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -36,15 +34,6 @@ MARKER = ".mlseg-download-incomplete"
 ATTEMPTS = 4
 # Bytes fetched beyond what is asked for: neighbouring members then come with one request.
 _BLOCK = 2**20
-# ValueError: what fsspec says of a server without range requests.
-_NETWORK_ERRORS = (
-    OSError,
-    aiohttp.ClientError,
-    ValueError,
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-)
 
 
 @dataclass(frozen=True)
@@ -220,7 +209,7 @@ class _Remote:
         for attempt in range(ATTEMPTS):
             try:
                 return action(self._open())
-            except _NETWORK_ERRORS as error:
+            except _network_errors() as error:
                 self.close()
                 if attempt + 1 == ATTEMPTS or isinstance(error, FileNotFoundError):
                     reason = " ".join(str(error).split()) or type(error).__name__
@@ -233,11 +222,21 @@ class _Remote:
 
     def _open(self) -> zipfile.ZipFile:
         if self._zip is None:
+            import fsspec
+
             self._file = fsspec.open(
                 self.url, "rb", block_size=_BLOCK, cache_type="readahead"
             ).open()
             self._zip = zipfile.ZipFile(self._file)
         return self._zip
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    import aiohttp  # here, as fsspec is, for they take long to load
+
+    # ValueError: what fsspec says of a server without range requests.
+    other = (ValueError, zipfile.BadZipFile, zlib.error, EOFError)
+    return (OSError, aiohttp.ClientError, *other)
 
 
 def _inside(root: Path, member: Member) -> Path:
