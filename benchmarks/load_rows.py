@@ -37,7 +37,7 @@ from mlseg.run import parse_run
 
 SPLITS = ("val", "val_hold_out", "val_rest", "test")
 CLASS_SPLITS = ("test", "val_rest")
-TAKEN = ("start", "control")  # what a row takes from another row's run
+TAKEN = ("start", "control", "threads")  # what a row takes from another row's run, or a machine
 
 
 class RowSettings(Settings):

@@ -26,7 +26,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
         RunError: the file can't be written, as on a full disk.
     """
     try:
-        with replacing(path) as temporary, temporary.open("wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
     except (OSError, RuntimeError) as error:
         # torch's zip writer reports a failed write as RuntimeError and loses the system's text.

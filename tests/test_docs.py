@@ -150,6 +150,15 @@ def the_resumed_run_is_the_uninterrupted_one(ran: Names) -> None:
     assert len(part.state_dict()["problems"]["classifier"]["trajectory"]["steps"]) == 5
 
 
+def the_hook_sees_every_validation(ran: Names) -> None:
+    engine, sparsity = ran["engine"], ran["sparsity"]
+    left_out = float((engine.weighting(sparsity.batch).sigmoid() < 0.5).float().mean())
+    assert sparsity.history == [pytest.approx(left_out)], "one validation, at the end"
+    assert 0.0 < left_out < 1.0
+    assert engine.results()["left_out"] == sparsity.history
+    assert engine.state_dict()["hooks"] == {"sparsity": {"history": sparsity.history}}
+
+
 CHECKS: dict[str, Callable[[Names], None]] = {
     "One level": one_level_gets_it_wrong,
     "Two levels": two_levels_mend_it,
@@ -159,6 +168,7 @@ CHECKS: dict[str, Callable[[Names], None]] = {
     "Expensive sources": an_expensive_source_is_passed_once_a_step,
     "A method of your own": own_methods_are_right_in_every_graph,
     "Records, checkpoints, resume": the_resumed_run_is_the_uninterrupted_one,
+    "What a run adds: hooks": the_hook_sees_every_validation,
 }
 """What is claimed, by section."""
 

@@ -292,7 +292,7 @@ class TestFailure:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["tasks.small.name=quadratik"], "tasks.small: task: there is no 'quadratik'; did you me"),
+        (["tasks.small.name=quadratik"], "tasks.small: no task 'quadratik'; did you mean"),
         (
             ["tasks.small.conditoin=3"],
             "tasks.small.conditoin: unknown key; did you mean 'con",
@@ -366,7 +366,7 @@ def test_every_config_is_valid() -> None:
     from mlseg import config
     from mlseg.comparison.settings import parse
 
-    folder = Path(__file__).parents[1] / "configs"
+    folder = Path(__file__).parents[2] / "configs"
     found = sorted(folder.glob("compare_*.yaml"))
     assert len(found) >= 1
     for path in found:

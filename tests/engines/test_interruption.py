@@ -94,6 +94,7 @@ def final(out: Path) -> dict[str, Any]:
     best = checkpoint.load(out / "checkpoints" / "best.pt")
     results = json.loads((out / "results.json").read_text())
     del state["engine"]["seconds"], results["seconds"], state["records"]
+    del results["threads"]["chosen_by"]  # a resumed run takes those that it began with
     files = ("events.jsonl", "architecture.json", "config.yaml", "splits.json")
     return {
         "metrics": tiny.untimed((out / "metrics.jsonl").read_text()),

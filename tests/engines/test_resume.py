@@ -13,6 +13,7 @@ import torch
 import toys
 from torch.utils.data import DataLoader, TensorDataset
 from toys import GRAPHS, Graph, fit, imitate
+from transitions import loop
 
 from mlseg import checkpoint
 from mlseg.engines.engine import Engine
@@ -156,13 +157,14 @@ def lookahead(out: Path, limit_mib: float = 1.0, control: int | None = None) -> 
         "pictures": 0,
     }
     engine: Any = tiny.build("load", changes, out)
-    measure = engine.hold_out.miou
+    lookahead = loop(engine)
+    measure = lookahead.hold_out.miou
 
     def miou(module: Any) -> float:
         measure(module)
-        return SCORES[engine.controller.updates + (engine.controller.cycle > 0)]
+        return SCORES[lookahead.controller.updates + (lookahead.controller.cycle > 0)]
 
-    engine.hold_out.miou = miou
+    lookahead.hold_out.miou = miou
     return engine
 
 

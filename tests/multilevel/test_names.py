@@ -57,7 +57,7 @@ def engine_of(lower: str, upper: str, base: type = Problem, attributes: Any = No
     )
 
 
-TAKEN = ["loss", "method", "meta", "best", "stage", "settings", "optimizer", "validation"]
+TAKEN = ["loss", "method", "hooks", "best", "stage", "settings", "optimizer", "validation"]
 TAKEN += ["recorder", "levels", "scheduler", "param_callback", "not a name", "lambda", "logger"]
 
 

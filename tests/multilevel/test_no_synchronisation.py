@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from transitions import loop
 
 READS = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
 ON_THE_HOST = ("torch.optim", "torch.utils.data", "mlseg.segmentation.data", "mlseg.randomness")
@@ -52,7 +53,7 @@ def test_13_no_step_waits_for_the_device(name: str, no_reads: list[str]) -> None
     del no_reads[:]
     for _ in range(3):  # past an epoch of SegAN's
         engine.iterate()
-    engine._watch()
+    engine._guard.watch(engine.problems, engine.global_step)
     assert no_reads == []
 
 
@@ -72,7 +73,7 @@ def test_13_no_step_waits_for_the_gpu(name: str) -> None:
     try:
         for _ in range(4):
             engine.iterate()
-            engine._watch()
+            engine._guard.watch(engine.problems, engine.global_step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -81,17 +82,18 @@ def test_13_no_adversarial_step_waits_for_the_device(no_reads: list[str]) -> Non
     engine: Any = tiny.build("load")
     engine.train()
     engine.enter_stage(1)
-    engine.buffer.open("g0", 0)
-    engine.discriminator_training.begin()
+    lookahead = loop(engine)
+    lookahead.buffer.open("g0", 0)
+    lookahead.training.begin()
     engine.generator.step_normal()  # makes the optimizer's state
-    engine.snapshots["start"].take()
+    lookahead.snapshots["start"].take()
     del no_reads[:]
     engine.generator.step_normal()
-    engine.snapshots["start"].take()
-    engine.snapshots["start"].restore()
+    lookahead.snapshots["start"].take()
+    lookahead.snapshots["start"].restore()
     assert no_reads == []
     del no_reads[:]
-    engine.hold_out.miou(engine.generator.module)
+    lookahead.hold_out.miou(engine.generator.module)
     assert set(no_reads) <= {"mlseg.engines.lookahead.hold_out: __float__"}, (
         "what has been transferred"
     )

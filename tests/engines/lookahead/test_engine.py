@@ -158,7 +158,7 @@ def test_snapshots_use_their_memory_again(tmp_path: Path) -> None:
             if tensors:
                 places.setdefault(id(snapshot), set()).update(t.data_ptr() for t in tensors)
 
-    vars(loop(engine))["_AT_ONCE"] = {**LookaheadLoop._AT_ONCE, "note": note}
+    vars(loop(engine))["_AT_ONCE"] = {**loop(engine)._AT_ONCE, "note": note}
     engine.run()
     sizes = len(engine.generator.module.state_dict()) + len(
         list(engine.generator.module.parameters())
@@ -292,7 +292,7 @@ def test_a_copy_that_was_interrupted_is_none(
     def interrupt(back: bool) -> bool:
         raise KeyboardInterrupt
 
-    vars(loop(engine))["_AT_ONCE"] = {**LookaheadLoop._AT_ONCE, "snapshot": torn}
+    vars(loop(engine))["_AT_ONCE"] = {**loop(engine)._AT_ONCE, "snapshot": torn}
     with pytest.raises(KeyboardInterrupt):
         engine.run()
     best = checkpoint.load(tmp_path / "checkpoints" / "best.pt")
@@ -326,10 +326,10 @@ def test_the_first_error_is_the_one_to_tell(monkeypatch: pytest.MonkeyPatch) -> 
     def miou(module: Any) -> float:
         if loop(engine).controller.updates < 2:
             return original(module)
-        monkeypatch.setattr(engine, "_keep_best", full)
+        monkeypatch.setattr(loop(engine), "_keep_best", full)
         raise RunError("the first")
 
-    def full() -> None:
+    def full(engine: Engine) -> None:
         raise RunError("can't write best.pt")
 
     loop(engine).hold_out.miou = miou

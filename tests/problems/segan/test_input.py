@@ -8,7 +8,7 @@ import tiny
 
 from mlseg.config import load
 from mlseg.errors import UserError
-from mlseg.problems.segan import levels as segan
+from mlseg.problems.segan import wiring
 from mlseg.run import parse_run
 
 
@@ -31,14 +31,14 @@ def test_what_the_game_refuses_is_one_line(changes: dict[str, Any], words: str) 
 
 
 def test_labels_outside_the_classes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    load_data = segan.load_data
+    load_data = wiring.load_data
 
     def spoiled(settings: Any) -> Any:
         data = load_data(settings)
         data.train.masks[0, 3, 4] = 255
         return data
 
-    monkeypatch.setattr(segan, "load_data", spoiled)
+    monkeypatch.setattr(wiring, "load_data", spoiled)
     with pytest.raises(UserError, match="labels 255 in the training masks are none of the 2"):
         tiny.build("segan")
 
