@@ -23,9 +23,6 @@ TINY = (
     "data.test=2",
     "data.image_size=32",
     "segmentor.channels=2",
-    "generator.channels=2",
-    "discriminator.channels=2",
-    "gan.pretrain=1",
     "engine.iterations=1",
     "engine.validate_every=1",
 )
@@ -133,9 +130,9 @@ def test_it_trains_from_a_config(installed: Path, tmp_path: Path) -> None:
     shutil.copytree(REPOSITORY / "configs", configs)
     command = (sys.executable, "-m", "mlseg.run")
     environment = {"PYTHONPATH": str(installed), "MLSEG_DATA": str(tmp_path / "no_data")}
-    assert "e2eaug" in run(*command, "--help", cwd=tmp_path, **environment)
+    assert "supervised" in run(*command, "--help", cwd=tmp_path, **environment)
     run(
-        *command, configs / "e2eaug_isic_small.yaml", *TINY, "--out", "run",
+        *command, configs / "supervised_isic_small.yaml", *TINY, "--out", "run",
         cwd=tmp_path, **environment,
     )  # fmt: skip
     results = (tmp_path / "run" / "results.json").read_text()
