@@ -106,10 +106,9 @@ def test_composition_equals_doing_one_after_the_other() -> None:
 
 def test_masks_keep_their_values_and_their_type() -> None:
     mask = label_map(8) * 2 + 3  # 3, 5, 7, 9, 11: a bilinear filter would make even values
+    settings = AugmentationSettings.preset("genseg")
     for dtype in (torch.int64, torch.uint8, torch.float32):
-        _, found = Augmentation(AugmentationSettings.preset("genseg"))(
-            None, mask.to(dtype), seeded()
-        )
+        _, found = Augmentation(settings)(None, mask.to(dtype), seeded())
         assert found.dtype == dtype
         assert set(found.unique().tolist()) <= {0, 3, 5, 7, 9, 11}
     _, found = Augmentation(settings, ignore_index=11)(None, mask, seeded())
