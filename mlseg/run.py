@@ -105,8 +105,7 @@ def parse_run(tree: config.Tree) -> tuple[RunSettings, Any]:
     """
     name = tree.values.get("system")
     if not isinstance(name, str):
-        names = ", ".join(entry.name for entry in all_systems())
-        raise tree.error("system", f"missing; name a system, one of {names}")
+        raise tree.error("system", "missing; name a system, such as system: e2eaug")
     system = load_system(name)
     return config.parse(system.settings, tree), system
 
@@ -115,7 +114,7 @@ def _what_and_where(arguments: argparse.Namespace) -> tuple[config.Tree, Path]:
     if arguments.resume is not None:
         return _resumed(arguments), arguments.resume
     if arguments.config is None:
-        raise UserError("name a config, such as those in configs/ (see --help)")
+        raise UserError("name a config, such as configs/e2eaug_isic_small.yaml (see --help)")
     tree = config.load(arguments.config, arguments.overrides)
     directory = arguments.out or Path("runs") / Path(arguments.config).stem / timestamp()
     if (directory / "config.yaml").exists() and not arguments.dry_run:
