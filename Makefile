@@ -77,7 +77,7 @@ clean:
 # uv, not pip: pip heeds betty-ml's "Python below 3.11" and falls back to a broken 0.1.1.
 # The import at the end checks the result and leaves it compiled, also where Python is
 # told to write no bytecode: each of the tests' processes would compile torch anew.
-$(STAMP): setup.cfg pyproject.toml constraints.txt $(BIN)/uv
+$(STAMP): setup.py setup.cfg pyproject.toml constraints.txt $(BIN)/uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt \
 		--build-constraints constraints.txt --editable '.[dev]'
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -W ignore -c 'import mlseg.run, mlseg.predict'

@@ -1,11 +1,14 @@
 """What holds for every test."""
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
+from torch import Tensor
 
 # A busy machine is no failure: an example may take as long as it takes.
 hypothesis.settings.register_profile("mlseg", deadline=None)
@@ -23,3 +26,29 @@ def real() -> Callable[[str], Path]:
         return root
 
     return find
+
+
+READS = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
+ON_THE_HOST = ("torch.optim", "torch.utils.data", "mlseg.segmentation.data", "mlseg.randomness")
+"""Modules that read tensors which lie on the host wherever training runs."""
+
+
+@pytest.fixture
+def no_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Every reading of a tensor's value from Python, by the module that does it."""
+    found: list[str] = []
+
+    def forbid(name: str) -> None:
+        original = getattr(Tensor, name)
+
+        def read(self: Tensor, *args: Any) -> Any:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if not caller.startswith(ON_THE_HOST):
+                found.append(f"{caller}: {name}")
+            return original(self, *args)
+
+        monkeypatch.setattr(Tensor, name, read)
+
+    for name in READS:
+        forbid(name)
+    return found

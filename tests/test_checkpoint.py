@@ -123,7 +123,7 @@ def test_a_truncated_file_is_one_line(tmp_path: Path, part: float) -> None:
 
 def test_another_file_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
-    path.write_text("system: e2eaug\n")
+    path.write_text("system: supervised\n")
     with pytest.raises(UserError, match="not a checkpoint"):
         checkpoint.load(path)
 

@@ -92,7 +92,7 @@ class E2EAugSettings(RunSettings):
     architecture: ArchitectureSettings = ArchitectureSettings()
     loss: LossSettings = LossSettings()
     augmentation: AugmentationSettings = AugmentationSettings.off()
-    mask_augmentation: AugmentationSettings = AugmentationSettings.paper()
+    mask_augmentation: AugmentationSettings = AugmentationSettings.preset("paper")
     synthetic_weight: NonNegativeFloat = 1.0
     problems: LevelSettings
 

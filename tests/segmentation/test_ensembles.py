@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mlseg import calibrate, evaluate, predict, run
+from mlseg import calibrate, checkpoint, evaluate, predict, run
 from mlseg.config import load
 from mlseg.errors import UserError
 from mlseg.run import parse_run
@@ -21,16 +22,16 @@ from mlseg.segmentation import calibration
 from mlseg.segmentation.data import DataSettings, load_data, to_float
 from mlseg.segmentation.metrics import SegmentationMetrics
 from mlseg.segmentation.scoring import predict_logits, score
-from mlseg.segmentation.trained import load_runs
+from mlseg.segmentation.trained import Ensemble, load_runs
 
 CPU = torch.device("cpu")
 SPLITS = {"data.train": 6, "data.val": 6, "data.test": 5, "engine.iterations": 12}
 
 
 def train(tmp_path: Path, seed: int, name: str = "", **changes: Any) -> Path:
-    """A tiny run of SegAN; its directory."""
+    """A tiny run; its directory."""
     out = tmp_path / (name or f"seed_{seed}")
-    path = tiny.write_config(tmp_path / f"{out.name}.yaml", "segan", {**SPLITS, **changes})
+    path = tiny.write_config(tmp_path / f"{out.name}.yaml", changes={**SPLITS, **changes})
     assert run.main([str(path), f"seed={seed}", "--out", str(out)]) == 0
     return out
 
@@ -80,13 +81,13 @@ def test_an_ensemble_is_the_mean_of_the_probabilities(fresh: list[Path], tmp_pat
     torch.testing.assert_close(ensemble(image), mean)
     assert not torch.allclose(singles[0](image), mean)
     metrics = SegmentationMetrics(2, classes=data.spec.classes, distances=True)
-    metrics.update((mean[:, 1] > 0.4).long(), data.test.masks, data.test.ids)
+    metrics.update((mean[:, 1] > 0.5).long(), data.test.masks, data.test.ids)
     found = evaluated(tmp_path, *fresh)
     values = found["scores"]["test"]
     for key, value in metrics.compute().items():
         assert values[key] == pytest.approx(value), key
-    assert found["threshold"] == 0.4
-    assert len(found["k"]) == 3
+    assert found["threshold"] == 0.5
+    assert found["k"] == [1.0, 1.0, 1.0], "a network without a temperature"
     assert set(values["per_image"]) == set(data.test.ids)
 
 
@@ -100,7 +101,7 @@ def test_predict_by_an_ensemble(fresh: list[Path], tmp_path: Path) -> None:
     ensemble = load_runs(fresh, CPU)
     array = np.asarray(Image.open(image)).transpose(2, 0, 1)
     resized = torch.from_numpy(predict._resized(array, (32, 32)))[None]
-    expected = ensemble.probabilities(to_float(resized), (41, 50))[0, 1] > 0.4
+    expected = ensemble.probabilities(to_float(resized), (41, 50))[0, 1] > 0.5
     assert np.array_equal(mask > 0, expected.numpy())
 
 
@@ -125,7 +126,10 @@ def test_runs_of_other_sizes_or_thresholds_are_no_ensemble(
     fresh: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = train(tmp_path, 1, "small", **{"data.image_size": 24})
-    strict = train(tmp_path, 1, "strict", threshold=0.7, augmentation={"window": 24})
+    strict = train(tmp_path, 1, "strict", augmentation={"window": 24})
+    state = checkpoint.load(strict / "checkpoints" / "best.pt")
+    state["segmentor"]["threshold"] = 0.7  # as a system with a threshold of its own writes it
+    checkpoint.save(strict / "checkpoints" / "best.pt", state)
     capsys.readouterr()
     assert evaluate.main([str(fresh[0]), str(small)]) == 2
     assert "image_size" in one_line(capsys)
@@ -176,6 +180,32 @@ def test_for_one_network_k_and_threshold_are_one_number(fresh: list[Path]) -> No
     assert torch.equal(one, ensemble.with_choice(0.7, same)(image)[:, 1] > same)
 
 
+def test_a_networks_own_temperature_gives_way_to_the_chosen_one(fresh: list[Path]) -> None:
+    """One that gives z / 0.25, and whose probabilities are a sigmoid."""
+
+    class Tempered(torch.nn.Module):
+        temperature = 0.25
+
+        def forward(self, image: Tensor) -> Tensor:
+            return torch.stack([torch.zeros_like(image[:, 0]), image[:, 1] / 0.25], 1)
+
+        def probabilities(self, logits: Tensor) -> Tensor:
+            return logits.sigmoid()
+
+    member = replace(load_runs(fresh[:1], CPU).first, module=Tempered(), window=None)
+    ensemble = Ensemble((member,), 0.5)
+    image = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ensemble(image)[:, 1], (image[:, 1] / 0.25).sigmoid())
+    chosen = ensemble.with_choice(0.8, None)
+    torch.testing.assert_close(chosen(image)[:, 1], (image[:, 1] / 0.8).sigmoid())
+    assert calibration.describe(ensemble) == "k 0.25, threshold 0.5"
+    assert calibration.describe(chosen) == "k 0.8, threshold 0.5"
+    data = data_of(fresh[0])
+    grid = calibrate.search(ensemble, data.val, CPU, [0.8], [0.6], True, "accuracy")
+    figures = score(chosen, data.val, CPU, threshold=0.6, native=True).compute()
+    assert float(grid) == pytest.approx(figures["accuracy"])
+
+
 def test_calibrate_stores_its_choice_and_the_others_take_it(
     fresh: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,9 +230,9 @@ def test_calibrate_stores_its_choice_and_the_others_take_it(
     assert (after["threshold"], set(after["k"])) == (0.15, {stored[0]["k"]})
     assert after["scores"]["test"]["sensitivity"] >= before["scores"]["test"]["sensitivity"]
     # Not for a run by itself, nor for other weights, nor where told otherwise.
-    assert evaluated(tmp_path, fresh[0])["threshold"] == 0.4
+    assert evaluated(tmp_path, fresh[0])["threshold"] == 0.5
     assert evaluated(tmp_path, *fresh, "--threshold", "0.3")["threshold"] == 0.3
-    assert evaluated(tmp_path, *fresh, "--k", "0.5")["threshold"] == 0.4
+    assert evaluated(tmp_path, *fresh, "--k", "0.5")["threshold"] == 0.5
     assert calibration.find(load_runs(fresh, CPU, "last")) is None or (
         load_runs(fresh, CPU, "last").first.digest == load_runs(fresh, CPU).first.digest
     )

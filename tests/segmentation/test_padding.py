@@ -42,7 +42,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(folder: Path, out: Path, system: str = "supervised", **changes: Any) -> Path:
+def train(folder: Path, out: Path, **changes: Any) -> Path:
     data = {
         "data.name": "folder",
         "data.root": str(folder),
@@ -52,7 +52,7 @@ def train(folder: Path, out: Path, system: str = "supervised", **changes: Any) -
         "data.fit": "pad",
         "engine.iterations": 8,
     }
-    config = tiny.write_config(out.with_suffix(".yaml"), system, data | changes)
+    config = tiny.write_config(out.with_suffix(".yaml"), changes=data | changes)
     assert run.main([str(config), "--out", str(out)]) == 0
     return out
 
@@ -117,7 +117,7 @@ def test_predict_pads_a_photograph(padded: Path, tmp_path: Path) -> None:
 
 
 def test_calibration_counts_as_scoring_does(own: Path, tmp_path: Path) -> None:
-    out = train(own, tmp_path / "game", "segan", **{"data.val": 5, "data.test": 2})
+    out = train(own, tmp_path / "run", **{"data.val": 5, "data.test": 2})
     settings: Any = parse_run(load(out / "config.yaml"))[0]
     samples, ensemble = load_data(settings.data).val, load_runs([out], CPU)
     for native in (True, False):

@@ -123,19 +123,6 @@ class AugmentationSettings(Settings):
         """Nothing: image and mask pass unchanged."""
         return cls.preset("off")
 
-    @classmethod
-    def paper(cls) -> "AugmentationSettings":
-        """Rotation, flip and translation in random order (E2EAug, section 4.1).
-
-        The paper names the operations, not their ranges: these are those of its public code.
-        """
-        return cls.preset("paper")
-
-    @classmethod
-    def genseg(cls) -> "AugmentationSettings":
-        """The ranges of E2EAug's public code (GenSeg), which also scales, shears and crops."""
-        return cls.preset("genseg")
-
 
 PRESETS: dict[str, dict[str, Any]] = {
     "off": {},
@@ -153,6 +140,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "crop": 0.1,
     },
 }
+"""``paper``: rotation, flip and translation in random order (E2EAug, section 4.1), which names the
+operations; the ranges are those of its public code, GenSeg, which also scales, shears and crops
+(``genseg``)."""
 
 
 @dataclass(frozen=True)

@@ -153,12 +153,6 @@ class Cell(nn.Module):
         kernel = _merge((self.kernel4, self.kernel6, self.kernel8), weights)
         return kernel, None if self.bias is None else weights @ self.bias
 
-    @torch.no_grad()
-    def candidate(self, index: int) -> tuple[Tensor, Tensor | None]:
-        """Copies of kernel and bias of candidate `index`, 0 to 2."""
-        kernel = (self.kernel4, self.kernel6, self.kernel8)[index]
-        return kernel.clone(), None if self.bias is None else self.bias[index].clone()
-
 
 def plain(
     in_channels: int, out_channels: int, size: int, transposed: bool, bias: bool = False

@@ -9,7 +9,7 @@ Convolutions N(0, 0.02), BatchNorm scale N(1, 0.02).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -256,29 +256,13 @@ class SearchableGenerator(_Body):
         self._check(weights)
         return self._generate(label_BCHW, weights)
 
+    @torch.no_grad()
     def merged(self, weights: Tensor | None) -> Generator:
         """The same function for fixed (cells, 3) weights: a plain generator of 8x8 kernels.
 
         Copies every tensor; later training of this module doesn't touch the export.
         """
         self._check(weights)
-        return self._export(lambda cell, row: cell.merged(row), weights)
-
-    def discretised(self, weights: Tensor | None) -> Generator:
-        """A plain generator with the strongest candidate of each cell, at weight 1.
-
-        Copies every tensor, as it is: the result is a start for training, not the same function.
-        Reads the weights back to the host; not for use inside a training step.
-        """
-        self._check(weights)
-        return self._export(lambda cell, row: cell.candidate(int(row.argmax())), weights)
-
-    @torch.no_grad()
-    def _export(
-        self,
-        choose: Callable[[Cell, Tensor], tuple[Tensor, Tensor | None]],
-        weights: Tensor | None,
-    ) -> Generator:
         state = {
             name: tensor.clone()
             for name, tensor in self.state_dict().items()
@@ -289,7 +273,7 @@ class SearchableGenerator(_Body):
         for part in ("encoder", "decoder"):
             for index, operator in enumerate(self.get_submodule(part).children()):
                 if isinstance(operator, Cell):
-                    kernel, bias = choose(operator, next(rows))
+                    kernel, bias = operator.merged(next(rows))
                 else:
                     assert isinstance(operator, nn.Conv2d | nn.ConvTranspose2d)
                     kernel = operator.weight.clone()

@@ -150,20 +150,6 @@ def test_merged_export_trains_like_the_original() -> None:
     torch.testing.assert_close(export(label), expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("search", ["both", "decoder"])
-def test_discretised_keeps_the_strongest_candidates(search: Search) -> None:
-    generator = _tiny(search).eval()
-    choice = torch.arange(generator.num_cells) % 3
-    one_hot = nn.functional.one_hot(choice, 3).double()
-    export = generator.discretised(0.6 * one_hot + 0.4 / 3)
-    expected_kernels = [4 + 2 * int(k) for k in choice]
-    if search == "decoder":
-        expected_kernels = [4] * generator.levels + expected_kernels
-    assert export.kernels == expected_kernels
-    label = torch.rand(2, 2, 16, 16, dtype=torch.float64)
-    torch.testing.assert_close(export(label), generator(label, one_hot), rtol=0, atol=1e-10)
-
-
 def test_weights_of_the_wrong_shape() -> None:
     generator = _tiny()
     label = torch.zeros(1, 2, 16, 16, dtype=torch.float64)
