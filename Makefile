@@ -80,7 +80,8 @@ clean:
 $(STAMP): setup.py setup.cfg pyproject.toml constraints.txt $(BIN)/uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt \
 		--build-constraints constraints.txt --editable '.[dev]'
-	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -W ignore -c 'import mlseg.run, mlseg.predict'
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -W ignore -c \
+		'import mlseg.run, mlseg.predict, scipy.ndimage, scipy.spatial'
 	@touch $@
 
 $(BIN)/uv:

@@ -132,18 +132,17 @@ def _threads(
 
     A resumed run goes on with as many as it began with, unless its command says otherwise.
     """
-    by = "config" if arguments.threads is None else "--threads"
-    chosen = (
-        threads.choose(settings.work())
-        if settings.threads == "auto"
-        else threads.Threads(settings.threads, by)
-    )
+    fitting = threads.choose(settings.work())
+    chosen = fitting
+    if settings.threads != "auto":
+        by = "config" if arguments.threads is None else "--threads"
+        chosen = threads.Threads(settings.threads, by)
     if arguments.resume is None:
         return chosen, None
     before = begun_with(arguments.resume)
     asked = any(override.startswith("threads=") for override in arguments.overrides)
     if not asked and settings.threads in ("auto", before):
-        return threads.Threads(before, "run"), None
+        return fitting if fitting.number == before else threads.Threads(before, "run"), None
     if chosen.number == before:
         return chosen, None
     return chosen, (
