@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from programs import FAMILIES, SHAPES, Program, Variables
 from torch import Tensor
 
 from mlseg.engines.engine import Engine
@@ -15,6 +14,7 @@ from mlseg.engines.settings import EngineSettings
 from mlseg.hypergradients import names
 from mlseg.multilevel.config import Config
 from mlseg.multilevel.problem import Problem
+from mlseg.testing.families import HYPERPARAMETERS, Settled, Vector
 
 PAGE = (Path(__file__).parent.parent / "docs" / "how-to-choose.md").read_text(encoding="utf-8")
 
@@ -44,7 +44,7 @@ COSTS: dict[str, tuple[int, int]] = {
 """Evaluations and products (the mixed one included) of the first hop, by default."""
 
 
-def counted(method: dict[str, Any], made: Program, steps: int = 1) -> tuple[float, float]:
+def counted(method: dict[str, Any], made: Settled, steps: int = 1) -> tuple[float, float]:
     """Evaluations and products of the first hop."""
     engine = made.engine(method, torch.float64, made.stable_rate(), steps)
     for _ in range(steps):
@@ -54,17 +54,17 @@ def counted(method: dict[str, Any], made: Program, steps: int = 1) -> tuple[floa
 
 
 @pytest.fixture(scope="module")
-def made() -> Program:
-    return Program(FAMILIES["convolutional"](), SHAPES["two levels"])
+def made() -> Settled:
+    return Settled("convolutional", "two levels")
 
 
 @pytest.mark.parametrize("method", COSTS)
-def test_costs_are_those_of_the_table(method: str, made: Program) -> None:
+def test_costs_are_those_of_the_table(method: str, made: Settled) -> None:
     assert counted({"method": method}, made) == COSTS[method]
 
 
-def test_costs_that_depend_on_steps_and_sizes(made: Program) -> None:
-    weights, hyperparameters = made.minima["low"].numel(), made.minima["top"].numel()
+def test_costs_that_depend_on_steps_and_sizes(made: Settled) -> None:
+    weights, hyperparameters = made.family.size, HYPERPARAMETERS
     assert counted({"method": "exact"}, made) == (1, weights + 1)
     assert counted({"method": "unrolled"}, made, 3) == (3, 3)
     assert counted({"method": "unrolled", "store": "graphs"}, made, 3) == (0, 3)
@@ -80,14 +80,14 @@ def test_every_methods_cost_is_tested() -> None:
 # --------------------------------------------------------------------- what they agree on
 
 
-def gradient(made: Program, method: dict[str, Any], rate: float, steps: int = 1) -> Tensor:
+def gradient(made: Settled, method: dict[str, Any], rate: float, steps: int = 1) -> Tensor:
     engine = made.engine(method, torch.float64, rate, steps)
     for _ in range(steps):
         engine.iterate()
     return engine.top.gradient
 
 
-def test_they_meet_where_the_page_says(made: Program) -> None:
+def test_they_meet_where_the_page_says(made: Settled) -> None:
     rate = made.stable_rate()
 
     def same(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -147,7 +147,7 @@ def slope(method: dict[str, Any], cls: type[Any] = Holding, hold: str = "detach"
     """The hypergradient of ``w`` after one step, by ``s``."""
     problems: list[Any] = []
     for name, kind, value, rate in (("low", cls, W, RATE), ("top", Top, S, 0.0)):
-        module = Variables(torch.tensor([value], dtype=torch.float64))
+        module = Vector(torch.tensor([value], dtype=torch.float64))
         optimizer = torch.optim.SGD(module.parameters(), rate)
         problems.append(kind(name, module, optimizer, [()], Config(hypergradient=method)))
     low, top = problems

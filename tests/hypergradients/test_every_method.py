@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from programs import FAMILIES, SHAPES, Program
 
 from mlseg.hypergradients import names
+from mlseg.testing.families import FAMILIES, SHAPES, Settled
 
 RATE = "rate"
 """Stands for the program's stable step size."""
@@ -64,11 +64,11 @@ EXPECTED = {
 
 
 @cache
-def program(family: str, shape: str) -> Program:
-    return Program(FAMILIES[family](), SHAPES[shape])
+def program(family: str, shape: str) -> Settled:
+    return Settled(family, shape)
 
 
-def found(made: Program, method: dict[str, Any], dtype: torch.dtype, expected: Expected) -> Any:
+def found(made: Settled, method: dict[str, Any], dtype: torch.dtype, expected: Expected) -> Any:
     """The top level's gradient; its loss has no direct part."""
     stands_for = {LONG: made.long(), RATE: made.stable_rate()}
     method = {k: stands_for.get(v, v) for k, v in method.items()}

@@ -11,18 +11,17 @@ from unrolling import (
     NOT_BY_TORCH,
     OPTIMIZERS,
     WEIGHTS,
-    Optimizers,
     by_difference,
-    distance,
     lower_loss,
     program,
     reference,
     run,
-    sgd,
     upper_loss,
 )
 
 from mlseg.errors import UserError
+from mlseg.testing.exact import distance
+from mlseg.testing.programs import Optimizers, sgd
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 
@@ -71,7 +70,9 @@ def test_optimizers_that_torch_differentiates_wrongly(optimizer: str, method: st
 
     engine = make(METHODS[method])
     found = run(engine, 1)
-    assert distance(found, by_difference(engine, make)) < (1e-3 if method == "evolution" else 1e-4)
+    assert by_difference(engine, make).distance(found, 1e-6) < (
+        1e-3 if method == "evolution" else 1e-4
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -91,7 +92,7 @@ def test_learning_rates_of_the_upper_level(method: str) -> None:
 
     engine = make(METHODS[method])
     found = run(engine, 1)
-    true = by_difference(engine, make)
+    true = by_difference(engine, make).value
     without = run(program(METHODS[method], sgd(momentum=0.9)), 1)
     assert distance(found, true) < 1e-5
     assert distance(without, true) > 1e-2
@@ -180,16 +181,16 @@ def test_torchopt(name: str) -> None:
     settings: dict[str, Any] = {"lr": 0.05, **PLAIN[name][2]}
     engine = program({"method": "unrolled"}, lambda p: PLAIN[name][0](p, **settings), plain=True)
     found = run(engine, 1)
-    notes = engine.low.notes
+    steps = engine.low.steps
     net = copy.deepcopy(engine.low.module)
     with torch.no_grad():
         for n, p in net.named_parameters():
-            p.copy_(notes[0]["weights"][n])
-    scales = engine.scales_before.clone().requires_grad_()
+            p.copy_(steps[0].values[n])
+    scales = engine.top.steps[-1].values["value"].clone().requires_grad_()
     optimizer = PLAIN[name][1](net, **settings)
-    for note in notes:
-        torch.set_rng_state(note["random"])
-        optimizer.step(lower_loss(net, scales, note["batch"]))
+    for step in steps:
+        torch.set_rng_state(step.random)
+        optimizer.step(lower_loss(net, scales, step.batch))
     (true,) = torch.autograd.grad(upper_loss(net.eval(), engine.top.cur_batch), scales)
     assert distance(found, true) < 1e-9
 

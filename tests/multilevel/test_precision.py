@@ -4,17 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-import toys
 from torch import Tensor
-from toys import GRAPHS
 
 from mlseg.hypergradients import names
 from mlseg.multilevel.config import Config
+from mlseg.testing import programs
+from mlseg.testing.exact import distance
+from mlseg.testing.programs import GRAPHS
 
 DAMPED = ("exact", "cg", "minres", "neumann", "nystrom", "stochastic")
 
 
-class Precise(toys.Level):
+class Precise(programs.Recorded):
     """Notes the type that its first layer computes in, in the step and in a hypergradient."""
 
     types: list[tuple[bool, torch.dtype]]
@@ -31,7 +32,7 @@ def test_14_bf16_steps_and_fp32_hypergradients_on_the_cpu(method: str) -> None:
     for precision in ("fp32", "bf16"):
         # The step's own difference would be magnified by an inverse Hessian.
         damping = {"damping": 10.0} if method in DAMPED else {}
-        engine = toys.program(graph, {"method": method, **damping}, dropout=0.0)
+        engine = programs.small(graph, {"method": method, **damping}, dropout=0.0)
         for level in engine.problems:
             level.module.float()
             level.__class__ = Precise
@@ -48,7 +49,7 @@ def test_14_bf16_steps_and_fp32_hypergradients_on_the_cpu(method: str) -> None:
         assert set(engine.low.types[1:]) == {(True, torch.float32)}
         assert all(p.dtype == torch.float32 for p in engine.low.module.parameters())
         gradients[precision] = engine.top.gradient
-    assert toys.distance(gradients["bf16"], gradients["fp32"]) < 0.1
+    assert distance(gradients["bf16"], gradients["fp32"]) < 0.1
 
 
 def test_14_other_precisions_are_refused() -> None:

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
-import updates
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
 from mlseg.problems.e2eaug import levels as e2eaug
 from mlseg.segmentation.losses import gan_loss
+from mlseg.testing import updates
 
 PATHS = {"direct": ["segmentor"], "through G": ["generator"], "sum": ["generator", "segmentor"]}
 """The lower levels whose paths the architecture's gradient takes."""
