@@ -228,8 +228,8 @@ class Taken(Truth):
                 for p, g in zip(moving.values(), found, strict=True):
                     p.grad = None if g is None else factor * g
                 optimizer.step()
-            for n, p in named.items():
-                torch.testing.assert_close(moving[n], p, rtol=1e-7, atol=1e-9)
+            for n, p in named.items():  # of order 1: a few hundred operations in float64
+                torch.testing.assert_close(moving[n], p, rtol=1e-10, atol=1e-11)
             return moving
 
         return self.through(self.upper, unroll)

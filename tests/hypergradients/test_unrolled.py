@@ -49,15 +49,24 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+def allowed(method: str) -> float:
+    """Relative error, in float64 with u = 1e-16.
+
+    Exact methods and references do the same sums in another order: some hundred operations a
+    step, whose derivatives divide by ``unrolling.EPS`` = 1e-3 at most once, 1e-11 for three steps.
+    A difference of step sigma = 1e-5 errs by sigma^2 = 1e-10 times a third derivative over a first,
+    below 10 for these losses, and by the hundred roundings of its values over sigma, 1e-9.
+    """
+    return 1e-6 if method == "evolution" else 1e-9
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer(optimizer: str, method: str) -> None:
     """In the second window, whose steps start from moments."""
     engine = program(METHODS[method], OPTIMIZERS[optimizer])
     found = run(engine, 2)
-    # A bias before BatchNorm has a gradient of rounding errors, which Adagrad divides by itself.
-    differences = 5e-3 if optimizer == "adagrad" else 1e-4
-    assert distance(found, reference(engine, 3)) < (differences if method == "evolution" else 1e-7)
+    assert distance(found, reference(engine, 3)) < allowed(method)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -70,9 +79,7 @@ def test_optimizers_that_torch_differentiates_wrongly(optimizer: str, method: st
 
     engine = make(METHODS[method])
     found = run(engine, 1)
-    assert by_difference(engine, make).distance(found, 1e-6) < (
-        1e-3 if method == "evolution" else 1e-4
-    )
+    by_difference(engine, make).check(found, within=max(1e-7, allowed(method)))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -80,7 +87,7 @@ def test_optimizers_that_torch_differentiates_wrongly(optimizer: str, method: st
 def test_truncation(method: str, steps: int) -> None:
     engine = program({**METHODS[method], "steps": steps}, OPTIMIZERS["adam"])
     found = run(engine, 2)
-    assert distance(found, reference(engine, steps)) < (1e-5 if method == "evolution" else 1e-9)
+    assert distance(found, reference(engine, steps)) < allowed(method)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -92,10 +99,10 @@ def test_learning_rates_of_the_upper_level(method: str) -> None:
 
     engine = make(METHODS[method])
     found = run(engine, 1)
-    true = by_difference(engine, make).value
+    true = by_difference(engine, make)
     without = run(program(METHODS[method], sgd(momentum=0.9)), 1)
-    assert distance(found, true) < 1e-5
-    assert distance(without, true) > 1e-2
+    true.check(found, within=max(1e-7, allowed(method)))
+    assert distance(without, true.value) > 1e-2
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -109,7 +116,7 @@ def test_accumulation_and_clipping(method: str) -> None:
     )
     found = run(engine, 2)
     true = reference(engine, 2, accumulate=2, clip=0.3)
-    assert distance(found, true) < (1e-5 if method == "evolution" else 1e-9)
+    assert distance(found, true) < allowed(method)
 
 
 def test_a_fresh_optimizers_state() -> None:
@@ -162,9 +169,13 @@ def test_memory_of_one_graph_and_not_of_all() -> None:
 
 @pytest.mark.parametrize("name", ["sgd momentum", "sgd nesterov", "adam", "rmsprop"])
 def test_higher(name: str) -> None:
-    ours = program({"method": "unrolled"}, OPTIMIZERS[name])
-    theirs = program({"method": "unrolled", "backend": "higher"}, OPTIMIZERS[name])
-    assert distance(run(ours, 2), run(theirs, 2)) < 1e-6  # higher's Adam corrects in float32
+    # higher's Adam adds eps before it corrects the second moment: where eps is small it's the same.
+    small = {"adam": lambda p: torch.optim.Adam(p, 0.05, betas=(0.5, 0.9), weight_decay=1e-2)}
+    optimizer = small.get(name, OPTIMIZERS[name])
+    ours = program({"method": "unrolled"}, optimizer)
+    theirs = program({"method": "unrolled", "backend": "higher"}, optimizer)
+    # It corrects in float32, twice a step and three steps, with a rounding unit of 6e-8.
+    assert distance(run(ours, 2), run(theirs, 2)) < 1e-5
 
 
 def test_higher_serves_optimizers_of_its_own() -> None:
@@ -172,7 +183,7 @@ def test_higher_serves_optimizers_of_its_own() -> None:
         {"method": "unrolled", "backend": "higher"}, lambda p: torch.optim.Adadelta(p, 0.5)
     )
     found = run(engine, 2)
-    assert distance(found, reference(engine, 3)) < 1e-6
+    assert distance(found, reference(engine, 3)) < 1e-9
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
