@@ -1,15 +1,15 @@
 """Two levels that can be anything, and the truth of one step by double backward."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mlseg.engines.engine import Engine
-from mlseg.multilevel.problem import Problem
 from mlseg.testing import exact, programs
-from mlseg.testing.programs import Call, Graph, Nets, Network
+from mlseg.testing.exact import Truth
+from mlseg.testing.programs import Call, Graph, Level, Nets
 
 RATE = 0.1
 GRAPHS = {"method": "unrolled", "store": "graphs"}
@@ -35,7 +35,7 @@ LOSSES = {"low": lambda nets, batch: weighted(nets["low"], nets["top"], batch), 
 GRAPH = Graph(LOSSES, *programs.TWO_LEVELS)
 
 
-class Low(programs.Level):
+class Low(Level):
     """The lower level; a ``grad_callback`` would change what some methods do."""
 
     before: list[Tensor]
@@ -61,7 +61,7 @@ class Signs(Low):
             p.grad = 0.01 * p.grad.sign()
 
 
-def flat(tensors: Sequence[Tensor]) -> Tensor:
+def flat(tensors: Iterable[Tensor]) -> Tensor:
     return exact.flatten([t.detach() for t in tensors])
 
 
@@ -87,8 +87,8 @@ def pair(
     method: Any,
     net: nn.Module | None = None,
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] = sgd,
-    low: type[Problem] = Low,
-    top: type[Problem] = Top,
+    low: type[Level] = Low,
+    top: type[Level] = Top,
     loader: Any = None,
     upper: nn.Module | None = None,
     **config: Any,
@@ -122,20 +122,24 @@ def one_step(
         batches: over which its loss is the mean.
         vector: ``v``; by default that of :func:`half_square`.
     """
-    w, s = (
-        {n: v.clone().requires_grad_(p.requires_grad) for (n, p), v in zip(named, at, strict=True)}
-        for named, at in (
-            (list(low.module.named_parameters()), at),
-            (list(top.module.named_parameters()), top.before),
-        )
-    )
-    nets = Network(low.module, w), Network(top.module, s)
-    loss = sum(weighted(*nets, batch) for batch in batches) / len(batches)
-    chosen = [p for p in w.values() if p.requires_grad]
-    gradient = torch.autograd.grad(loss, chosen, create_graph=True)
     vector = vector or [p.detach() for p in low.trainable_parameters()]
-    product = sum((g * v).sum() for g, v in zip(gradient, vector, strict=True))
-    return -rate * flat(torch.autograd.grad(product, list(s.values())))
+
+    def mean(nets: Nets, _: Any) -> Tensor:
+        return sum(weighted(nets["low"], nets["top"], b) for b in batches) / len(batches)
+
+    def along(nets: Nets, _: Any) -> Tensor:
+        return sum((w * v).sum() for w, v in zip(nets["low"].parameters(), vector, strict=True))
+
+    named = zip(low.module.named_parameters(), at, strict=True)
+    below = {name: value for (name, p), value in named if p.requires_grad}
+    above = dict(zip(dict(top.module.named_parameters()), top.before, strict=True))
+    point = Truth(
+        Graph({"low": mean, "top": along}, *programs.TWO_LEVELS),
+        {"low": low.module, "top": top.module},
+        {"low": below, "top": above},
+        {"low": None, "top": None},
+    )
+    return flat(point.descent("top", rate).values())
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-7) -> bool:

@@ -98,10 +98,11 @@ class Graph:
 
 
 class Level(Problem):
-    """A level of a :class:`Graph`."""
+    """A level of a :class:`Graph`: its loss, and everybody's networks."""
 
-    rule: Loss
-    nets: Nets
+    def __init__(self, *args: Any, rule: Loss, nets: Nets, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rule, self.nets = rule, nets
 
     def training_step(self, batch: Any) -> Any:
         """The graph's loss."""
@@ -121,7 +122,9 @@ class Step:
 class Noted(Level):
     """Keeps what each of its steps started from."""
 
-    steps: list[Step]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.steps: list[Step] = []
 
     def training_step(self, batch: Any) -> Any:
         """The loss; a step that is evaluated again is no new one."""
@@ -134,7 +137,9 @@ class Noted(Level):
 class Recorded(Noted):
     """Keeps its gradients as well."""
 
-    gradients: list[list[Tensor]]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gradients: list[list[Tensor]] = []
 
     @property
     def gradient(self) -> Tensor:
@@ -161,7 +166,7 @@ def build(
     method: Any = "identity",
     optimizers: Optimizers | Mapping[str, Optimizers] | None = None,
     *,
-    kinds: Mapping[str, type[Problem]] | None = None,
+    kinds: Mapping[str, type[Level]] | None = None,
     configs: Mapping[str, Mapping[str, Any]] | None = None,
     settings: EngineSettings | None = None,
     **options: Any,
@@ -177,16 +182,15 @@ def build(
         settings: the engine's.
         options: further ones of the engine.
     """
-    levels: dict[str, Any] = {}
-    for name in graph.losses:
+    levels: dict[str, Level] = {}
+    nets = {name: Network(module) for name, module in modules.items()}
+    for name, rule in graph.losses.items():
         make = optimizers if callable(optimizers) else (optimizers or {}).get(name, sgd())
         given = [p for p in modules[name].parameters() if p.requires_grad]
         config = Config(**{"hypergradient": method, **(configs or {}).get(name, {})})
         kind = (kinds or {}).get(name, Recorded)
-        levels[name] = kind(name, modules[name], make(given), loaders[name], config)
-    nets = {name: Network(module) for name, module in modules.items()}
-    for name, level in levels.items():
-        level.rule, level.nets, level.steps, level.gradients = graph.losses[name], nets, [], []
+        module, loader = modules[name], loaders[name]
+        levels[name] = kind(name, module, make(given), loader, config, rule=rule, nets=nets)
     return Engine(
         list(levels.values()),
         settings or EngineSettings(iterations=10, tensorboard=False),

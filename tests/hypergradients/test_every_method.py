@@ -70,10 +70,10 @@ def program(family: str, shape: str) -> Settled:
 
 def found(made: Settled, method: dict[str, Any], dtype: torch.dtype, expected: Expected) -> Any:
     """The top level's gradient; its loss has no direct part."""
-    stands_for = {LONG: made.long(), RATE: made.stable_rate()}
+    stands_for = {LONG: made.long(), RATE: made.rate}
     method = {k: stands_for.get(v, v) for k, v in method.items()}
     steps = int(stands_for.get(expected.steps, expected.steps))
-    engine = made.engine(method, dtype, made.stable_rate(), steps)
+    engine = made.engine(method, dtype, steps)
     for _ in range(steps):
         engine.iterate()
     return engine.top.gradient
@@ -96,7 +96,7 @@ def test_accuracy(method: str, family: str, shape: str, dtype: str) -> None:
     single = dtype == "float32"
     settings = {**expected.settings, **(expected.single_settings if single else {})}
     value = found(made, {"method": method, **settings}, getattr(torch, dtype), expected)
-    truth = made.exact() if expected.truth == "minimisers" else made.one_step(made.stable_rate())
+    truth = made.exact() if expected.truth == "minimisers" else made.one_step()
     assert error(value, truth) < (expected.single if single else expected.double)
 
 
@@ -105,4 +105,4 @@ def test_accuracy(method: str, family: str, shape: str, dtype: str) -> None:
 def test_the_two_truths_differ(family: str, shape: str) -> None:
     """An implicit method that did no more than one step would not pass."""
     made = program(family, shape)
-    assert error(made.one_step(made.stable_rate()), made.exact()) > 0.2
+    assert error(made.one_step(), made.exact()) > 0.2

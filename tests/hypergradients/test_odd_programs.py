@@ -29,9 +29,8 @@ from torch.nn.utils import parametrizations, spectral_norm
 
 from mlseg.engines.engine import Engine
 from mlseg.errors import UserError
-from mlseg.multilevel.problem import Problem
 from mlseg.testing import programs
-from mlseg.testing.programs import Graph
+from mlseg.testing.programs import Graph, Level
 
 # ----------------------------------------------------------------- what the step stepped along
 
@@ -48,7 +47,7 @@ def test_the_optimizer_is_differentiated_at_the_changed_gradient(method: Any) ->
     assert close(top.gradient, truth, 1e-5)
 
 
-class Both(Problem):
+class Both(Level):
     """Depends on ``a``; ``b`` only decides when it steps."""
 
     before: list[Tensor]

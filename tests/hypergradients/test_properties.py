@@ -46,7 +46,7 @@ class Carried:
 
     def __init__(self, method: str) -> None:
         made = Settled("logistic", "two levels")
-        engine = made.engine(spec(method), torch.float64, made.stable_rate(), 2)
+        engine = made.engine(spec(method), steps=2)
         engine.iterate()
         engine.iterate()
         self.low, self.top = engine.low, engine.top
@@ -250,10 +250,10 @@ def test_a_warm_start_goes_on(method: str) -> None:
     made = Settled("quadratic", "two levels")
     errors = []
     length = {"iterations": 3} if method in ("cg", "minres") else {"iterations": 20}
-    extra = {"step_size": made.stable_rate()} if method in ("stochastic", "penalty") else {}
+    extra = {"step_size": made.rate} if method in ("stochastic", "penalty") else {}
     extra |= {"strength": 1e4} if method == "penalty" else {}
     given = {"method": method, "warm_start": True, **length, **extra}
-    engine = made.engine(given, torch.float64, made.stable_rate(), 1)
+    engine = made.engine(given)
     for _ in range(8):
         engine.iterate()
         errors.append(float((engine.top.gradient - made.exact()).norm() / made.exact().norm()))

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
 
 from mlseg import checkpoint
 from mlseg.multilevel.penalty import PenaltyProblem, PenaltySettings
@@ -22,9 +21,6 @@ def engine(made: Settled, settings: PenaltySettings, lower_rate: float, rate: fl
     """The ridge program from its lower level's minimum."""
     found: Any = made.engine(
         "identity",
-        torch.float64,
-        lower_rate,
-        steps=1,
         graph=Graph(made.graph.losses, made.graph.l2u, {}),
         optimizers={"low": programs.sgd(lower_rate), "top": programs.sgd(rate)},
         kinds={"top": Top},
@@ -39,7 +35,7 @@ def made() -> Settled:
 
 
 def error(made: Settled, strength: float) -> float:
-    settings = PenaltySettings(strength=strength, steps=300, rate=made.stable_rate())
+    settings = PenaltySettings(strength=strength, steps=300, rate=made.rate)
     found = engine(made, settings, 1e-12, 0.0)
     found.iterate()
     return float((found.top.gradient - made.exact()).norm() / made.exact().norm())
@@ -64,8 +60,8 @@ def test_the_outer_loss_goes_where_exact_hypergradients_lead(
     made: Settled, settings: PenaltySettings
 ) -> None:
     """Neither level starts at its minimum; the lower one trains beside the upper one."""
-    found = engine(made, settings, made.stable_rate(), 0.05)
-    exact = made.engine("exact", torch.float64, made.stable_rate(), 1)
+    found = engine(made, settings, made.rate, 0.05)
+    exact = made.engine("exact")
     for group in exact.top.optimizer.param_groups:
         group["lr"] = 0.05
     first = None
@@ -80,7 +76,7 @@ def test_the_outer_loss_goes_where_exact_hypergradients_lead(
 
 def test_resumed_bit_by_bit(made: Settled, tmp_path: Path) -> None:
     def make() -> Any:
-        return engine(made, PenaltySettings(growth=0.1), made.stable_rate(), 0.1)
+        return engine(made, PenaltySettings(growth=0.1), made.rate, 0.1)
 
     through, broken, resumed = make(), make(), make()
     for _ in range(6):
