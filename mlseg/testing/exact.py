@@ -172,13 +172,13 @@ class Taken(Truth):
         for name, level in levels.items():
             # Losses saw ``upper`` as it was before its own step, and what lies above it as well.
             before = order.index(name) >= order.index(upper)
-            values[name] = level.steps[-1].values if before else parameters(level.module)
+            values[name] = level.notes[-1].values if before else parameters(level.module)
         super().__init__(
             graph,
             {name: level.module for name, level in levels.items()},
             values,
             {name: level.cur_batch for name, level in levels.items()},
-            {name: level.steps[-1].random for name, level in levels.items()},
+            {name: level.notes[-1].random for name, level in levels.items()},
         )
 
     def one_step(self, point: str = "before", update: updates.Update = updates.sgd) -> Parameters:
@@ -191,7 +191,7 @@ class Taken(Truth):
 
         def step(name: str, own: Own) -> Parameters:
             level = self.levels[name]
-            last, present = level.steps[-1], self.values[name]
+            last, present = level.notes[-1], self.values[name]
             slope = _slope(own, _leaves(last.values if point == "before" else present))
             after = {}
             for index, (n, g) in enumerate(slope.items()):
@@ -213,7 +213,7 @@ class Taken(Truth):
 
         def unroll(name: str, own: Own) -> Parameters:
             level = self.levels[name]
-            taken = level.steps[-steps * accumulate :]
+            taken = level.notes[-steps * accumulate :]
             named = {n: p for n, p in level.module.named_parameters() if p.requires_grad}
             moving = {n: taken[0].values[n].clone().requires_grad_().clone() for n in named}
             optimizer = _differentiable(level.optimizer, taken[0].optimizer, list(moving.values()))

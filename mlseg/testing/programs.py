@@ -124,13 +124,13 @@ class Noted(Level):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.steps: list[Step] = []
+        self.notes: list[Step] = []
 
     def training_step(self, batch: Any) -> Any:
         """The loss; a step that is evaluated again is no new one."""
         if not self.replaying:
             state = copy.deepcopy(self.optimizer.state_dict())
-            self.steps.append(Step(batch, parameters(self.module), state, torch.get_rng_state()))
+            self.notes.append(Step(batch, parameters(self.module), state, torch.get_rng_state()))
         return super().training_step(batch)
 
 

@@ -1,6 +1,5 @@
 """Tasks: their exact hypergradients against numerical derivatives and against each other."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -34,11 +33,7 @@ SMALL: dict[str, dict[str, Any]] = {
 """The tasks of two levels, at a size that takes no time."""
 
 
-@pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def build(name: str, method: Any = "identity", **conditions: Any) -> Program:

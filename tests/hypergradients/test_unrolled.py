@@ -1,7 +1,6 @@
 """Unrolling recorded steps against torch's own differentiable optimizers and other libraries."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,15 +22,11 @@ from mlseg.errors import UserError
 from mlseg.testing.exact import distance
 from mlseg.testing.programs import Optimizers, sgd
 
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
-    """torch's differentiable optimizers count steps in the default type."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = [
+    # torch's differentiable optimizers count steps in the default type.
+    pytest.mark.usefixtures("double"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+]
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -192,12 +187,12 @@ def test_torchopt(name: str) -> None:
     settings: dict[str, Any] = {"lr": 0.05, **PLAIN[name][2]}
     engine = program({"method": "unrolled"}, lambda p: PLAIN[name][0](p, **settings), plain=True)
     found = run(engine, 1)
-    steps = engine.low.steps
+    steps = engine.low.notes
     net = copy.deepcopy(engine.low.module)
     with torch.no_grad():
         for n, p in net.named_parameters():
             p.copy_(steps[0].values[n])
-    scales = engine.top.steps[-1].values["value"].clone().requires_grad_()
+    scales = engine.top.notes[-1].values["value"].clone().requires_grad_()
     optimizer = PLAIN[name][1](net, **settings)
     for step in steps:
         torch.set_rng_state(step.random)
