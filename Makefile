@@ -3,7 +3,8 @@
 # make test                 the tests; make check adds lint and types
 #
 # Every target first sets up .venv, which needs nothing but make and a Python 3.11 to
-# 3.13 with pip and venv. Package indexes come from UV_* or, where those aren't set,
+# 3.13 with pip and venv. With PYTHON=python3.12 it is of that Python, and made anew
+# where it was of another. Package indexes come from UV_* or, where those aren't set,
 # from PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and PIP_FIND_LINKS.
 
 PYTHON ?= python3
@@ -14,6 +15,22 @@ TEST_WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+VERSION := import platform; print(platform.python_version())
+
+# A Python that was asked for is taken or refused; else the first that serves is taken,
+# and a .venv that is there stays.
+ifeq ($(origin PYTHON),file)
+PYTHONS := $(PYTHON) python3.13 python3.12 python3.11
+else
+PYTHONS := $(PYTHON)
+IN_VENV := $(if $(wildcard $(BIN)/python),$(shell $(BIN)/python -c '$(VERSION)'))
+ifneq ($(IN_VENV),)
+ifneq ($(IN_VENV),$(shell $(PYTHON) -c '$(VERSION)' 2>/dev/null))
+ANEW := yes
+.PHONY: $(BIN)/uv
+endif
+endif
+endif
 
 # uv reads none of pip's settings, and it is uv that installs all but itself.
 comma := ,
@@ -85,14 +102,18 @@ $(STAMP): setup.py setup.cfg pyproject.toml constraints.txt $(BIN)/uv
 	@touch $@
 
 $(BIN)/uv:
-	@if ! test -x $(BIN)/python; then \
-		for python in $(PYTHON) python3.13 python3.12 python3.11; do \
+	@if test -n "$(ANEW)" || ! test -x $(BIN)/python; then \
+		for python in $(PYTHONS); do \
 			if $$python -c '$(SUPPORTED)' 2>/dev/null; then found=$$python; break; fi; \
 		done; \
 		if test -z "$$found"; then \
 			echo "mlseg needs Python 3.11 to 3.13, and '$(PYTHON)' is" \
 				"$$($(PYTHON) --version 2>/dev/null || echo missing);" \
 				"name one with: make PYTHON=/path/to/python3.12" >&2; exit 1; \
+		fi; \
+		if test -n "$(ANEW)"; then \
+			echo ".venv has Python $(IN_VENV): made anew with $$($$found --version)" >&2; \
+			rm -rf .venv; \
 		fi; \
 		$$found -m venv .venv >/dev/null || { rm -rf .venv; \
 			echo "$$found can't make a virtual environment; on Debian and Ubuntu install" \

@@ -8,11 +8,20 @@ from typing import Any
 
 import hypothesis
 import pytest
+import torch
 from torch import Tensor
 
 # A busy machine is no failure: an example may take as long as it takes.
 hypothesis.settings.register_profile("mlseg", deadline=None)
 hypothesis.settings.load_profile("mlseg")
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """float64 is torch's default type."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

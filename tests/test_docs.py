@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
 from betty.hypergradient import jvp_fn_mapping
-from programs import FAMILIES, SHAPES, Program
 
 from mlseg import run
 from mlseg.errors import UserError
 from mlseg.hypergradients import names, resolve
 from mlseg.hypergradients.registry import _METHODS
+from mlseg.testing.families import SHAPES, Settled
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "define-a-problem.md"
@@ -101,18 +100,16 @@ OWN: dict[str, tuple[dict[str, Any], str, float]] = {
 
 
 def own_method_is_right(method: str, shape: str) -> None:
-    made = Program(FAMILIES["ridge"](), SHAPES[shape])
-    rate = made.stable_rate()
+    made = Settled("ridge", shape)
     settings, truth, tolerance = OWN[method]
     settings = {"method": method, **settings}
     if method == "chebyshev":
-        spectra = torch.cat([torch.linalg.eigvalsh(made.curvature(name)) for name in made.lowers])
-        settings |= {"lowest": float(spectra.min()), "highest": float(spectra.max())}
+        settings |= {"lowest": made.lowest, "highest": made.highest}
     if method == "clipped_identity":
-        settings["rate"] = rate
-    engine = made.engine(settings, torch.float64, rate, steps=1)
+        settings["rate"] = made.rate
+    engine = made.engine(settings)
     engine.iterate()
-    expected = made.exact() if truth == "minimisers" else made.one_step(rate)
+    expected = made.exact() if truth == "minimisers" else made.one_step()
     error = (engine.top.gradient - expected).norm() / expected.norm()
     assert error < tolerance, (method, shape)
 

@@ -7,16 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from programs import FAMILIES, SHAPES, Program, Variables
 from torch import Tensor
 
-from mlseg.engines.engine import Engine
-from mlseg.engines.settings import EngineSettings
 from mlseg.hypergradients import names
 from mlseg.hypergradients.registry import classes
 from mlseg.hypergradients.tables import rewritten
-from mlseg.multilevel.config import Config
-from mlseg.multilevel.problem import Problem
+from mlseg.testing import programs
+from mlseg.testing.families import HYPERPARAMETERS, Settled, Vector
+from mlseg.testing.programs import TWO_LEVELS, Graph, Level
 
 PAGE = (Path(__file__).parent.parent / "docs" / "how-to-choose.md").read_text(encoding="utf-8")
 
@@ -45,9 +43,9 @@ def counts(name: str, steps: int, sources: int, weights: int) -> tuple[float, fl
     return evaluations + steps * ("grad_callback" in cls.cost_note), products
 
 
-def counted(method: dict[str, Any], made: Program, steps: int = 1) -> tuple[float, float]:
+def counted(method: dict[str, Any], made: Settled, steps: int = 1) -> tuple[float, float]:
     """Evaluations and products of the first hop."""
-    engine = made.engine(method, torch.float64, made.stable_rate(), steps)
+    engine = made.engine(method, steps=steps)
     for _ in range(steps):
         engine.iterate()
     figures = engine.top.metrics
@@ -55,45 +53,43 @@ def counted(method: dict[str, Any], made: Program, steps: int = 1) -> tuple[floa
 
 
 @pytest.fixture(scope="module")
-def made() -> Program:
-    return Program(FAMILIES["convolutional"](), SHAPES["two levels"])
+def made() -> Settled:
+    return Settled("convolutional", "two levels")
 
 
 @pytest.mark.parametrize("method", names())
-def test_costs_are_those_of_the_table(method: str, made: Program) -> None:
+def test_costs_are_those_of_the_table(method: str, made: Settled) -> None:
     steps = 3 if classes()[method].best_response.startswith("the last steps") else 1
-    sizes = (made.minima["top"].numel(), made.minima["low"].numel())
+    sizes = (HYPERPARAMETERS, made.family.size)
     assert counted({"method": method}, made, steps) == counts(method, steps, *sizes)
 
 
-def test_kept_graphs_spare_the_evaluations(made: Program) -> None:
+def test_kept_graphs_spare_the_evaluations(made: Settled) -> None:
     assert counted({"method": "unrolled", "store": "graphs"}, made, 3) == (0, 3)
 
 
 # --------------------------------------------------------------------- what they agree on
 
 
-def gradient(made: Program, method: dict[str, Any], rate: float, steps: int = 1) -> Tensor:
-    engine = made.engine(method, torch.float64, rate, steps)
+def gradient(made: Settled, method: dict[str, Any], steps: int = 1) -> Tensor:
+    engine = made.engine(method, steps=steps)
     for _ in range(steps):
         engine.iterate()
     return engine.top.gradient
 
 
-def test_they_meet_where_the_page_says(made: Program) -> None:
-    rate = made.stable_rate()
-
+def test_they_meet_where_the_page_says(made: Settled) -> None:
     def same(a: Tensor, b: Tensor, tolerance: float) -> bool:
         return float((a - b).norm() / b.norm()) < tolerance
 
     unrolled = {"method": "unrolled"}
-    one = gradient(made, {"method": "identity", "linearise": "before_step"}, rate)
-    assert same(gradient(made, unrolled, rate), one, 1e-10)
-    series = gradient(made, {"method": "neumann", "terms": 4, "step_size": rate}, rate)
-    assert same(gradient(made, unrolled, rate, steps=5), series, 1e-8)
-    assert not same(gradient(made, unrolled, rate, steps=4), series, 1e-3)
-    damped = gradient(made, {"method": "cg", "damping": 1e6}, rate)
-    unscaled = gradient(made, {"method": "identity", "scale": "none"}, rate)
+    one = gradient(made, {"method": "identity", "linearise": "before_step"})
+    assert same(gradient(made, unrolled), one, 1e-10)
+    series = gradient(made, {"method": "neumann", "terms": 4, "step_size": made.rate})
+    assert same(gradient(made, unrolled, steps=5), series, 1e-8)
+    assert not same(gradient(made, unrolled, steps=4), series, 1e-3)
+    damped = gradient(made, {"method": "cg", "damping": 1e6})
+    unscaled = gradient(made, {"method": "identity", "scale": "none"})
     assert same(1e6 * damped, unscaled, 1e-4)
 
 
@@ -102,7 +98,7 @@ def test_they_meet_where_the_page_says(made: Program) -> None:
 W, S, RATE = 0.7, 0.2, 0.1
 
 
-class Holding(Problem):
+class Holding(Level):
     """``h(w) w exp(s)`` with a part ``h(w) = w`` that training holds constant."""
 
     hold: str
@@ -116,7 +112,7 @@ class Holding(Problem):
         return (held * w * self.top.module.value.exp()).sum()
 
 
-class Coupled(Problem):
+class Coupled(Level):
     """``w^2 exp(detach(s)) + w s``."""
 
     hold: str
@@ -126,35 +122,21 @@ class Coupled(Problem):
         return (w**2 * s.detach().exp() + w * s).sum()
 
 
-class Top(Problem):
-    gradient: float
-
-    def training_step(self, batch: Any) -> Tensor:
-        return self.low.module.value.sum()
-
-    def grad_callback(self) -> None:
-        self.gradient = float(self.module.value.grad)
-
-
 def slope(method: dict[str, Any], cls: type[Any] = Holding, hold: str = "detach") -> float:
     """The hypergradient of ``w`` after one step, by ``s``."""
-    problems: list[Any] = []
-    for name, kind, value, rate in (("low", cls, W, RATE), ("top", Top, S, 0.0)):
-        module = Variables(torch.tensor([value], dtype=torch.float64))
-        optimizer = torch.optim.SGD(module.parameters(), rate)
-        problems.append(kind(name, module, optimizer, [()], Config(hypergradient=method)))
-    low, top = problems
-    low.hold = hold
-    engine = Engine(
-        problems,
-        EngineSettings(),
-        u2l={top: [low]},
-        l2u={low: [top]},
-        device="cpu",
-        quiet=True,
+    engine: Any = programs.build(
+        Graph(
+            {"low": lambda nets, _: None, "top": lambda nets, _: nets["low"]().sum()}, *TWO_LEVELS
+        ),
+        {"low": Vector(torch.tensor([W]).double()), "top": Vector(torch.tensor([S]).double())},
+        {"low": [()], "top": [()]},
+        method,
+        {"low": programs.sgd(RATE), "top": programs.sgd(0.0)},
+        kinds={"low": cls},
     )
+    engine.low.hold = hold
     engine.iterate()
-    return float(top.gradient)
+    return float(engine.top.gradient)
 
 
 BEFORE = {"linearise": "before_step"}

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,16 @@ def build(
     engine = made(settings, out)
     engine.recorder.progress.quiet = True
     return engine
+
+
+class Doubled:
+    """A loader's batches with images in float64."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((image.double(), mask) for image, mask in self.loader)
 
 
 def untimed(records: str) -> str:

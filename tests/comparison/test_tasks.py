@@ -1,7 +1,5 @@
 """Tasks: their exact hypergradients against numerical derivatives and against each other."""
 
-import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,9 +18,10 @@ from mlseg.comparison.tasks.base import (
     all_tasks,
     load_task,
 )
-from mlseg.comparison.tasks.two_levels import TwoLevels, flatten, unflatten
+from mlseg.comparison.tasks.two_levels import TwoLevels
 from mlseg.errors import UserError
 from mlseg.randomness import seed_everything
+from mlseg.testing.exact import Truth, flatten, unflatten
 
 SMALL: dict[str, dict[str, Any]] = {
     "quadratic": {"lower": 8, "upper": 3, "condition": 30.0},
@@ -34,11 +33,7 @@ SMALL: dict[str, dict[str, Any]] = {
 """The tasks of two levels, at a size that takes no time."""
 
 
-@pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def build(name: str, method: Any = "identity", **conditions: Any) -> Program:
@@ -86,11 +81,11 @@ def test_implicit(name: str) -> None:
     """The slope of the upper loss at the lower level's solution, solved anew for each value."""
     program = two_levels(name)
     program.settle()
-    top = copy.deepcopy(program.points()[1])
+    top = program.start.values["upper"]
 
     def upper_loss(values: dict[str, Tensor]) -> Tensor:
-        program._top = values
-        return program._outer(program.solution(), values)
+        program.start = program.start.moved({"upper": values})
+        return program.start.loss("upper", {"lower": program.solution()})
 
     truth = torch.cat([t.flatten() for t in program.truth(IMPLICIT)])
     assert program.residual() < 1e-8
@@ -104,15 +99,19 @@ def test_implicit(name: str) -> None:
 def test_unrolled(name: str, steps: int) -> None:
     """The slope of the upper loss after the last steps, taken with other upper values."""
     program = two_levels(name, lower_steps=3)
-    start, top = (copy.deepcopy(point) for point in program.points())
-    for _ in range(3 - steps):
-        start = program._descend(start, top)
+    start, top = program.start, program.start.values["upper"]
+
+    def after(point: Truth, count: int) -> Truth:
+        for _ in range(count):
+            low = point.values["lower"]
+            slope = unflatten(point.slope("lower"), low)
+            point = point.moved({"lower": {n: w - program.rate * slope[n] for n, w in low.items()}})
+        return point
+
+    start = after(start, 3 - steps)
 
     def upper_loss(values: dict[str, Tensor]) -> Tensor:
-        low = start
-        for _ in range(steps):
-            low = program._descend(low, values)
-        return program._outer({k: v.detach() for k, v in low.items()}, values)
+        return after(start.moved({"upper": values}), steps).loss("upper", {})
 
     first_gradient(program)  # the truth is asked for after the step
     truth = torch.cat([t.flatten() for t in program.truth(Aim(steps))])
@@ -171,13 +170,13 @@ def test_a_saddle_has_a_hypergradient_too() -> None:
     program.settle()
     assert program.residual() < 1e-10
     dense = TwoLevels.implicit(program)
-    torch.testing.assert_close(program.truth(IMPLICIT)[0], dense["values"])
+    torch.testing.assert_close(program.truth(IMPLICIT)[0], dense["value"])
 
 
 def test_the_excess_is_zero_at_the_minimum() -> None:
     program: Any = build("quadratic")
     assert program.score() > 1e-3
-    top = program.upper.module.values
+    top = program.upper.module.value
     optimizer = torch.optim.LBFGS([top], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:

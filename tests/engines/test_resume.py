@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
-import toys
 from resuming import Make, check
 from torch.utils.data import DataLoader, TensorDataset
-from toys import GRAPHS, Graph, fit, imitate
 
 from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings
 from mlseg.errors import UserError
+from mlseg.testing import programs
+from mlseg.testing.programs import GRAPHS, Graph, fit, imitate
 
 
 def test_supervised_with_augmentation_and_a_plateau(tmp_path: Path) -> None:
@@ -35,15 +35,17 @@ def test_supervised_with_augmentation_and_a_plateau(tmp_path: Path) -> None:
 
 def shuffled(seed: int) -> Any:
     """Its order comes from torch's global generator."""
-    x, y = (torch.cat(parts) for parts in zip(*toys.batches(seed), strict=True))
-    return DataLoader(TensorDataset(x, y), batch_size=toys.BATCH, shuffle=True)
+    x, y = (torch.cat(parts) for parts in zip(*programs.batches(seed), strict=True))
+    return DataLoader(TensorDataset(x, y), batch_size=programs.BATCH, shuffle=True)
 
 
 def shuffled_by_its_own(seed: int) -> Any:
     """Its order comes from a generator that it was given."""
-    x, y = (torch.cat(parts) for parts in zip(*toys.batches(seed), strict=True))
+    x, y = (torch.cat(parts) for parts in zip(*programs.batches(seed), strict=True))
     generator = torch.Generator().manual_seed(seed)
-    return DataLoader(TensorDataset(x, y), batch_size=toys.BATCH, shuffle=True, generator=generator)
+    return DataLoader(
+        TensorDataset(x, y), batch_size=programs.BATCH, shuffle=True, generator=generator
+    )
 
 
 def toy(graph: Graph, iterations: int = 17, **options: Any) -> Make:
@@ -58,7 +60,7 @@ def toy(graph: Graph, iterations: int = 17, **options: Any) -> Make:
 
     def make(out: Path) -> Engine:
         spec = {"method": "identity", "linearise": "before_step", "scale": "optimizer"}
-        engine = toys.program(
+        engine = programs.small(
             graph,
             spec,
             lambda params: torch.optim.Adam(params, 0.01),
@@ -73,7 +75,7 @@ def toy(graph: Graph, iterations: int = 17, **options: Any) -> Make:
 
 
 @pytest.mark.parametrize("how", ["saved", "killed"])
-@pytest.mark.parametrize("loader", [shuffled, shuffled_by_its_own, toys.batches])
+@pytest.mark.parametrize("loader", [shuffled, shuffled_by_its_own, programs.batches])
 def test_loaders_without_a_state_of_their_own(tmp_path: Path, loader: Any, how: str) -> None:
     """An epoch is 7 batches: stopped in the first, at its end, and in later ones."""
     make = toy(GRAPHS["two paths"], loader=loader)
@@ -90,7 +92,6 @@ TWO_LEAVES = Graph(
     },
     {"slow": ["top"], "fast": ["top"]},
     {"top": ["slow", "fast"]},
-    {},
 )
 DEEP_AND_SHALLOW = Graph(
     {
@@ -101,7 +102,6 @@ DEEP_AND_SHALLOW = Graph(
     },
     {"shallow": ["top"], "low": ["middle"], "middle": ["top"]},
     {"top": ["shallow", "middle", "low"]},
-    {},
 )
 
 

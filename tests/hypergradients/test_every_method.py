@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from programs import FAMILIES, SHAPES, Program
 
 from mlseg.hypergradients import names
 from mlseg.hypergradients.registry import classes
+from mlseg.testing.families import FAMILIES, SHAPES, Settled
 
 RATE = "rate"
 """Stands for the program's stable step size."""
@@ -76,16 +76,16 @@ def expectation(method: str) -> Expected:
 
 
 @cache
-def program(family: str, shape: str) -> Program:
-    return Program(FAMILIES[family](), SHAPES[shape])
+def program(family: str, shape: str) -> Settled:
+    return Settled(family, shape)
 
 
-def found(made: Program, method: dict[str, Any], dtype: torch.dtype, expected: Expected) -> Any:
+def found(made: Settled, method: dict[str, Any], dtype: torch.dtype, expected: Expected) -> Any:
     """The top level's gradient; its loss has no direct part."""
-    stands_for = {LONG: made.long(), RATE: made.stable_rate()}
+    stands_for = {LONG: made.long(), RATE: made.rate}
     method = {k: stands_for.get(v, v) for k, v in method.items()}
     steps = int(stands_for.get(expected.steps, expected.steps))
-    engine = made.engine(method, dtype, made.stable_rate(), steps)
+    engine = made.engine(method, dtype, steps)
     for _ in range(steps):
         engine.iterate()
     return engine.top.gradient
@@ -104,7 +104,7 @@ def test_accuracy(method: str, family: str, shape: str, dtype: str) -> None:
     single = dtype == "float32"
     settings = {**expected.settings, **(expected.single_settings if single else {})}
     value = found(made, {"method": method, **settings}, getattr(torch, dtype), expected)
-    truth = made.exact() if expected.truth == "minimisers" else made.one_step(made.stable_rate())
+    truth = made.exact() if expected.truth == "minimisers" else made.one_step()
     assert error(value, truth) < (expected.single if single else expected.double)
 
 
@@ -113,4 +113,4 @@ def test_accuracy(method: str, family: str, shape: str, dtype: str) -> None:
 def test_the_two_truths_differ(family: str, shape: str) -> None:
     """An implicit method that did no more than one step would not pass."""
     made = program(family, shape)
-    assert error(made.one_step(made.stable_rate()), made.exact()) > 0.2
+    assert error(made.one_step(), made.exact()) > 0.2

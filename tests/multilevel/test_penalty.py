@@ -5,56 +5,43 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
-from programs import FAMILIES, SHAPES, Level, Program
-from torch import Tensor
 
 from mlseg import checkpoint
-from mlseg.engines.engine import Engine
-from mlseg.engines.settings import EngineSettings
-from mlseg.multilevel.config import Config
 from mlseg.multilevel.penalty import PenaltyProblem, PenaltySettings
+from mlseg.testing import programs
+from mlseg.testing.families import Settled
+from mlseg.testing.programs import Graph, Recorded
 
 
-class Top(PenaltyProblem, Level):
+class Top(PenaltyProblem, Recorded):
     lower = "low"
 
 
-def engine(made: Program, settings: PenaltySettings, lower_rate: float, rate: float) -> Any:
+def engine(made: Settled, settings: PenaltySettings, lower_rate: float, rate: float) -> Any:
     """The ridge program from its lower level's minimum."""
-    data = {k: v.double() for k, v in made.family.data.items()}
-    problems: list[Any] = []
-    for name, cls, lr in (("low", Level, lower_rate), ("top", Top, rate)):
-        module = _variables(made.minima[name])
-        optimizer = torch.optim.SGD(module.parameters(), lr)
-        problems.append(cls(name, module, optimizer, [({**data},)], Config()))
-        problems[-1].rule = made._rule(name)
-    low, top = problems
-    top.penalty = settings
-    return Engine(
-        [low, top], EngineSettings(tensorboard=False), l2u={low: [top]}, device="cpu", quiet=True
+    found: Any = made.engine(
+        "identity",
+        graph=Graph(made.graph.losses, made.graph.l2u, {}),
+        optimizers={"low": programs.sgd(lower_rate), "top": programs.sgd(rate)},
+        kinds={"top": Top},
     )
-
-
-def _variables(value: Tensor) -> Any:
-    from programs import Variables
-
-    return Variables(value)
+    found.top.penalty = settings
+    return found
 
 
 @pytest.fixture(scope="module")
-def made() -> Program:
-    return Program(FAMILIES["ridge"](), SHAPES["two levels"])
+def made() -> Settled:
+    return Settled("ridge", "two levels")
 
 
-def error(made: Program, strength: float) -> float:
-    settings = PenaltySettings(strength=strength, steps=300, rate=made.stable_rate())
+def error(made: Settled, strength: float) -> float:
+    settings = PenaltySettings(strength=strength, steps=300, rate=made.rate)
     found = engine(made, settings, 1e-12, 0.0)
     found.iterate()
     return float((found.top.gradient - made.exact()).norm() / made.exact().norm())
 
 
-def test_the_gradient_is_the_hypergradient_up_to_one_over_the_strength(made: Program) -> None:
+def test_the_gradient_is_the_hypergradient_up_to_one_over_the_strength(made: Settled) -> None:
     errors = [error(made, strength) for strength in (1e2, 1e3, 1e4)]
     assert errors[2] < 1e-3
     assert errors[0] / errors[1] == pytest.approx(10.0, rel=0.3)
@@ -70,11 +57,11 @@ def test_the_gradient_is_the_hypergradient_up_to_one_over_the_strength(made: Pro
     ids=["f2sa", "bome"],
 )
 def test_the_outer_loss_goes_where_exact_hypergradients_lead(
-    made: Program, settings: PenaltySettings
+    made: Settled, settings: PenaltySettings
 ) -> None:
     """Neither level starts at its minimum; the lower one trains beside the upper one."""
-    found = engine(made, settings, made.stable_rate(), 0.05)
-    exact = made.engine("exact", torch.float64, made.stable_rate(), 1)
+    found = engine(made, settings, made.rate, 0.05)
+    exact = made.engine("exact")
     for group in exact.top.optimizer.param_groups:
         group["lr"] = 0.05
     first = None
@@ -87,9 +74,9 @@ def test_the_outer_loss_goes_where_exact_hypergradients_lead(
     assert reached < first - 0.8 * (first - best)
 
 
-def test_resumed_bit_by_bit(made: Program, tmp_path: Path) -> None:
+def test_resumed_bit_by_bit(made: Settled, tmp_path: Path) -> None:
     def make() -> Any:
-        return engine(made, PenaltySettings(growth=0.1), made.stable_rate(), 0.1)
+        return engine(made, PenaltySettings(growth=0.1), made.rate, 0.1)
 
     through, broken, resumed = make(), make(), make()
     for _ in range(6):

@@ -8,11 +8,9 @@ import betty.configs
 import pytest
 import tiny
 import torch
-import toys
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
-from toys import GRAPHS
 
 from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings
@@ -20,6 +18,9 @@ from mlseg.errors import RunError
 from mlseg.hypergradients import names
 from mlseg.multilevel.config import Config
 from mlseg.multilevel.problem import Problem
+from mlseg.testing import programs
+from mlseg.testing.exact import distance
+from mlseg.testing.programs import GRAPHS
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -282,7 +283,7 @@ def test_17_a_run_without_directory_writes_nothing(
 # ------------------------------------------------------------------- 18: stepping twice
 
 
-class Counted(toys.Level):
+class Counted(programs.Recorded):
     steps: int = 0
 
     def training_step(self, batch: Any) -> Tensor:
@@ -292,7 +293,7 @@ class Counted(toys.Level):
 
 def test_18_lowers_step_once_unless_asked_to_be_rolled_back() -> None:
     for roll_back, expected in ((False, 3), (True, 6)):
-        engine = toys.program(GRAPHS["two levels"])
+        engine = programs.small(GRAPHS["two levels"])
         for level in engine.problems:
             level.__class__ = Counted
             level.configure_roll_back(roll_back)
@@ -339,7 +340,7 @@ def test_accumulated_hypergradients_add_up() -> None:
     gradients: dict[int, list[list[Tensor]]] = {1: [], 2: []}
     for accumulate, steps in gradients.items():
         spec = {"method": "identity", "scale": "none"}
-        engine = toys.program(GRAPHS["two levels"], spec, dropout=0.0)
+        engine = programs.small(GRAPHS["two levels"], spec, dropout=0.0)
         for level in engine.problems:
             level.optimizer.param_groups[0]["lr"] = 0.0
         engine.top.gas = accumulate
@@ -347,8 +348,8 @@ def test_accumulated_hypergradients_add_up() -> None:
         engine.iterate()
         engine.iterate()
     mean = [(a + b) / 2 for a, b in zip(*gradients[1], strict=True)]
-    assert toys.distance(gradients[2][1], mean) < 1e-12
-    assert toys.distance(gradients[1][0], gradients[1][1]) > 0.1
+    assert distance(gradients[2][1], mean) < 1e-12
+    assert distance(gradients[1][0], gradients[1][1]) > 0.1
 
 
 # ------------------------------------------------------------------------------ unrolling
@@ -356,7 +357,7 @@ def test_accumulated_hypergradients_add_up() -> None:
 
 def test_each_level_steps_when_its_lowers_have_unrolled() -> None:
     steps = {}
-    engine = toys.program(GRAPHS["chain of three"])
+    engine = programs.small(GRAPHS["chain of three"])
     engine.low._unroll_steps, engine.middle._unroll_steps = 2, 3
     for _ in range(12):
         engine.iterate()

@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from mlseg.comparison.tasks.base import Conditions, task
 from mlseg.comparison.tasks.digits import CLASSES, Digits, DigitsSettings, Network, draw
-from mlseg.comparison.tasks.two_levels import Call, Tensors
+from mlseg.testing.families import Vector
+from mlseg.testing.programs import Call
 
 
 class DataCleaningSettings(DigitsSettings):
@@ -34,7 +35,7 @@ class DataCleaning(Digits):
         """Softmax regression; a logit per example, near zero."""
         layers = draw(nn.Linear(features, CLASSES), self.generator, 0.1)
         logits = 0.1 * torch.randn(examples, generator=self.generator, dtype=torch.float64)
-        return Network(layers), Tensors(logits)
+        return Network(layers), Vector(logits)
 
     def inner(self, low: Call, top: Call, batch: Any) -> Tensor:
         """Weighted cross-entropy and decay."""

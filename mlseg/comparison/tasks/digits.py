@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from mlseg.comparison.tasks import real_data
 from mlseg.comparison.tasks.base import Conditions
-from mlseg.comparison.tasks.two_levels import Call, TwoLevels, TwoLevelSettings
+from mlseg.comparison.tasks.two_levels import TwoLevels, TwoLevelSettings
+from mlseg.testing.programs import Call
 
 CLASSES = 10
 

@@ -17,7 +17,9 @@ from torch.nn import functional
 
 from mlseg.comparison.tasks import real_data
 from mlseg.comparison.tasks.base import Conditions, task
-from mlseg.comparison.tasks.two_levels import Call, Tensors, TwoLevels, TwoLevelSettings
+from mlseg.comparison.tasks.two_levels import TwoLevels, TwoLevelSettings
+from mlseg.testing.families import Vector
+from mlseg.testing.programs import Call, Parameters
 
 
 class LogisticSettings(TwoLevelSettings):
@@ -51,8 +53,8 @@ class Logistic(TwoLevels):
         features = training[0].shape[1]
         generator = torch.Generator().manual_seed(conditions.seed)
         spread = 0.5 * torch.randn(features, generator=generator, dtype=torch.float64)
-        low = Tensors(torch.zeros(features, dtype=torch.float64))
-        top = Tensors(settings.penalty + spread)
+        low = Vector(torch.zeros(features, dtype=torch.float64))
+        top = Vector(settings.penalty + spread)
         super().__init__(settings, conditions, low, top, training, validation)
 
     def inner(self, low: Call, top: Call, batch: Any) -> Tensor:
@@ -64,24 +66,24 @@ class Logistic(TwoLevels):
         """Log loss."""
         return _log_loss(low(), batch)
 
-    def implicit(self) -> dict[str, Tensor]:
+    def implicit(self) -> Parameters:
         """``-exp(s_j) w_j u_j``, ``u`` by a dense solve with the Hessian written out.
 
         The Hessian is ``X^T diag(p (1 - p)) X / n + diag(exp s)``, ``p`` the probabilities.
         """
-        low, top = self.points()
-        w, penalty = low["values"], top["values"].exp()
+        low, top = self.present().values.values()
+        w, penalty = low["value"], top["value"].exp()
         x, y = self.validation
         vector = -x.T @ (y * torch.sigmoid(-y * (x @ w))) / len(y)
         x, _ = self.training
         p = torch.sigmoid(x @ w)
         hessian = x.T @ (x * (p * (1.0 - p))[:, None]) / len(x) + torch.diag(penalty)
-        return {"values": -penalty * w * torch.linalg.solve(hessian, vector)}
+        return {"value": -penalty * w * torch.linalg.solve(hessian, vector)}
 
     @torch.no_grad()
     def score(self) -> float:
         """On the test split."""
-        w = self.lower.module.values.detach().to("cpu", torch.float64)
+        w = self.lower.module.value.detach().to("cpu", torch.float64)
         return float(_log_loss(w, self.test))
 
 

@@ -12,7 +12,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model
 from torch import Tensor
 
 from mlseg.comparison.tasks.base import Conditions, task
-from mlseg.comparison.tasks.two_levels import Call, Tensors, TwoLevels, TwoLevelSettings
+from mlseg.comparison.tasks.two_levels import TwoLevels, TwoLevelSettings
+from mlseg.testing.families import Vector
+from mlseg.testing.programs import Call, Parameters
 
 
 class QuadraticSettings(TwoLevelSettings):
@@ -67,7 +69,7 @@ class Quadratic(TwoLevels):
             size = self.eigenvalues.abs()
             rate = 2.0 / float(size.max() + size.min())
             settings = settings.model_copy(update={"rate": rate})
-        low, top = Tensors(draw(n)), Tensors(draw(m))
+        low, top = Vector(draw(n)), Vector(draw(m))
         super().__init__(settings, conditions, low, top, (self.a, self.b, self.c), (self.t,))
 
     def inner(self, low: Call, top: Call, batch: Any) -> Tensor:
@@ -81,15 +83,19 @@ class Quadratic(TwoLevels):
         (t,) = batch
         return 0.5 * ((low() - t) ** 2).sum() + 0.5 * self.regularisation * (top() ** 2).sum()
 
-    def solution(self) -> dict[str, Tensor]:
+    def solution(self) -> Parameters:
         """``A^-1 (B s + c)``."""
-        return {"values": torch.linalg.solve(self.a, self.b @ self._top["values"] + self.c)}
+        return {
+            "value": torch.linalg.solve(
+                self.a, self.b @ self.start.values["upper"]["value"] + self.c
+            )
+        }
 
-    def implicit(self) -> dict[str, Tensor]:
+    def implicit(self) -> Parameters:
         """``B^T A^-1 (w - t) + r s``."""
-        low, top = self.points()
-        solved = torch.linalg.solve(self.a, low["values"] - self.t)
-        return {"values": self.b.T @ solved + self.regularisation * top["values"]}
+        low, top = self.present().values.values()
+        solved = torch.linalg.solve(self.a, low["value"] - self.t)
+        return {"value": self.b.T @ solved + self.regularisation * top["value"]}
 
     def score(self) -> float:
         """``F(s) - min F`` with ``F(s)`` the upper loss at the lower level's solution."""
@@ -102,7 +108,7 @@ class Quadratic(TwoLevels):
         def upper_loss(s: Tensor) -> Tensor:
             return 0.5 * ((slope @ s + offset) ** 2).sum() + 0.5 * self.regularisation * (s @ s)
 
-        present = self.upper.module.values.detach().to("cpu", torch.float64)
+        present = self.upper.module.value.detach().to("cpu", torch.float64)
         return float(upper_loss(present) - upper_loss(best))
 
 

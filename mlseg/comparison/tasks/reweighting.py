@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from mlseg.comparison.tasks.base import Conditions, task
 from mlseg.comparison.tasks.digits import CLASSES, Digits, DigitsSettings, Network, draw
-from mlseg.comparison.tasks.two_levels import Call
+from mlseg.testing.programs import Call
 
 
 class ReweightingSettings(DigitsSettings):

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from mlseg.comparison.tasks import real_data
 from mlseg.comparison.tasks.base import Conditions, task
-from mlseg.comparison.tasks.two_levels import Call, Tensors, TwoLevels, TwoLevelSettings
+from mlseg.comparison.tasks.two_levels import TwoLevels, TwoLevelSettings
+from mlseg.testing.families import Vector
+from mlseg.testing.programs import Call, Parameters
 
 
 class RidgeSettings(TwoLevelSettings):
@@ -49,8 +51,8 @@ class Ridge(TwoLevels):
         features = data.training[0].shape[1]
         generator = torch.Generator().manual_seed(conditions.seed)
         spread = 0.5 * torch.randn(features, generator=generator, dtype=torch.float64)
-        low = Tensors(torch.zeros(features, dtype=torch.float64))
-        top = Tensors(settings.penalty + spread)
+        low = Vector(torch.zeros(features, dtype=torch.float64))
+        top = Vector(settings.penalty + spread)
         super().__init__(settings, conditions, low, top, data.training, data.validation)
 
     def inner(self, low: Call, top: Call, batch: Any) -> Tensor:
@@ -62,28 +64,28 @@ class Ridge(TwoLevels):
         """Mean squared error."""
         return _error(low(), batch)
 
-    def solution(self) -> dict[str, Tensor]:
+    def solution(self) -> Parameters:
         """``(X^T X / n + diag(exp s))^-1 X^T y / n``."""
         x, y = self.training
-        return {"values": torch.linalg.solve(self._normal(), x.T @ y / len(y))}
+        return {"value": torch.linalg.solve(self._normal(), x.T @ y / len(y))}
 
-    def implicit(self) -> dict[str, Tensor]:
+    def implicit(self) -> Parameters:
         """``-exp(s_j) w_j u_j``; ``u`` solves the normal equations for the upper gradient."""
-        low, top = self.points()
+        low, top = self.present().values.values()
         x, y = self.validation
-        w = low["values"]
+        w = low["value"]
         vector = 2.0 * x.T @ (x @ w - y) / len(y)
-        return {"values": -top["values"].exp() * w * torch.linalg.solve(self._normal(), vector)}
+        return {"value": -top["value"].exp() * w * torch.linalg.solve(self._normal(), vector)}
 
     def _normal(self) -> Tensor:
         """Half the lower loss's Hessian."""
         x, _ = self.training
-        return x.T @ x / len(x) + torch.diag(self._top["values"].exp())
+        return x.T @ x / len(x) + torch.diag(self.start.values["upper"]["value"].exp())
 
     @torch.no_grad()
     def score(self) -> float:
         """On the test split, of the standardised target."""
-        return float(_error(self.lower.module.values.detach().to("cpu", torch.float64), self.test))
+        return float(_error(self.lower.module.value.detach().to("cpu", torch.float64), self.test))
 
 
 def _error(w: Tensor, batch: Any) -> Tensor:

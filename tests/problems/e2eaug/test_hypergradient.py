@@ -6,19 +6,19 @@ hypergradients has a part in it, only the networks and the losses.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import tiny
 import torch
-import updates
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
 from mlseg.problems.e2eaug import levels as e2eaug
 from mlseg.problems.e2eaug.losses import gan_loss
+from mlseg.testing import updates
 
 PATHS = {"direct": ["segmentor"], "through G": ["generator"], "sum": ["generator", "segmentor"]}
 """The lower levels whose paths the architecture's gradient takes."""
@@ -34,25 +34,11 @@ SMOOTH = {
 }
 
 
-@pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def pseudo_huber(input: Tensor, target: Tensor) -> Tensor:
     return (((input - target) ** 2 + 1).sqrt() - 1).mean()
-
-
-class Doubled:
-    """A loader's batches with images in float64."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((image.double(), mask) for image, mask in self.loader)
 
 
 class Watched:
@@ -65,7 +51,7 @@ class Watched:
         stage.u2l = {engine.architecture: [getattr(engine, name) for name in PATHS[path]]}
         engine.enter_stage(0)
         for problem in (engine.generator, engine.segmentor, engine.architecture):
-            problem.set_train_data_loader(Doubled(problem.train_data_loader[0]))
+            problem.set_train_data_loader(tiny.Doubled(problem.train_data_loader[0]))
         self.before: dict[str, dict[str, Tensor]] = {}
         self.optimizers: dict[str, dict[str, Any]] = {}
         self.random: dict[str, Tensor] = {}

@@ -4,7 +4,6 @@ The reference: C' = C - eta d(-L)/dC by the segmentor's maps, then the whole der
 L(C', S) by S. Nothing of the library's hypergradients has a part in it.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,21 +25,7 @@ GAME = {
 }
 
 
-@pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-class Doubled:
-    """A loader's batches with images in float64."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((image.double(), mask) for image, mask in self.loader)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def play(unroll: int = 1, **changes: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor], Any]:
@@ -52,7 +37,7 @@ def play(unroll: int = 1, **changes: Any) -> tuple[list[Tensor], list[Tensor], l
     steps_of_critic = {"problems.critic.unroll_steps": unroll}
     engine = tiny.build("segan", {**GAME, **steps_of_critic, **changes})
     critic, segmentor = engine.critic, engine.segmentor
-    critic.set_train_data_loader(Doubled(critic.train_data_loader[0]))
+    critic.set_train_data_loader(tiny.Doubled(critic.train_data_loader[0]))
     before = {n: p.detach().clone() for n, p in critic.module.named_parameters()}
     steps: list[list[Tensor]] = []
     tiny.gradients_of(segmentor, steps)
