@@ -1,6 +1,7 @@
 # make run                  train the main system in its small form, on this machine
 # make run CONFIG=configs/supervised_isic_small.yaml ARGS="engine.iterations=50"
 # make test                 the tests; make check adds lint and types
+# make test-processors      the numerical ones with the kernels of other processors, as a table
 #
 # Every target first sets up .venv, which needs nothing but make and a Python 3.11 to
 # 3.13 with pip and venv. With PYTHON=python3.12 it is of that Python, and made anew
@@ -56,7 +57,7 @@ export SSL_CERT_FILE := $(PIP_CERT)
 endif
 endif
 
-.PHONY: install run test lint format types check clean
+.PHONY: install run test test-processors lint format types check clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -67,6 +68,9 @@ run: $(STAMP)
 # One thread per worker: the networks of the tests are too small to share out.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) $(ARGS)
+
+test-processors: $(STAMP)
+	@$(BIN)/python tests/processors.py --cores $(TEST_WORKERS) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -11,9 +11,39 @@ import pytest
 import torch
 from torch import Tensor
 
+HERE = Path(__file__).parent
+NOT_NUMERICAL = {
+    "benchmarks",
+    "test_commands.py",
+    "test_config.py",
+    "test_configs.py",
+    "test_decode.py",
+    "test_docs.py",
+    "test_fetch.py",
+    "test_interruption.py",
+    "test_layout.py",
+    "test_packaging.py",
+    "test_prepare.py",
+    "test_splits.py",
+}
+"""Folders and files of words and files, which no processor's arithmetic reaches.
+
+Everything else is marked as numerical, whatever is added, and runs in ``make test-processors``.
+"""
+
 # A busy machine is no failure: an example may take as long as it takes.
 hypothesis.settings.register_profile("mlseg", deadline=None)
 hypothesis.settings.load_profile("mlseg")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the numerical tests."""
+    gone = NOT_NUMERICAL - {path.name for path in HERE.rglob("*")}
+    if gone:
+        raise pytest.UsageError(f"tests/conftest.py: NOT_NUMERICAL names {sorted(gone)}: no more")
+    for item in items:
+        if NOT_NUMERICAL.isdisjoint(item.path.relative_to(HERE).parts):
+            item.add_marker("numerical")
 
 
 @pytest.fixture

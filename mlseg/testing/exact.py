@@ -77,8 +77,8 @@ class Truth:
         first = {n: m for n, m in moved.items() if upper in self.graph.l2u[n]}
         return gradient(self.loss(upper, {**first, upper: top}), top)
 
-    def implicit(self, upper: str) -> Parameters:
-        """The levels below are taken for solved.
+    def implicit(self, upper: str, damping: float = 0.0) -> Parameters:
+        """The levels below are taken for solved, with ``damping`` on their Hessians' diagonals.
 
         At a minimum a step of Newton's method changes nothing, but depends on the levels above as
         the minimum does, by ``-(d_w d_w f)^-1 d_s d_w f``; elsewhere it is made to change nothing.
@@ -86,7 +86,9 @@ class Truth:
 
         def newton(name: str, own: Own) -> Parameters:
             w = self.values[name]
-            step = torch.linalg.solve(self.hessian(name), flatten(_slope(own, _leaves(w))))
+            hessian = self.hessian(name)
+            hessian.diagonal().add_(damping)
+            step = torch.linalg.solve(hessian, flatten(_slope(own, _leaves(w))))
             return unflatten(flatten(w) - (step - step.detach()), w)
 
         return self.through(upper, newton)

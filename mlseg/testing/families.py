@@ -178,9 +178,9 @@ class Settled:
     def _outer(self, nets: Nets, batch: tuple[Data]) -> Tensor:
         return self.family.outer(nets[self.lowers[-1]](), batch[0])
 
-    def exact(self) -> Tensor:
-        """The top level's hypergradient through the minimisers."""
-        return self.truth.implicit("top")["value"]
+    def exact(self, damping: float = 0.0) -> Tensor:
+        """The top level's hypergradient through the minimisers, of damped Hessians if wanted."""
+        return self.truth.implicit("top", damping)["value"]
 
     def one_step(self) -> Tensor:
         """The same through one step of descent from the minima."""
