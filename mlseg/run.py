@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlseg import config
-from mlseg.commands import guarded, make_console
+from mlseg.commands import guarded, make_console, say_notes
 from mlseg.config.registry import run_imports
 from mlseg.dry_run import dry_run
 from mlseg.engines.engine import Engine
@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     tree, directory = _what_and_where(arguments)
     settings, build = parse_run(tree)
+    say_notes(tree)
     seed_everything(settings.seed)
     if arguments.dry_run:
         dry_run(build(settings, None))

@@ -199,7 +199,7 @@ def test_resume_takes_the_runs_own_config(
         ("engine.iterations=many", "engine.iterations"),
         ("system=e2eog", "did you mean 'e2eaug'"),
         ("problems.segmentor.hypergradient.method=cq", "no hypergradient method"),
-        ("problems.segmentor.hypergradient.damping=1", "has no setting 'damping'"),
+        ("problems.segmentor.hypergradient.damping=1", "hypergradient.damping: unknown key"),
         ("problems.segmentor.optimizer.betas=[0.9,0.99]", "betas"),
         ("gan.pretrained=nowhere.pt", "nowhere.pt"),
         ("data.name=kvasir", "kvasir"),

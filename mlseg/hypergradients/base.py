@@ -32,6 +32,7 @@ from torch import Tensor
 
 from mlseg.config import Settings
 from mlseg.hypergradients.diagnostics import Seconds
+from mlseg.hypergradients.registry import chosen
 from mlseg.hypergradients.trajectory import Keeps
 from mlseg.randomness import RandomState
 
@@ -193,6 +194,16 @@ class Method(Settings):
     """As in a config's ``method:``; ``register`` sets it."""
     through_interface: ClassVar[bool] = True
     """Whether a level's interface serves the method; else it sees the sources' own parameters."""
+
+    @classmethod
+    def fitting(cls, values: Any) -> type[Settings]:
+        """The method that ``values`` name, where this class is none itself."""
+        if cls.name:
+            return cls
+        try:
+            return chosen(values)[0]
+        except (TypeError, ValueError):
+            return cls
 
     @model_serializer(mode="wrap")
     def _with_name(self, settings: SerializerFunctionWrapHandler) -> dict[str, Any]:
