@@ -180,7 +180,7 @@ def test_resume_takes_the_runs_own_config(
         ("engine.iterations=many", "engine.iterations"),
         ("system=superwised", "did you mean 'supervised'"),
         ("problems.segmentor.hypergradient.method=cq", "no hypergradient method"),
-        ("problems.segmentor.hypergradient.damping=1", "has no setting 'damping'"),
+        ("problems.segmentor.hypergradient.damping=1", "hypergradient.damping: unknown key"),
         ("problems.segmentor.optimizer.betas=[0.9,0.99]", "betas"),
         ("data.name=kvasir", "kvasir"),
         ("device=abacus", "abacus"),

@@ -91,11 +91,12 @@ class Component(Settings):
         except UserError as error:
             raise located(cls.__name__, ("name",), str(error)) from None
 
-    def build(self, *given: Any) -> Any:
+    def build(self, *given: Any, **more: Any) -> Any:
         """Make what is named.
 
         Args:
             given: what the program gives it, before its settings.
+            more: what it gives to the method ``build`` of a class of settings besides.
 
         Raises:
             UserError: it refuses its settings.
@@ -103,7 +104,8 @@ class Component(Settings):
         found = self.registry.get(self.name)
         try:
             if isinstance(found, type) and issubclass(found, Settings):
-                return found.model_validate(dict(self)).build(*given)  # type: ignore[attr-defined]
+                own: Any = found.model_validate(dict(self))
+                return own.build(*given, **more)
             return found(*given, **(self.model_extra or {}))
         except ValueError as error:
             raise UserError(f"{self.registry.kind} {self.name!r}: {error}") from error

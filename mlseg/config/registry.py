@@ -115,10 +115,18 @@ class Registry(Generic[T]):
             found = {**source(), **found}
         return dict(sorted(found.items()))
 
-    def registered(self) -> dict[str, T]:
-        """What has registered itself, without the further entries of :meth:`source`."""
-        while self._search():
+    def registered(self, plugins: bool = True) -> dict[str, T]:
+        """What has registered itself, without the further entries of :meth:`source`.
+
+        Args:
+            plugins: look in the plug-in package too, which takes its time to import.
+        """
+        while (plugins or self._searched < len(self.packages)) and self._search():
             pass
+        return dict(self._entries)
+
+    def known(self) -> dict[str, T]:
+        """What has registered itself so far, without a search."""
         return dict(self._entries)
 
     def get(self, name: str) -> T:

@@ -376,6 +376,18 @@ class Method(Settings):
     first_derivatives_alone: ClassVar[bool] = False
     """Whether it takes no derivative of a gradient."""
 
+    @classmethod
+    def fitting(cls, values: Any) -> type[Settings]:
+        """The method that ``values`` name, where this class is none itself."""
+        from mlseg.hypergradients.registry import chosen
+
+        if cls.name:
+            return cls
+        try:
+            return chosen(values)[0]
+        except (TypeError, ValueError):
+            return cls
+
     @model_serializer(mode="wrap")
     def _with_name(self, settings: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {"method": self.name, **settings(self)}

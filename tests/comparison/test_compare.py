@@ -292,14 +292,14 @@ class TestFailure:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["tasks.small.name=quadratik"], "tasks.small: no task 'quadratik'; did you mean"),
+        (["tasks.small.name=quadratik"], "tasks.small: no task 'quadratik'; did you mean 'quadra"),
         (
             ["tasks.small.conditoin=3"],
             "tasks.small.conditoin: unknown key; did you mean 'con",
         ),
         (["tasks.small.condition=0.5"], "tasks.small.condition: "),
         (["methods.cgg={}"], "methods.cgg: no hypergradient method 'cgg'"),
-        (["methods.identity.epsilon=1"], "methods.identity: identity has no setting 'epsilon' (it"),
+        (["methods.identity.epsilon=1"], "methods.identity.epsilon: unknown key; valid here: "),
         (["methods.secant.epsilon=[]"], "methods.secant.epsilon: an empty list"),
         (["methods.identity=null", "methods.secant=null"], "methods: none is left"),
         (["sedes=[1]"], "sedes: unknown key; did you mean 'seeds'?"),
