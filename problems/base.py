@@ -211,6 +211,15 @@ class Problem(Revisitable):
         self.set_grads(params, gradient)
         return diagnostics
 
+    def set_grads(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """Add to ``.grad``, in the memory layout of the parameters.
+
+        ``torch.autograd.grad`` gives gradients in any layout, and fused optimizers go through the
+        memory of both side by side: on the CPU they would step along a permuted gradient.
+        """
+        pairs = zip(params, grads, strict=True)
+        super().set_grads(params, [None if g is None else _laid_out(g, p) for p, g in pairs])
+
     def hypergradient(self, vector: Vector, hop: Hop) -> tuple[list[Vector], dict[str, Tensor]]:
         """Carry an outer gradient over ``hop``, which starts from this level, by its method."""
         if self.method is not None:
@@ -390,6 +399,12 @@ def _as_dict(result: Any, name: str) -> dict[str, Any]:
             f"problem {name!r}: training_step must return the loss, a tensor, or a dict with 'loss'"
         )
     return values
+
+
+def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _on(device: torch.device | str, batch: Any) -> Any:

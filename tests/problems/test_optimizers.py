@@ -1,0 +1,80 @@
+"""What optimizers need of a problem: gradients in the right layout, a state in the right place."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import waiting
+from torch import Tensor, nn
+
+from mlseg.engines.base import Engine
+from mlseg.engines.settings import EngineSettings
+from mlseg.problems.base import Problem
+from mlseg.problems.config import Config
+
+Make = Callable[..., torch.optim.Optimizer]
+
+
+class Filters(nn.Module):
+    """The weight of a convolution, its channels last in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(4, 3, 3, 3, generator=generator)
+        self.weight = nn.Parameter(weight.to(memory_format=torch.channels_last))
+
+
+class Low(Problem):
+    def training_step(self, batch: Any) -> Tensor:
+        return ((self.module.weight - self.top.module.weight.mean()) ** 2).sum()
+
+
+class Top(Problem):
+    """Its loss takes the weight in a row: the gradient's channels come first."""
+
+    def training_step(self, batch: Any) -> Tensor:
+        flat = self.module.weight.flatten()
+        ramp = torch.linspace(0.0, 1.0, len(flat), device=flat.device)
+        return (ramp * flat).sum() + self.low.module.weight.sum()
+
+
+def program(make: Make, device: str = "cpu", **config: Any) -> Any:
+    modules = Filters(), Filters()
+    low, top = (
+        cls(name, module, make(module.parameters(), lr=0.1), [0], Config(**config))
+        for name, cls, module in zip(("low", "top"), (Low, Top), modules, strict=True)
+    )
+    return Engine(
+        [low, top],
+        EngineSettings(tensorboard=False),
+        u2l={top: [low]},
+        l2u={low: [top]},
+        device=device,
+        quiet=True,
+    )
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=waiting.needs_gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("store", ["weights", "graphs"])
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam])
+def test_fused_optimizers_step_along_the_gradient(cls: Make, store: str, device: str) -> None:
+    """On the CPU they take its numbers in the order in which they lie in memory."""
+    found = []
+    for fused in (False, True):
+
+        def make(*args: Any, fused: bool = fused, **settings: Any) -> torch.optim.Optimizer:
+            return cls(*args, **settings, fused=fused)
+
+        spec = {"method": "unrolled", "store": store}
+        engine = program(make, device, hypergradient=spec)
+        for _ in range(3):
+            engine.iterate()
+        weight = engine.top.module.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        found.append(weight.detach())
+    torch.testing.assert_close(found[1], found[0])
