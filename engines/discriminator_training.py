@@ -11,11 +11,12 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from mlseg.config import Settings
-from mlseg.data import Augmentation, AugmentationSettings, Samples, to_device, to_float
+from mlseg.data import Augmentation, AugmentationSettings, Samples, to_float
 from mlseg.engines.map_buffer import MapBuffer
 from mlseg.engines.snapshot import Snapshot
 from mlseg.errors import RunError
 from mlseg.problems.base import Problem
+from mlseg.transfer import to_device
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 """Images (B, C, H, W) in [-1, 1]; label maps (B, H, W) int64, real or fake, with the ignore index

@@ -22,6 +22,7 @@ from mlseg.problems.config import Config, SchedulerClock, method_of
 from mlseg.problems.loaders import FreshBatches, Place
 from mlseg.problems.outer_gradient import OuterGradient
 from mlseg.problems.revisiting import Revisitable
+from mlseg.transfer import to_device
 
 
 class Problem(Revisitable):
@@ -410,7 +411,7 @@ def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
 def _on(device: torch.device | str, batch: Any) -> Any:
     """A batch on ``device``: a tensor, or mappings, dataclasses and sequences of anything."""
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return to_device(batch, device)
     if isinstance(batch, Mapping):
         return {key: _on(device, value) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):

@@ -36,8 +36,6 @@ class Family:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
         self.data = self.draw_data(draw)
-        # Which hyperparameter regularises which variable.
-        self.groups = torch.arange(self.size) % HYPERPARAMETERS
         self.start = 0.3 * draw(HYPERPARAMETERS)
 
     def draw_data(self, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
@@ -46,7 +44,9 @@ class Family:
         return {"x": x, "y": y, "x_outer": other, "y_outer": draw(self.examples)}
 
     def penalty(self, w: Tensor, s: Tensor | None) -> Tensor:
-        strength = 0.3 if s is None else 0.1 + functional.softplus(s)[self.groups]
+        strength = 0.3
+        if s is not None:  # each regularises every fourth variable
+            strength = 0.1 + functional.softplus(s).repeat(self.size)[: self.size]
         return (strength * w * w).sum()
 
     def fit(self, w: Tensor, s: Tensor | None, teacher: Tensor | None, data: Vectors) -> Tensor:
@@ -249,7 +249,12 @@ class Program:
         return self.hypergradient(lambda name, v: rate * v)
 
     def engine(
-        self, method: Mapping[str, Any], dtype: torch.dtype, rate: float, steps: int
+        self,
+        method: Mapping[str, Any],
+        dtype: torch.dtype,
+        rate: float,
+        steps: int,
+        device: str = "cpu",
     ) -> Engine:
         """The levels at their minima; the top steps (by nothing) after ``steps`` of the last."""
         data = {k: v.to(dtype) for k, v in self.family.data.items()}
@@ -265,7 +270,7 @@ class Program:
             EngineSettings(tensorboard=False),
             u2l={made[k]: [made[v] for v in vs] for k, vs in self.shape.u2l.items()},
             l2u={made[k]: [made[v] for v in vs] for k, vs in self.shape.l2u.items()},
-            device="cpu",
+            device=device,
             quiet=True,
         )
 

@@ -12,7 +12,7 @@ from mlseg.data.decode import read_image, read_mask
 from mlseg.data.loader import BatchLoader
 from mlseg.data.placement import PADDING, Fit, padded, placed
 from mlseg.data.prepare import SegmentationData, load_data, load_examples
-from mlseg.data.samples import DatasetSpec, Samples, to_device, to_float, to_uint8
+from mlseg.data.samples import DatasetSpec, Samples, to_float, to_uint8
 from mlseg.data.scenes import synthetic_scenes
 from mlseg.data.settings import DataSettings
 from mlseg.data.synthetic import synthetic_lesions
@@ -35,7 +35,6 @@ __all__ = [
     "read_mask",
     "synthetic_lesions",
     "synthetic_scenes",
-    "to_device",
     "to_float",
     "to_uint8",
 ]

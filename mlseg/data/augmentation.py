@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlseg.config import Settings
-from mlseg.data.samples import to_device
 from mlseg.errors import UserError
+from mlseg.transfer import to_device
 
 # An image or None, and the same comes back.
 ImageT = TypeVar("ImageT", Tensor, None)

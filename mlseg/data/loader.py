@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mlseg.data.augmentation import Augmentation
-from mlseg.data.samples import Samples, to_device, to_float
+from mlseg.data.samples import Samples, to_float
 from mlseg.errors import UserError
+from mlseg.transfer import to_device
 
 
 class BatchLoader:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import waiting
 from programs import FAMILIES, SHAPES, Program
 
 from mlseg.hypergradients import names
@@ -63,20 +64,30 @@ EXPECTED = {
 }
 
 
+WAITS = ("exact",)
+"""Methods that read from the device: an eigendecomposition says on the host whether it failed."""
+
+
 @cache
 def program(family: str, shape: str) -> Program:
     return Program(FAMILIES[family](), SHAPES[shape])
 
 
-def found(made: Program, method: dict[str, Any], dtype: torch.dtype, expected: Expected) -> Any:
-    """The top level's gradient; its loss has no direct part."""
+def found(
+    made: Program,
+    method: dict[str, Any],
+    dtype: torch.dtype,
+    expected: Expected,
+    device: str = "cpu",
+) -> Any:
+    """The top level's gradient, on the CPU; its loss has no direct part."""
     stands_for = {LONG: made.long(), RATE: made.stable_rate()}
     method = {k: stands_for.get(v, v) for k, v in method.items()}
     steps = int(stands_for.get(expected.steps, expected.steps))
-    engine = made.engine(method, dtype, made.stable_rate(), steps)
+    engine = made.engine(method, dtype, made.stable_rate(), steps, device)
     for _ in range(steps):
         engine.iterate()
-    return engine.top.gradient
+    return engine.top.gradient.cpu()
 
 
 def error(value: torch.Tensor, truth: torch.Tensor) -> float:
@@ -92,12 +103,38 @@ def test_every_method_is_here() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", EXPECTED)
 def test_accuracy(method: str, family: str, shape: str, dtype: str) -> None:
+    check(method, family, shape, dtype, "cpu")
+
+
+@waiting.needs_gpu
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("family", ["quadratic", "logistic"])
+@pytest.mark.parametrize("method", EXPECTED)
+def test_accuracy_on_a_gpu(method: str, family: str, dtype: str) -> None:
+    check(method, family, "two paths", dtype, "cuda")
+
+
+def check(method: str, family: str, shape: str, dtype: str, device: str) -> None:
     made, expected = program(family, shape), EXPECTED[method]
     single = dtype == "float32"
     settings = {**expected.settings, **(expected.single_settings if single else {})}
-    value = found(made, {"method": method, **settings}, getattr(torch, dtype), expected)
+    spec = {"method": method, **settings}
+    value = found(made, spec, getattr(torch, dtype), expected, device)
     truth = made.exact() if expected.truth == "minimisers" else made.one_step(made.stable_rate())
     assert error(value, truth) < (expected.single if single else expected.double)
+
+
+@waiting.needs_gpu
+@pytest.mark.parametrize("method", [name for name in EXPECTED if name not in WAITS])
+def test_no_hop_waits_for_the_gpu(method: str) -> None:
+    """Nor does a batch that comes from the host."""
+    made = program("convolutional", "two paths")
+    engine = made.engine({"method": method}, torch.float64, made.stable_rate(), 2, "cuda")
+    for _ in range(4):
+        engine.iterate()
+    with waiting.forbidden():
+        for _ in range(4):
+            engine.iterate()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import waiting
 from torch import Tensor
 
 READS = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
@@ -61,20 +62,17 @@ def test_13_the_watch_on_reads_works(no_reads: list[str]) -> None:
     assert no_reads == [f"{__name__}: item"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@waiting.needs_gpu
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_13_no_step_waits_for_the_gpu(name: str) -> None:
     system, changes = SYSTEMS[name]
     engine = tiny.build(system, {"device": "cuda", "problems.segmentor.clip": 1.0, **changes})
     for _ in range(4):
         engine.iterate()  # past the first epoch, and past what is only set up once
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting.forbidden():
         for _ in range(4):
             engine.iterate()
             engine._watch()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_13_no_adversarial_step_waits_for_the_device(no_reads: list[str]) -> None:
