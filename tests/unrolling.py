@@ -125,6 +125,7 @@ def program(
     unroll: int = 3,
     with_rate: bool = False,
     plain: bool = False,
+    device: str = "cpu",
     **config: Any,
 ) -> Any:
     torch.manual_seed(4)
@@ -141,7 +142,7 @@ def program(
         EngineSettings(tensorboard=False),
         u2l={top: [low]},
         l2u={low: [top]},
-        device="cpu",
+        device=device,
         quiet=True,
     )
 

@@ -92,8 +92,8 @@ def adam(w: Tensor, g: Tensor, moments: Moments, settings: Mapping[str, Any], ho
         after["max_exp_avg_sq"] = largest
     # In double precision, as in torch: 1 - beta^t cancels in single precision.
     correction1, correction2 = 1.0 - beta1**count, 1.0 - beta2**count
-    denominator = safe_sqrt(largest) / correction2.sqrt().to(w) + settings["eps"]
-    return w - lr / correction1.to(w) * first / denominator, after
+    denominator = safe_sqrt(largest) / correction2.sqrt().to(w.dtype) + settings["eps"]
+    return w - lr / correction1.to(w.dtype) * first / denominator, after
 
 
 def rmsprop(w: Tensor, g: Tensor, moments: Moments, settings: Mapping[str, Any], hold: bool) -> Any:
@@ -120,7 +120,7 @@ def adagrad(w: Tensor, g: Tensor, moments: Moments, settings: Mapping[str, Any],
     count = _count(moments) + 1.0
     start = torch.full_like(w, settings["initial_accumulator_value"])
     total = _held(moments.get("sum", start) + g * g, hold)
-    rate = settings["lr"] / (1.0 + (count - 1.0) * settings["lr_decay"]).to(w)
+    rate = settings["lr"] / (1.0 + (count - 1.0) * settings["lr_decay"]).to(w.dtype)
     return w - rate * g / (safe_sqrt(total) + settings["eps"]), {COUNT: count, "sum": total}
 
 
@@ -395,4 +395,5 @@ def _descent(w: Tensor, g: Tensor, settings: Mapping[str, Any]) -> Tensor:
 
 
 def _count(moments: Moments) -> Tensor:
+    """Steps so far, on the host where the optimizer counts there: copying it would wait."""
     return torch.as_tensor(moments.get(COUNT, 0.0)).to(torch.float64)
