@@ -22,7 +22,7 @@ from mlseg.problems.config import Config, SchedulerClock, method_of
 from mlseg.problems.loaders import FreshBatches, Place
 from mlseg.problems.outer_gradient import OuterGradient
 from mlseg.problems.revisiting import Revisitable
-from mlseg.transfer import to_device
+from mlseg.transfer import state_to_device, to_device
 
 
 class Problem(Revisitable):
@@ -425,7 +425,9 @@ def _on(device: torch.device | str, batch: Any) -> Any:
 
 
 def _move_state(optimizer: torch.optim.Optimizer, device: torch.device | str) -> None:
-    for state in optimizer.state.values():
-        for key, value in state.items():
-            if isinstance(value, Tensor) and key != "step":
-                state[key] = value.to(device)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    state[key] = state_to_device(key, value, group, device)

@@ -78,3 +78,24 @@ def test_fused_optimizers_step_along_the_gradient(cls: Make, store: str, device:
         assert weight.is_contiguous(memory_format=torch.channels_last)
         found.append(weight.detach())
     torch.testing.assert_close(found[1], found[0])
+
+
+@waiting.needs_gpu
+@pytest.mark.parametrize("settings", [{}, {"fused": True}, {"capturable": True}])
+def test_a_state_from_before_goes_to_the_gpu(settings: dict[str, Any]) -> None:
+    """Of an optimizer that had stepped before the engine was made."""
+
+    def make(parameters: Any, lr: float) -> torch.optim.Optimizer:
+        made = torch.optim.Adam(parameters, lr, **{**settings, "capturable": False})
+        for group in made.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+        made.step()
+        made.zero_grad()
+        made.param_groups[0].update(settings)
+        return made
+
+    engine = program(make, "cuda", hypergradient="identity")
+    engine.iterate()
+    (state,) = engine.top.optimizer.state.values()
+    assert float(state["step"]) == 2.0
