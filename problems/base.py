@@ -146,9 +146,12 @@ class Problem(Revisitable):
                 f"{len(groups)} parameter groups; give one for each"
             )
         for group, rate in zip(groups, rates, strict=True):
-            # A device's number stays there; torch's optimizers take tensors.
-            on_host = rate.device.type == "cpu"
-            group["lr"] = float(rate.detach()) if on_host else rate.detach().clone()
+            # A device's number stays there; torch's optimizers take tensors, fused ones float32.
+            if rate.device.type == "cpu":
+                group["lr"] = float(rate.detach())
+            else:
+                dtype = torch.float32 if group.get("fused") else rate.dtype
+                group["lr"] = rate.detach().to(dtype, copy=True)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Clip and step; Betty's ``custom_optimizer_step``, if there is one."""

@@ -99,3 +99,29 @@ def test_a_state_from_before_goes_to_the_gpu(settings: dict[str, Any]) -> None:
     engine.iterate()
     (state,) = engine.top.optimizer.state.values()
     assert float(state["step"]) == 2.0
+
+
+class Rate(Low):
+    def learning_rates(self) -> list[Tensor]:
+        return [0.1 * self.top.module.weight.mean().exp()]
+
+
+RATED: dict[str, Make] = {
+    "sgd fused": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, fused=True),
+    "adam fused": lambda p, lr: torch.optim.Adam(p, lr, fused=True),
+    "rmsprop capturable": lambda p, lr: torch.optim.RMSprop(p, lr, capturable=True),
+}
+
+
+@waiting.needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", RATED)
+def test_learned_rates_stay_on_the_gpu(name: str, dtype: torch.dtype) -> None:
+    engine = program(RATED[name], "cuda", hypergradient="unrolled")
+    engine.low.__class__ = Rate
+    for problem in engine.problems:
+        problem.module.to(dtype)
+    engine.iterate()
+    with waiting.forbidden():
+        engine.iterate()
+    assert isinstance(engine.low.optimizer.param_groups[0]["lr"], Tensor)
