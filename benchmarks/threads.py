@@ -91,7 +91,7 @@ def steps(threads: int, sizes: Sequence[str]) -> dict[str, float]:
     import torch
     from torch.nn import functional
 
-    from mlseg.nets.unet import UNet
+    from mlseg.segmentation.nets.unet import UNet
 
     torch.set_num_threads(threads)
     found = {}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mlseg import checkpoint, run
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 
 if sys.platform != "win32":
     _processes = multiprocessing.get_context("forkserver")

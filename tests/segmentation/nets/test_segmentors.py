@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from differences import gradient
 from torch import nn
 
 from mlseg.config import Settings, dump, load, parse
@@ -13,6 +12,7 @@ from mlseg.errors import UserError
 from mlseg.segmentation.nets import SegmentorSettings, build_segmentor
 from mlseg.segmentation.nets.layers import BatchNorm, accept_single_values, pad_to_multiple
 from mlseg.segmentation.nets.smp import architectures
+from mlseg.testing.differences import gradient
 
 
 class Experiment(Settings):
