@@ -75,14 +75,14 @@ terms is off by 1e-7 besides (``Settled.long``). All bounds leave room for a fac
 
 
 def expectation(method: str) -> Expected:
-    """A method's entry, or else what its kind gives after many iterations or steps."""
+    """A method's entry, or else what its class says of it."""
     if method in EXPECTED:
         return EXPECTED[method]
     cls = classes()[method]
-    settings = {k: LONG for k in ("iterations", "terms", "steps") if k in cls.model_fields}
-    if cls.best_response == "one step of the optimizer":
-        return Expected("one step", 1e-4, 3e-2, settings)
-    return Expected("minimisers", 1e-4, 3e-2, settings, steps=LONG if "steps" in settings else 1)
+    one_step = cls.best_response == "one step of the optimizer"
+    steps = LONG if cls.best_response.startswith("the last steps") else 1
+    truth = "one step" if one_step else "minimisers"
+    return Expected(truth, 1e-4, 3e-2, dict(cls.converged), steps=steps)
 
 
 WAITS = ("exact",)
