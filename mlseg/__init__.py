@@ -1,7 +1,11 @@
 """mlseg: multilevel optimization for image segmentation, built on Betty."""
 
 from mlseg._betty import require_betty
+from mlseg._checkout import require_one_checkout
+from mlseg._distribution import require_own_distribution
 
+require_own_distribution()
+require_one_checkout()
 require_betty()
 
 from mlseg.engines import Engine, EngineSettings, Stage  # noqa: E402

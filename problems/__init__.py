@@ -5,7 +5,11 @@ one ``build`` that wires them into an engine, registered with
 :func:`mlseg.problems.systems.system`.
 """
 
-from mlseg.problems.base import Problem
-from mlseg.problems.config import Config
+from mlseg._checkout import require_part
+
+require_part(__name__, __file__)
+
+from mlseg.problems.base import Problem  # noqa: E402
+from mlseg.problems.config import Config  # noqa: E402
 
 __all__ = ["Config", "Problem"]
