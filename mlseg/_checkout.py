@@ -1,8 +1,8 @@
 """The parts of mlseg come from one place, or it says so.
 
-``problems/`` and ``engines/`` stand beside ``mlseg/`` in a checkout and are found by what an editable
-install has noted, ``mlseg`` itself by ``sys.path``. With an install of one checkout and the folder
-of another on ``sys.path`` (by ``PYTHONPATH``, or because Python was started there), Python takes
+``problems/`` and ``engines/`` stand beside ``mlseg/`` in a checkout and are found by what an
+editable install has noted, ``mlseg`` itself by ``sys.path``. With an install of one checkout and
+another one on ``sys.path`` (by ``PYTHONPATH``, or because Python was started there), Python takes
 some modules from the one and some from the other, and says nothing.
 """
 
@@ -49,7 +49,8 @@ def require_part(name: str, file: str) -> None:
     if installed or real in (os.path.realpath(home), os.path.dirname(os.path.realpath(home))):
         return
     raise ImportError(
-        f"two copies of mlseg are mixed: mlseg comes from {home}, but {name} from {place}; {_mend()}"
+        f"two copies of mlseg are mixed: mlseg comes from {home}, but {name} from {place}; "
+        f"{_mend()}"
     )
 
 

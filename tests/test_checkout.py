@@ -1,4 +1,4 @@
-"""The parts of mlseg come from one checkout or install; a mixture is refused at import, in a line."""
+"""The parts of mlseg come from one checkout or install; a mixture is refused at import."""
 
 import os
 import shutil
@@ -105,7 +105,7 @@ class TestMixtures:
             "ImportError: 'import engines' makes every class of it a second time; "
             "write 'import mlseg.engines'"
         )
-        with pytest.raises(ImportError, match="write 'import mlseg.problems'"):
+        with pytest.raises(ImportError, match=r"write 'import mlseg\.problems'"):
             require_part("problems", str(installed / "problems" / "__init__.py"))
 
     def test_a_part_that_comes_later(self, tmp_path: Path) -> None:
