@@ -61,11 +61,13 @@ format: $(STAMP)
 
 # mypy can't follow package_dir, so it checks links that stand as the installed package
 # does; sed turns its paths back into the repository's.
+CHECKED := benchmarks examples tests
 types: $(STAMP)
 	@rm -rf build/types && mkdir -p build/types/mlseg
 	@ln -s $(CURDIR)/mlseg/* $(CURDIR)/problems $(CURDIR)/engines build/types/mlseg
+	@ln -s $(CHECKED:%=$(CURDIR)/%) build/types
 	@cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
-		--cache-dir $(CURDIR)/.mypy_cache mlseg >report; status=$$?; \
+		--cache-dir $(CURDIR)/.mypy_cache mlseg $(CHECKED) >report; status=$$?; \
 	sed -e 's#^mlseg/problems/#problems/#' -e 's#^mlseg/engines/#engines/#' report; exit $$status
 
 check: lint types test
