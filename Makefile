@@ -1,9 +1,11 @@
 # make run                  train the main system in its small form, on this machine
 # make run CONFIG=configs/supervised_isic_small.yaml ARGS="engine.iterations=50"
 # make test                 the tests; make check adds lint and types
+# make test-processors      the numerical ones with the kernels of other processors, as a table
 #
 # Every target first sets up .venv, which needs nothing but make and a Python 3.11 to
-# 3.13 with pip and venv. Package indexes come from UV_* or, where those aren't set,
+# 3.13 with pip and venv. With PYTHON=python3.12 it is of that Python, and made anew
+# where it was of another. Package indexes come from UV_* or, where those aren't set,
 # from PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and PIP_FIND_LINKS.
 
 PYTHON ?= python3
@@ -14,6 +16,22 @@ TEST_WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+VERSION := import platform; print(platform.python_version())
+
+# A Python that was asked for is taken or refused; else the first that serves is taken,
+# and a .venv that is there stays.
+ifeq ($(origin PYTHON),file)
+PYTHONS := $(PYTHON) python3.13 python3.12 python3.11
+else
+PYTHONS := $(PYTHON)
+IN_VENV := $(if $(wildcard $(BIN)/python),$(shell $(BIN)/python -c '$(VERSION)'))
+ifneq ($(IN_VENV),)
+ifneq ($(IN_VENV),$(shell $(PYTHON) -c '$(VERSION)' 2>/dev/null))
+ANEW := yes
+.PHONY: $(BIN)/uv
+endif
+endif
+endif
 
 # uv reads none of pip's settings, and it is uv that installs all but itself.
 comma := ,
@@ -39,7 +57,7 @@ export SSL_CERT_FILE := $(PIP_CERT)
 endif
 endif
 
-.PHONY: install run test lint format types check clean
+.PHONY: install run test test-processors lint format types check clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -50,6 +68,9 @@ run: $(STAMP)
 # One thread per worker: the networks of the tests are too small to share out.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) $(ARGS)
+
+test-processors: $(STAMP)
+	@$(BIN)/python tests/processors.py --cores $(TEST_WORKERS) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -81,22 +102,27 @@ clean:
 # told to write no bytecode: each of the tests' processes would compile torch anew.
 #
 # A distribution "mlseg" is an old install of this one or, on the public index, a stranger's.
-$(STAMP): setup.cfg pyproject.toml constraints.txt $(BIN)/uv
+$(STAMP): setup.py setup.cfg pyproject.toml constraints.txt $(BIN)/uv
 	@$(BIN)/uv pip uninstall --quiet --python $(BIN)/python mlseg && rm -rf mlseg.egg-info
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt \
 		--build-constraints constraints.txt --editable '.[dev]'
-	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -W ignore -c 'import mlseg.run, mlseg.predict'
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -W ignore -c \
+		'import mlseg.run, mlseg.predict, scipy.ndimage, scipy.spatial'
 	@touch $@
 
 $(BIN)/uv:
-	@if ! test -x $(BIN)/python; then \
-		for python in $(PYTHON) python3.13 python3.12 python3.11; do \
+	@if test -n "$(ANEW)" || ! test -x $(BIN)/python; then \
+		for python in $(PYTHONS); do \
 			if $$python -c '$(SUPPORTED)' 2>/dev/null; then found=$$python; break; fi; \
 		done; \
 		if test -z "$$found"; then \
 			echo "mlseg needs Python 3.11 to 3.13, and '$(PYTHON)' is" \
 				"$$($(PYTHON) --version 2>/dev/null || echo missing);" \
 				"name one with: make PYTHON=/path/to/python3.12" >&2; exit 1; \
+		fi; \
+		if test -n "$(ANEW)"; then \
+			echo ".venv has Python $(IN_VENV): made anew with $$($$found --version)" >&2; \
+			rm -rf .venv; \
 		fi; \
 		$$found -m venv .venv >/dev/null || { rm -rf .venv; \
 			echo "$$found can't make a virtual environment; on Debian and Ubuntu install" \

@@ -4,7 +4,7 @@
 
 For each level of the generator at 256x256 it prints the time of forward and backward (gradients of
 the input, the kernels and the selection weights) both ways, their ratio, and the MiB that
-the graph of each way keeps besides its inputs. `mlseg.nets.cells.MERGE_FROM` comes from this table.
+the graph of each way keeps besides its inputs. `MERGE_FROM` of the cells comes from this table.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from turns import take_turns
 
-from mlseg.nets.cells import SIZES, mix
+from mlseg.problems.e2eaug.networks.cells import SIZES, mix
 
 
 def _shapes(channels: int, transposed: bool) -> list[tuple[int, int, int]]:

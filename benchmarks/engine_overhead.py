@@ -31,7 +31,7 @@ import torch
 from hand_written import HandWrittenDecay, HandWrittenE2EAug, decay_engine
 
 from mlseg import config, machine, randomness
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 from mlseg.run import parse_run
 
 SMALL = Path(__file__).parent.parent / "configs" / "e2eaug_isic_small.yaml"

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings, Stage
-from mlseg.hypergradients.update_rules import one_step_scale
-from mlseg.losses import gan_loss
-from mlseg.problems.base import Problem
-from mlseg.problems.config import Config
-from mlseg.problems.e2eaug import encode
+from mlseg.hypergradients.optimizers import one_step_scale
+from mlseg.multilevel.config import Config
+from mlseg.multilevel.problem import Problem
+from mlseg.problems.e2eaug.levels import encode
+from mlseg.problems.e2eaug.losses import gan_loss
 
 
 class Hop:

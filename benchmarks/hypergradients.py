@@ -46,7 +46,7 @@ from two_levels import Contestant, Task
 from mlseg import machine
 from mlseg.comparison import memory
 from mlseg.errors import UserError
-from mlseg.hypergradients.second_order import dual_level
+from mlseg.hypergradients.second_order.products import dual_level
 from mlseg.hypergradients.substitution import substituted
 
 Makers = Mapping[str, Callable[[Task], Contestant]]
@@ -68,16 +68,16 @@ def one_step() -> Makers:
     """One hop with the identity for the inverse Hessian."""
 
     def ours(**spec: Any) -> Callable[[Task], Contestant]:
-        return lambda task: two_levels.OurHop(task, {"scale": "none", **spec})
+        return lambda task: two_levels.our_hop(task, {"scale": "none", **spec})
 
     def difference(task: Task) -> Contestant:
         epsilon = DARTS_STEP / float(torch.nn.utils.get_total_norm(task.network().parameters()))
         return ours(method="finite_difference", epsilon=epsilon)(task)
 
     return {
-        "Betty darts": lambda task: two_levels.BettysHop(task, "darts", darts_alpha=DARTS_STEP),
+        "Betty darts": lambda task: two_levels.bettys_hop(task, "darts", darts_alpha=DARTS_STEP),
         "mlseg finite_difference": difference,
-        "double backward by hand": two_levels.HandWrittenHop,
+        "double backward by hand": two_levels.hop_by_hand,
         "mlseg identity": ours(method="identity"),
         "mlseg identity, forward_over_reverse": ours(method="identity", **FORWARD),
     }
@@ -87,10 +87,10 @@ def iterations(count: int) -> Makers:
     """Iterations of ``count`` Hessian-vector products, on a graph that is there."""
 
     def solve(**spec: Any) -> Callable[[Task], Contestant]:
-        return lambda task: two_levels.Solve(task, spec, count)
+        return lambda task: two_levels.solve(task, spec, count)
 
     return {
-        "bare product": lambda task: two_levels.BareProducts(task, count),
+        "bare product": lambda task: two_levels.bare_products(task, count),
         "mlseg cg": solve(method="cg", iterations=count, damping=DAMPING, tolerance=0.0),
         "mlseg neumann": solve(
             method="neumann", terms=count, step_size=NEUMANN_STEP, damping=DAMPING
@@ -112,12 +112,12 @@ def implicit_hops(count: int) -> Makers:
     }
     cg = {"method": "cg", "iterations": count, "damping": DAMPING, "tolerance": 0.0}
     return {
-        "Betty neumann": lambda task: two_levels.BettysHop(
+        "Betty neumann": lambda task: two_levels.bettys_hop(
             task, "neumann", neumann_iterations=count, neumann_alpha=NEUMANN_STEP
         ),
-        "mlseg neumann": lambda task: two_levels.OurHop(task, neumann, count + 1),
-        "Betty cg": lambda task: two_levels.BettysHop(task, "cg", cg_iterations=count),
-        "mlseg cg": lambda task: two_levels.OurHop(task, cg, count + 1),
+        "mlseg neumann": lambda task: two_levels.our_hop(task, neumann, count + 1),
+        "Betty cg": lambda task: two_levels.bettys_hop(task, "cg", cg_iterations=count),
+        "mlseg cg": lambda task: two_levels.our_hop(task, cg, count + 1),
     }
 
 
@@ -126,11 +126,11 @@ def unrolled(inner: str) -> Makers:
 
     def ours(spec: Mapping[str, Any]) -> Callable[[Task], Contestant]:
         whole = {"method": "unrolled", **spec}
-        return lambda task: two_levels.OurUnrolling(task, inner, whole)
+        return lambda task: two_levels.our_unrolling(task, inner, whole)
 
     return {
-        "higher": lambda task: two_levels.HigherUnrolling(task, inner),
-        "TorchOpt": lambda task: two_levels.TorchOptUnrolling(task, inner),
+        "higher": lambda task: two_levels.higher_unrolling(task, inner),
+        "TorchOpt": lambda task: two_levels.torchopt_unrolling(task, inner),
         **{name: ours(spec) for name, spec in UNROLLED.items()},
     }
 
@@ -264,7 +264,7 @@ def passes(task: Task, rounds: int) -> dict[str, float]:
         return result
 
     def loss() -> Tensor:
-        return upper.loss(network, task.train[0])
+        return task.inner(network, upper, task.train[0])
 
     def grad(outputs: Any, by: Sequence[Tensor], **options: Any) -> Any:
         return torch.autograd.grad(outputs, by, **options)

@@ -22,10 +22,10 @@ import torch
 from spans import CpuClock, CpuMemory, CudaClock, CudaMemory, Spans
 
 from mlseg import config, machine
-from mlseg.engines.base import Engine
-from mlseg.engines.segmentation import SegmentationEngine
-from mlseg.problems.base import Problem
-from mlseg.problems.outer_gradient import OuterGradient
+from mlseg.engines.engine import Engine
+from mlseg.engines.segmentation import Segmentation
+from mlseg.multilevel.outer_gradient import OuterGradient
+from mlseg.multilevel.problem import Problem
 from mlseg.run import parse_run
 
 REST = "rest"
@@ -89,7 +89,7 @@ def measure(
     settings, build = parse_run(config.load(path, [*overrides, *own]))
     torch.manual_seed(0)
     engine = build(settings, None)
-    assert isinstance(engine, SegmentationEngine)
+    data = engine.hook(Segmentation).data
     device = engine.device
     cuda = device.type == "cuda"
     for _ in range(3):  # cuDNN chooses, caches fill, optimizers make their states
@@ -125,11 +125,11 @@ def measure(
         "parts": parts,
         "total": summary,
         "parameters": parameters,
-        "image_size": list(engine.data.train.image_size),
+        "image_size": list(data.train.image_size),
         "batch_sizes": {
             name: level["batch_size"] for name, level in settings.model_dump()["problems"].items()
         },
-        "provenance": engine.data.provenance,
+        "provenance": data.provenance,
     }
 
 

@@ -30,14 +30,14 @@ from pydantic import NonNegativeInt
 
 from mlseg import config, machine
 from mlseg.config import Settings
-from mlseg.engines.recording import write_json, write_text
 from mlseg.errors import UserError
-from mlseg.problems.load_records import read_events
+from mlseg.files import write_json, write_text
+from mlseg.problems.load.records import read_events
 from mlseg.run import parse_run
 
 SPLITS = ("val", "val_hold_out", "val_rest", "test")
 CLASS_SPLITS = ("test", "val_rest")
-TAKEN = ("start", "control")  # what a row takes from another row's run
+TAKEN = ("start", "control", "threads")  # what a row takes from another row's run, or a machine
 
 
 class RowSettings(Settings):

@@ -30,17 +30,18 @@ from torch import Tensor
 from turns import take_turns
 
 from mlseg import config, machine
-from mlseg.data import to_float
-from mlseg.engines.map_buffer import MapBuffer
+from mlseg.engines.lookahead.loop import LookaheadLoop
+from mlseg.engines.lookahead.map_buffer import MapBuffer
 from mlseg.errors import UserError
 from mlseg.run import parse_run
+from mlseg.segmentation.data import to_float
 
 MIB = 2**20
 
 
 def evaluation(engine: Any, repeats: int) -> dict[str, float]:
     """Seconds of an evaluation and of its forward passes."""
-    held, module = engine.hold_out, engine.generator.module
+    held, module = engine.hook(LookaheadLoop).hold_out, engine.generator.module
     held.miou(module)  # finds the batch size
     images = to_float(held.samples.images.to(engine.device))
     batches = images.split(held.batch_size)
@@ -58,7 +59,7 @@ def evaluation(engine: Any, repeats: int) -> dict[str, float]:
 def snapshots(engine: Any, repeats: int) -> dict[str, float]:
     """Seconds of a snapshot, of a roll-back, and of one plain copy of as many tensors."""
     engine.generator.step_normal()  # so that there is momentum
-    snapshot = engine.snapshots["start"]
+    snapshot = engine.hook(LookaheadLoop).snapshots["start"]
     snapshot.take()
     optimizer = engine.generator.optimizer
     live: list[Tensor] = list(engine.generator.module.state_dict().values())
@@ -125,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = engine.device
         print(machine.head(machine.describe(device)))
         print(f"- config: {arguments.config} {' '.join(arguments.overrides)}")
-        held = engine.hold_out
+        held = engine.hook(LookaheadLoop).hold_out
         engine.train()
         found = evaluation(engine, arguments.repeats)
         size = "x".join(map(str, held.samples.image_size))

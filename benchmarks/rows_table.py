@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from mlseg import config, machine
-from mlseg.data import DataSettings, Samples, load_data
 from mlseg.errors import UserError
-from mlseg.metrics import SegmentationMetrics
 from mlseg.run import parse_run
+from mlseg.segmentation.data import DataSettings, Samples, load_data
+from mlseg.segmentation.metrics import SegmentationMetrics
 
 PRETRAINING = "pretraining"
 OURS = "ours"

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from mlseg import config
-from mlseg.hypergradients import Hop, Method, resolve
-from mlseg.hypergradients.update_rules import one_step_scale
+from mlseg.hypergradients import Hop, Method, pointed_at, resolve
+from mlseg.hypergradients.optimizers import one_step_scale
 from mlseg.machine import describe, head
-from mlseg.problems.base import Problem
+from mlseg.multilevel.problem import Problem
 from mlseg.run import parse_run
 
 EPSILONS = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0001)
@@ -55,12 +55,13 @@ def secant(level: Problem, alphas: Tensor, vector: list[Tensor], shift: float) -
     scale = one_step_scale(ones, parameters, level.optimizer, preconditioned=True)
 
     def gradient() -> list[Tensor]:
-        level.restore_step_randomness()
+        level.again.restore_randomness()
         return list(torch.autograd.grad(level.loss(level.cur_batch), parameters))
 
     result = torch.zeros_like(alphas)
     flat = result.view(-1)
-    with level.revisiting(), level.linearised("before_step"):
+    before = level.trajectory.steps[-1].weights
+    with level.again.untraced(), pointed_at(parameters, before):
         for index in range(alphas.numel()):
             place = alphas.data.view(-1)
             kept = place[index].clone()
@@ -120,8 +121,8 @@ def main() -> None:
             for name, method in methods().items():
                 if level is segmentor:
                     # The hop used up its graph of the synthetic batch: make the step's again.
-                    with segmentor.revisiting():
-                        segmentor.restore_step_randomness()
+                    with segmentor.again.untraced():
+                        segmentor.again.restore_randomness()
                         segmentor.replaying = False
                         segmentor.loss(segmentor.cur_batch)
                         segmentor.replaying = True

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from mlseg import config, machine
-from mlseg.engines.segmentation import SegmentationEngine
 from mlseg.randomness import seed_everything
 from mlseg.run import parse_run
 
@@ -35,12 +34,11 @@ def measure(path: Path, overrides: Sequence[str], steps: int) -> list[dict[str, 
     settings, build = parse_run(config.load(path, overrides))
     seed_everything(settings.seed)
     engine = build(settings, None)
-    assert isinstance(engine, SegmentationEngine)
     for _ in range(steps):
         engine.iterate()
     critic, segmentor = engine.critic, engine.segmentor
     image, label, counted = critic.cur_batch
-    with critic.revisiting():
+    with critic.again.untraced():
         maps = segmentor.maps(image, counted).detach().requires_grad_()
         masked = (image + 1.0) / 2.0
         with torch.no_grad():

@@ -10,9 +10,9 @@ import torch
 from rows_table import gather, head, publish, show, spread, table
 
 from mlseg.calibrate import KS, THRESHOLDS, choose
-from mlseg.engines.scoring import score
 from mlseg.evaluate import own_data
-from mlseg.trained import Ensemble, load_runs
+from mlseg.segmentation.scoring import score
+from mlseg.segmentation.trained import Ensemble, load_runs
 
 SHOWN = (
     "jaccard",

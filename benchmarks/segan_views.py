@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from mlseg import machine
-from mlseg.data import Samples
-from mlseg.engines.scoring import score
 from mlseg.evaluate import own_data
-from mlseg.metrics import SCORES
-from mlseg.trained import Ensemble, load_runs
+from mlseg.segmentation.data import Samples
+from mlseg.segmentation.metrics import SCORES
+from mlseg.segmentation.scoring import score
+from mlseg.segmentation.trained import Ensemble, load_runs
 
 SHOWN = [name for name in SCORES if name not in ("precision", "thresholded_jaccard")]
 

@@ -26,12 +26,13 @@ import torchopt
 from betty.hypergradient import jvp_fn_mapping
 from torch import Tensor, nn
 
-from mlseg.engines.base import Engine
 from mlseg.engines.settings import EngineSettings
 from mlseg.hypergradients import Hop, resolve
-from mlseg.hypergradients.implicit import Hessian, Implicit
-from mlseg.nets.unet import UNet
-from mlseg.problems import Config, Problem
+from mlseg.hypergradients.implicit import Hessian, Implicit, System
+from mlseg.segmentation.nets.unet import UNet
+from mlseg.testing import programs
+from mlseg.testing.families import Vector
+from mlseg.testing.programs import Graph, Level, Loss, Nets, Network
 
 Batch = tuple[Tensor, Tensor]
 """(B, 3, H, W) images and (B, K, H, W) one-hot masks."""
@@ -60,36 +61,24 @@ INNER: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 }
 
 
-class ClassWeights(nn.Module):
-    """The logarithms of the classes' weights in the loss."""
-
-    def __init__(self, pixels: int) -> None:
-        super().__init__()
-        self.logs = nn.Parameter(torch.zeros(CLASSES))
-
-    def loss(self, network: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
-        """Weighted cross-entropy."""
-        image, target = batch
-        return cross_entropy(network(image), target * self.logs.exp()[:, None, None])
+def class_weights(nets: Nets, batch: Batch) -> Tensor:
+    """Cross-entropy with weighted classes, of which the upper level has the logarithms."""
+    image, target = batch
+    return cross_entropy(nets["segmentor"](image), target * nets["upper"]().exp()[:, None, None])
 
 
-class Perturbation(nn.Module):
-    """What is added to every image."""
-
-    def __init__(self, pixels: int) -> None:
-        super().__init__()
-        self.shift = nn.Parameter(torch.zeros(3, pixels, pixels))
-
-    def loss(self, network: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
-        """Cross-entropy on the perturbed images."""
-        image, target = batch
-        return cross_entropy(network(image + self.shift), target)
+def perturbation(nets: Nets, batch: Batch) -> Tensor:
+    """Cross-entropy on images to which the upper level adds the same one."""
+    image, target = batch
+    return cross_entropy(nets["segmentor"](image + nets["upper"]()), target)
 
 
-ENTRIES: dict[str, type[ClassWeights | Perturbation]] = {
-    "class weights": ClassWeights,
-    "image": Perturbation,
-}
+def outer(nets: Nets, batch: Batch) -> Tensor:
+    """The segmentor's loss on other images."""
+    return cross_entropy(nets["segmentor"](batch[0]), batch[1])
+
+
+ENTRIES: dict[str, Loss] = {"class weights": class_weights, "image": perturbation}
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -116,8 +105,14 @@ class Task:
     ) -> None:
         torch.manual_seed(0)
         self.steps, self.device = steps, device
+        self.graph = Graph(
+            {"segmentor": ENTRIES[entry], "upper": outer},
+            {"segmentor": ["upper"]},
+            {"upper": ["segmentor"]},
+        )
         self._network = UNet(3, CLASSES, size.channels, size.levels).to(device, dtype)
-        self._upper = ENTRIES[entry](size.pixels).to(device, dtype)
+        entered = (3, size.pixels, size.pixels) if entry == "image" else (CLASSES,)
+        self._upper = Vector(torch.zeros(entered)).to(device, dtype)
         shape = (size.batch, 3, size.pixels, size.pixels)
 
         def draw() -> Batch:
@@ -128,7 +123,7 @@ class Task:
         self.train = [draw() for _ in range(steps)]
         self.val = draw()
         network = self.network()
-        loss = cross_entropy(network(self.val[0]), self.val[1])
+        loss = self.outer(network)
         self.vector = list(torch.autograd.grad(loss, list(network.parameters())))
         """The upper loss's gradient by the segmentor's weights at the starting point."""
 
@@ -136,9 +131,18 @@ class Task:
         """A segmentor at the starting point."""
         return copy.deepcopy(self._network)
 
-    def upper(self) -> ClassWeights | Perturbation:
+    def upper(self) -> Vector:
         """The upper level's module at the starting point."""
         return copy.deepcopy(self._upper)
+
+    def inner(self, network: nn.Module, upper: nn.Module, batch: Batch) -> Tensor:
+        """The loss that the upper level has a hand in."""
+        nets = {"segmentor": Network(network), "upper": Network(upper)}
+        return self.graph.losses["segmentor"](nets, batch)
+
+    def outer(self, network: nn.Module) -> Tensor:
+        """The upper loss."""
+        return outer({"segmentor": Network(network)}, self.val)
 
     def put_back(self, network: nn.Module) -> None:
         """Bring a segmentor back to the starting point, in place."""
@@ -149,210 +153,168 @@ class Task:
                 now.copy_(start)
 
 
+@dataclass
 class Contestant:
-    """See the module."""
+    """See the module.
 
-    def prepare(self) -> None:
-        """Back to the start of the work; nothing where it changes no weights."""
+    Attributes:
+        run: the work, which gives the outer gradient.
+        prepare: back to the start of the work; nothing where it changes no weights.
+        forget: free what the last run has left behind for the next.
+    """
 
-    def run(self) -> list[Tensor]:
-        """The work, which gives the outer gradient."""
-        raise AssertionError("each contestant has its own")
-
-    def forget(self) -> None:
-        """Free what the last run has left behind for the next."""
+    run: Callable[[], list[Tensor]]
+    prepare: Callable[[], None] = lambda: None
+    forget: Callable[[], None] = lambda: None
 
 
 # ------------------------------------------------------------------- the levels as problems
 
 
-class Segmentor(Problem):
-    """The lower level."""
-
-    def training_step(self, batch: Batch) -> Tensor:
-        """The loss that the upper level has a hand in."""
-        return self.upper.module.loss(self.module, batch)
-
-
-class Upper(Problem):
+class Upper(Level):
     """The upper level; its gradient is what everybody is after."""
 
     gradient: list[Tensor]
-
-    def training_step(self, batch: Batch) -> Tensor:
-        """The segmentor's loss on other images."""
-        return cross_entropy(self.segmentor.module(batch[0]), batch[1])
 
     def grad_callback(self) -> None:
         """Keep the gradient."""
         self.gradient = [p.grad for p in self.trainable_parameters()]
 
 
-class BettySegmentor(betty.problems.ImplicitProblem):
-    """The lower level as a user of Betty alone would write it."""
+class BettyLevel(betty.problems.ImplicitProblem):
+    """A level as a user of Betty alone would write it."""
 
-    training_step = Segmentor.training_step
-
-
-class BettyUpper(betty.problems.ImplicitProblem):
-    """The upper level likewise."""
-
-    training_step = Upper.training_step
+    rule: Loss
+    nets: Nets
+    training_step = Level.training_step
 
 
-def _problems(task: Task, spec: Mapping[str, Any], inner: str) -> tuple[Segmentor, Upper]:
+def _problems(task: Task, spec: Mapping[str, Any], inner: str) -> list[Any]:
     cls, settings = INNER[inner]
-    network, module = task.network(), task.upper()
-    lower = Segmentor(
-        "segmentor",
-        network,
-        cls(network.parameters(), **settings),
-        task.train,
-        Config(hypergradient=spec, unroll_steps=task.steps),
-    )
-    upper = Upper("upper", module, torch.optim.SGD(module.parameters(), lr=0.0), [task.val])
-    Engine(
-        [lower, upper],
-        EngineSettings(iterations=1, validate_every=0, tensorboard=False),
-        u2l={upper: [lower]},
-        l2u={lower: [upper]},
+    return programs.build(
+        task.graph,
+        {"segmentor": task.network(), "upper": task.upper()},
+        {"segmentor": task.train, "upper": [task.val]},
+        spec,
+        {"segmentor": lambda params: cls(params, **settings), "upper": programs.sgd(0.0)},
+        kinds={"segmentor": Level, "upper": Upper},
+        configs={"segmentor": {"unroll_steps": task.steps}},
+        settings=EngineSettings(iterations=1, validate_every=0, tensorboard=False),
         device=str(task.device),
-        quiet=True,
-    )
-    return lower, upper
+    ).problems
 
 
-def _after_a_step(task: Task, spec: Mapping[str, Any]) -> tuple[Segmentor, Upper]:
+def _after_a_step(task: Task, spec: Mapping[str, Any]) -> list[Any]:
     """A step on the first batch, which a hop then evaluates again, at the starting point."""
     lower, upper = _problems(task, spec, "sgd")
     lower.one_step_descent()
     task.put_back(lower.module)
-    return lower, upper
+    return [lower, upper]
 
 
-def _bettys_problems(task: Task, **settings: Any) -> tuple[BettySegmentor, BettyUpper]:
-    network, module = task.network(), task.upper()
+def _bettys_problems(task: Task, **settings: Any) -> list[BettyLevel]:
+    modules = {"segmentor": task.network(), "upper": task.upper()}
+    nets = {name: Network(module) for name, module in modules.items()}
     cls, options = INNER["sgd"]
-    lower = BettySegmentor(
-        "segmentor",
-        betty.configs.Config(**settings),
-        network,
-        cls(network.parameters(), **options),
-        train_data_loader=task.train,
-    )
-    upper = BettyUpper(
-        "upper",
-        betty.configs.Config(),
-        module,
-        torch.optim.SGD(module.parameters(), lr=0.0),
-        train_data_loader=[task.val],
-    )
+    levels = []
+    for name, loader in (("segmentor", task.train), ("upper", [task.val])):
+        config = betty.configs.Config(**(settings if name == "segmentor" else {}))
+        given = options if name == "segmentor" else {"lr": 0.0}
+        optimizer = cls(modules[name].parameters(), **given)
+        levels.append(BettyLevel(name, config, modules[name], optimizer, train_data_loader=loader))
+        levels[-1].rule, levels[-1].nets = task.graph.losses[name], nets
+    lower, upper = levels
     betty.engine.Engine(
         config=betty.configs.EngineConfig(
             train_iters=1, strategy="gpu" if task.device.type == "cuda" else "cpu"
         ),
-        problems=[lower, upper],
+        problems=levels,
         dependencies={"u2l": {upper: [lower]}, "l2u": {lower: [upper]}},
     )
-    return lower, upper
+    return levels
 
 
 # ------------------------------------------------------------------------------ one hop
 
 
-class OurHop(Contestant):
+def our_hop(task: Task, spec: Mapping[str, Any], products: int | None = None) -> Contestant:
     """A method of mlseg carries the vector over the hop from the segmentor to the upper level.
 
     Args:
         products: how many Hessian-vector products it has to take; None: unchecked.
     """
+    lower, upper = _after_a_step(task, spec)
+    method = resolve(spec)
 
-    def __init__(self, task: Task, spec: Mapping[str, Any], products: int | None = None) -> None:
-        self.lower, self.upper = _after_a_step(task, spec)
-        self.method, self.vector, self.products = resolve(spec), task.vector, products
-
-    def run(self) -> list[Tensor]:
-        """One hop."""
-        hop = Hop(self.lower, [self.upper])
-        (gradient,), _ = self.method(self.vector, hop)
-        if self.products is not None:
-            _check_products(hop, self.products)
+    def run() -> list[Tensor]:
+        hop = Hop(lower, [upper])
+        (gradient,), _ = method(task.vector, hop)
+        if products is not None:
+            _check_products(hop, products)
         return gradient
 
+    return Contestant(run)
 
-class BettysHop(Contestant):
+
+def bettys_hop(task: Task, name: str, **settings: Any) -> Contestant:
     """One of Betty's methods does the same."""
-
-    def __init__(self, task: Task, name: str, **settings: Any) -> None:
-        self.lower, self.upper = _bettys_problems(task, type=name, **settings)
-        self.method, self.vector = jvp_fn_mapping[name], task.vector
-        self.lower.cur_batch = task.train[0]
-
-    def run(self) -> list[Tensor]:
-        """One hop."""
-        return list(self.method(self.vector, self.lower, self.upper, False))
+    lower, upper = _bettys_problems(task, type=name, **settings)
+    lower.cur_batch = task.train[0]
+    method = jvp_fn_mapping[name]
+    return Contestant(lambda: list(method(task.vector, lower, upper, False)))
 
 
-class HandWrittenHop(Contestant):
+def hop_by_hand(task: Task) -> Contestant:
     """The mixed second derivative in two calls of autograd."""
+    network, upper = task.network(), task.upper()
+    weights, inputs = list(network.parameters()), list(upper.parameters())
 
-    def __init__(self, task: Task) -> None:
-        self.network, self.upper = task.network(), task.upper()
-        self.batch, self.vector = task.train[0], task.vector
-
-    def run(self) -> list[Tensor]:
-        """Double backward."""
-        weights, inputs = list(self.network.parameters()), list(self.upper.parameters())
-        loss = self.upper.loss(self.network, self.batch)
+    def run() -> list[Tensor]:
+        loss = task.inner(network, upper, task.train[0])
         gradient = torch.autograd.grad(loss, weights, create_graph=True)
-        found = torch.autograd.grad(gradient, inputs, grad_outputs=self.vector)
-        return [g.neg() for g in found]
+        return [g.neg() for g in torch.autograd.grad(gradient, inputs, grad_outputs=task.vector)]
+
+    return Contestant(run)
 
 
 # ------------------------------------------------------------- Hessian-vector products alone
 
 
-class BareProducts(Contestant):
-    """Hessian-vector products from one graph, by nothing but autograd."""
+def bare_products(task: Task, count: int) -> Contestant:
+    """The same Hessian-vector product again and again, from one graph, by nothing but autograd."""
+    network, upper = task.network(), task.upper()
+    weights = list(network.parameters())
+    loss = task.inner(network, upper, task.train[0])
+    gradient = torch.autograd.grad(loss, weights, create_graph=True)
 
-    def __init__(self, task: Task, count: int) -> None:
-        self.count, self.vector = count, task.vector
-        self.network, self.upper = task.network(), task.upper()
-        self.weights = list(self.network.parameters())
-        loss = self.upper.loss(self.network, task.train[0])
-        self.gradient = torch.autograd.grad(loss, self.weights, create_graph=True)
-
-    def run(self) -> list[Tensor]:
-        """The same product again and again."""
-        for _ in range(self.count):
+    def run() -> list[Tensor]:
+        for _ in range(count):
             found = torch.autograd.grad(
-                self.gradient, self.weights, grad_outputs=self.vector, retain_graph=True
+                gradient, weights, grad_outputs=task.vector, retain_graph=True
             )
         return list(found)
 
+    return Contestant(run)
 
-class Solve(Contestant):
+
+def solve(task: Task, spec: Mapping[str, Any], products: int) -> Contestant:
     """The iteration of an implicit method of mlseg, on a graph that is there already."""
+    lower, upper = _after_a_step(task, spec)
+    hop, method = Hop(lower, [upper]), resolve(spec)
+    assert isinstance(method, Implicit)
+    with hop.evaluation(whole=True) as loss:
+        hessian = Hessian(loss(), hop)
+    system, vector = System(hessian, method.damping), hessian.restrict(task.vector)
 
-    def __init__(self, task: Task, spec: Mapping[str, Any], products: int) -> None:
-        lower, upper = _after_a_step(task, spec)
-        self.hop = Hop(lower, [upper])
-        method = resolve(spec)
-        assert isinstance(method, Implicit)
-        self.method, self.products = method, products
-        with self.hop.evaluation(whole=True) as loss:
-            self.hessian = Hessian(loss(), self.hop, method.damping)
-        self.vector = self.hessian.restrict(task.vector)
-
-    def prepare(self) -> None:
-        """Count anew."""
-        self.hop.products = 0
-
-    def run(self) -> list[Tensor]:
-        """Solve."""
-        solution, _ = self.method.solve(self.hessian, self.vector)
-        _check_products(self.hop, self.products)
+    def run() -> list[Tensor]:
+        solution, _ = method.solve(system, vector)
+        _check_products(hop, products)
         return [solution]
+
+    def prepare() -> None:
+        hop.products = 0
+
+    return Contestant(run, prepare)
 
 
 def _check_products(hop: Hop, wanted: int) -> None:
@@ -363,80 +325,66 @@ def _check_products(hop: Hop, wanted: int) -> None:
 # ------------------------------------------------------------------------ inner loops
 
 
-class OurUnrolling(Contestant):
-    """Steps of the segmentor with their recording, and the upper level's gradient."""
+def our_unrolling(task: Task, inner: str, spec: Mapping[str, Any]) -> Contestant:
+    """Training steps of the segmentor as they are, then the upper level's gradient as it is."""
+    lower, upper = _problems(task, spec, inner)
 
-    def __init__(self, task: Task, inner: str, spec: Mapping[str, Any]) -> None:
-        self.task = task
-        self.lower, self.upper = _problems(task, spec, inner)
+    def run() -> list[Tensor]:
+        for _ in range(task.steps):
+            lower.one_step_descent()
+        upper.one_step_descent()
+        return upper.gradient
 
-    def prepare(self) -> None:
-        """The starting weights, a new optimizer's state."""
-        self.task.put_back(self.lower.module)
-        self.lower.optimizer.state.clear()
+    def prepare() -> None:
+        task.put_back(lower.module)
+        lower.optimizer.state.clear()
 
-    def run(self) -> list[Tensor]:
-        """Training steps as they are, then the outer gradient as it is."""
-        for _ in range(self.task.steps):
-            self.lower.one_step_descent()
-        self.upper.one_step_descent()
-        return self.upper.gradient
-
-    def forget(self) -> None:
+    def forget() -> None:
         """The recorded steps, whose storage is used again."""
-        self.lower.optimizer.state.clear()
-        self.lower.connect()
+        lower.optimizer.state.clear()
+        lower.connect()
+
+    return Contestant(run, prepare, forget)
 
 
-class HigherUnrolling(Contestant):
+def higher_unrolling(task: Task, inner: str) -> Contestant:
     """The same with ``higher``'s differentiable optimizers."""
+    network, upper = task.network(), task.upper()
+    cls, settings = INNER[inner]
+    optimizer = cls(network.parameters(), **settings)
 
-    def __init__(self, task: Task, inner: str) -> None:
-        cls, settings = INNER[inner]
-        self.task, self.network, self.upper = task, task.network(), task.upper()
-        self.optimizer = cls(self.network.parameters(), **settings)
-
-    def _settings(self, step: int) -> dict[str, list[float]] | None:
+    def adjusted(step: int) -> dict[str, list[float]] | None:
         """Adam's epsilon, which ``higher`` adds before the correction of the bias, torch after."""
-        group = self.optimizer.param_groups[0]
+        group = optimizer.param_groups[0]
         if "betas" not in group:
             return None
         return {"eps": [group["eps"] * (1.0 - group["betas"][1] ** step) ** 0.5]}
 
-    def run(self) -> list[Tensor]:
-        """An inner loop, then backward."""
-        with higher.innerloop_ctx(self.network, self.optimizer) as (network, optimizer):
-            for number, batch in enumerate(self.task.train, 1):
-                optimizer.step(self.upper.loss(network, batch), override=self._settings(number))
-            image, target = self.task.val
-            loss = cross_entropy(network(image), target)
-            return list(torch.autograd.grad(loss, list(self.upper.parameters())))
+    def run() -> list[Tensor]:
+        with higher.innerloop_ctx(network, optimizer) as (moving, differentiable):
+            for number, batch in enumerate(task.train, 1):
+                loss = task.inner(moving, upper, batch)
+                differentiable.step(loss, override=adjusted(number))
+            return list(torch.autograd.grad(task.outer(moving), list(upper.parameters())))
+
+    return Contestant(run)
 
 
-class TorchOptUnrolling(Contestant):
+def torchopt_unrolling(task: Task, inner: str) -> Contestant:
     """The same with TorchOpt's."""
+    network, upper = task.network(), task.upper()
+    cls = {"sgd": torchopt.MetaSGD, "adam": torchopt.MetaAdam}[inner]
+    optimizer = cls(network, **INNER[inner][1])
+    start, state = (torchopt.extract_state_dict(x, by="reference") for x in (network, optimizer))
 
-    def __init__(self, task: Task, inner: str) -> None:
-        settings = INNER[inner][1]
-        cls = {"sgd": torchopt.MetaSGD, "adam": torchopt.MetaAdam}[inner]
-        self.task, self.network, self.upper = task, task.network(), task.upper()
-        self.optimizer = cls(self.network, **settings)
-        self._start = torchopt.extract_state_dict(self.network, by="reference")
-        self._state = torchopt.extract_state_dict(self.optimizer, by="reference")
+    def run() -> list[Tensor]:
+        for batch in task.train:
+            optimizer.step(task.inner(network, upper, batch))
+        return list(torch.autograd.grad(task.outer(network), list(upper.parameters())))
 
-    def prepare(self) -> None:
-        """The starting weights, a new optimizer's state."""
-        torchopt.recover_state_dict(self.network, self._start)
-        torchopt.recover_state_dict(self.optimizer, self._state)
+    def put_back() -> None:
+        """To the start; the last run's graph, which the network's weights hold, is freed."""
+        torchopt.recover_state_dict(network, start)
+        torchopt.recover_state_dict(optimizer, state)
 
-    def run(self) -> list[Tensor]:
-        """An inner loop, then backward."""
-        for batch in self.task.train:
-            self.optimizer.step(self.upper.loss(self.network, batch))
-        image, target = self.task.val
-        loss = cross_entropy(self.network(image), target)
-        return list(torch.autograd.grad(loss, list(self.upper.parameters())))
-
-    def forget(self) -> None:
-        """The last run's graph, which the network's weights hold."""
-        self.prepare()
+    return Contestant(run, put_back, put_back)

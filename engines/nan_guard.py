@@ -16,14 +16,19 @@ class NanGuard:
     synchronisation; :meth:`first` reads them.
     """
 
-    def __init__(self, names: Sequence[str], device: torch.device) -> None:
-        self._names = list(names)
-        self._steps = {n: torch.full((), _NEVER, dtype=torch.int64, device=device) for n in names}
+    def __init__(self, problems: Sequence[BettyProblem], device: torch.device) -> None:
+        self._names = [problem.name for problem in problems]
+        self._steps = {
+            n: torch.full((), _NEVER, dtype=torch.int64, device=device) for n in self._names
+        }
 
-    def watch(self, name: str, loss: Tensor, step: int) -> None:
-        """Note ``loss``, a scalar on the device."""
-        seen = torch.where(torch.isfinite(loss.detach()), _NEVER, step)
-        torch.minimum(self._steps[name], seen, out=self._steps[name])
+    def watch(self, problems: Sequence[BettyProblem], step: int) -> None:
+        """Note the losses of the problems' last steps."""
+        for problem in problems:
+            loss = getattr(problem, "metrics", {}).get("loss")
+            if isinstance(loss, Tensor):
+                seen = torch.where(torch.isfinite(loss.detach()), _NEVER, step)
+                torch.minimum(self._steps[problem.name], seen, out=self._steps[problem.name])
 
     def first(self) -> tuple[str, int] | None:
         """The problem and step that came first, or None; synchronises."""

@@ -18,13 +18,10 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 if TYPE_CHECKING:
-    from mlseg.engines.base import Engine
+    from mlseg.engines.engine import Engine
 
 SECONDS_BETWEEN_LINES = 10.0
-_SHOWN_EVENTS = (
-    "early_stop", "rate_change", "nan", "hypergradient_diverged", "start", "cycle", "peak",
-    "restart", "cycle_end", "rollback", "discriminator", "stop",
-)  # fmt: skip
+_SHOWN_EVENTS = frozenset({"early_stop", "rate_change", "nan", "hypergradient_diverged"})
 
 
 class Progress:
@@ -40,6 +37,7 @@ class Progress:
         self._console = Console(stderr=True, highlight=False)
         self._bar: RichProgress | None = None
         self._engine: Engine | None = None
+        self._shown_events = _SHOWN_EVENTS
         self._losses: dict[str, float] = {}
         self._validation: dict[str, float] = {}
         self._started = self._last_line = 0.0
@@ -48,6 +46,7 @@ class Progress:
     def start(self, engine: Engine) -> None:
         """Begin to show ``engine``'s run."""
         self._engine = engine
+        self._shown_events = _SHOWN_EVENTS.union(*(hook.shown_events for hook in engine.hooks))
         self.step = self._first_step = engine.global_step
         self._started = self._last_line = time.monotonic()
         if self.quiet or not self._console.is_terminal:
@@ -65,7 +64,7 @@ class Progress:
         self._bar.start()
         self._bar.add_task(
             engine.stage.name,
-            total=engine.total_iterations if engine.end_is_known else None,
+            total=engine.total_iterations,
             completed=engine.global_step,
             figures="",
         )
@@ -84,7 +83,7 @@ class Progress:
 
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Something worth a line of its own."""
-        if kind in _SHOWN_EVENTS and not self.quiet:
+        if kind in self._shown_events and not self.quiet:
             text = " ".join(f"{key}={_short(value)}" for key, value in values.items())
             self._console.print(f"step {step}: {kind.replace('_', ' ')} {text}")
 
@@ -114,14 +113,14 @@ class Progress:
         done = max(self.step - self._first_step, 1)
         spent = moment - self._started
         where = f"{self.step}, {_clock(spent)} spent"
-        if engine.end_is_known:
-            left = spent / done * (engine.total_iterations - self.step)
-            where = f"{self.step}/{engine.total_iterations}, {_clock(left)} left"
+        total = engine.total_iterations
+        if total is not None:
+            where = f"{self.step}/{total}, {_clock(spent / done * (total - self.step))} left"
         print(f"{engine.stage.name} {where}, {self._figures()}", file=sys.stderr, flush=True)
 
     def _figures(self) -> str:
         parts = [f"{name} {value:.3g}" for name, value in self._losses.items()]
-        metric = self._engine.settings.metric if self._engine else None
+        metric = self._engine.metric if self._engine else None
         shown = [metric] if metric in self._validation else list(self._validation)[:1]
         parts += [f"val {name} {self._validation[name]:.4f}" for name in shown if name]
         return "  ".join(parts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,14 +14,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from mlseg.checkpoint import one_line
 from mlseg.engines.progress import Progress
-from mlseg.errors import RunError
+from mlseg.files import writing
 
 if TYPE_CHECKING:
-    from mlseg.engines.base import Engine
+    from torch.utils.tensorboard import SummaryWriter
+
+    from mlseg.engines.engine import Engine
     from mlseg.engines.settings import EngineSettings
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
@@ -74,6 +73,8 @@ class Recorder:
                 os.truncate(path, min(offset, path.stat().st_size))
                 self._files[name] = path.open("a", encoding="utf-8")
         if self.settings.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
             self._curves = SummaryWriter(
                 str(self.directory / "tensorboard"),
                 purge_step=None if self._resumed_at is None else self._resumed_at + 1,
@@ -192,41 +193,6 @@ class Recorder:
         self._diverged = set(state["diverged"])
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusal to write into the one line a user needs.
-
-    Raises:
-        RunError: in place of OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"can't write {path}: {one_line(error)}") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all.
-
-    Raises:
-        RunError: it can't be written.
-    """
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text``, whole or not at all; the folder is made when missing.
-
-    Raises:
-        RunError: it can't be written.
-    """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.partial")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-
-
 def _json(value: Any) -> Any:
     """JSON has no NaN and no infinity: null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -250,8 +216,3 @@ def read_scalars(values: Mapping[Any, Any]) -> dict[Any, float]:
         stacked = torch.stack([tensors[k].reshape(()).to(torch.float64) for k in keys])
         result.update(zip(keys, stacked.tolist(), strict=True))
     return {k: result[k] for k in values if k in result}
-
-
-def timestamp() -> str:
-    """Local time as the name of a run directory."""
-    return time.strftime("%Y%m%d-%H%M%S")

@@ -1,29 +1,28 @@
-"""The engine of a program that trains a segmentor: scores, pictures, final results."""
+"""Hooks of a run that trains a segmentor: scores, pictures, final results."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import RenderableType
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlseg import checkpoint
-from mlseg.data import Samples, SegmentationData, to_float
-from mlseg.engines.base import Engine
-from mlseg.engines.pictures import comparison
-from mlseg.engines.recording import write_json
-from mlseg.engines.scoring import evaluating, predict_logits, score
-from mlseg.engines.settings import EngineSettings, choose_device
+from mlseg.engines.engine import Engine
+from mlseg.engines.hooks import Hooks
 from mlseg.engines.snapshot import Snapshot
-from mlseg.errors import UserError
-from mlseg.metrics import SCORES, SegmentationMetrics
-from mlseg.nets import SegmentorSettings, class_probabilities, decide
-from mlseg.problems.base import Problem
+from mlseg.errors import UserError, one_line
+from mlseg.files import write_json
+from mlseg.multilevel.problem import Problem
+from mlseg.segmentation.data import Samples, SegmentationData, to_float
+from mlseg.segmentation.metrics import SCORES, SegmentationMetrics
+from mlseg.segmentation.nets import SegmentorSettings, class_probabilities, decide
+from mlseg.segmentation.pictures import comparison
+from mlseg.segmentation.scoring import evaluating, predict_logits, score
 
 SPLITS = "splits.json"
 
@@ -34,154 +33,163 @@ def require_validation(data: SegmentationData) -> None:
         raise UserError("data.val: 0 examples; validation chooses the weights, give at least 1")
 
 
-class SegmentationEngine(Engine):
-    """Validates, illustrates and scores the segmentor that its problems train.
+class Segmentation(Hooks):
+    """Validates, illustrates and scores the segmentor that an engine's problems train.
 
     Checkpoints describe the segmentor: ``mlseg.evaluate`` and ``mlseg.predict`` need nothing but
     ``best.pt``.
 
     Args:
-        problems, config, stages: as for :class:`Engine`.
         segmentor: the problem whose module is validated.
         architecture: the settings that the module was built from.
-        data: its splits.
+        data: its splits; validation needs an example.
         threshold: of the foreground's probability, for two classes.
         window: (H, W) of what the segmentor is trained on; None: whole images.
-        summaries: each gives something to print after the final scores.
-        on_finish: each writes something more into the run directory at the end.
+        scored: names of the weights that are scored at the end: ``last`` are those that training
+            ended with, any other name is that of a checkpoint, if there is one.
+        parts: of a split, scored by themselves at the end: name of the part, the split, its ids.
     """
 
     def __init__(
         self,
-        problems: Sequence[Problem],
-        config: EngineSettings,
-        *,
         segmentor: Problem,
         architecture: SegmentorSettings,
         data: SegmentationData,
+        *,
         threshold: float = 0.5,
         window: tuple[int, int] | None = None,
-        device: str | torch.device = "auto",
-        summaries: Sequence[Callable[[], RenderableType]] = (),
-        on_finish: Sequence[Callable[[], None]] = (),
-        **options: Any,
+        scored: Sequence[str] = ("last", "best"),
+        parts: Mapping[str, tuple[str, Collection[str]]] | None = None,
     ) -> None:
         require_validation(data)
+        self.problem = segmentor
+        self.architecture = architecture
         self.data = data
-        self.segmentor_problem = segmentor
         self.threshold = threshold
         self.window = window
-        self.summaries = list(summaries)
-        self.on_finish = list(on_finish)
-        if config.metric is None:
-            config = config.model_copy(update={"metric": data.spec.metric})
-        spec = data.spec
-        description = {
-            "settings": architecture.model_dump(mode="json", exclude_none=True),
+        self.scored = scored
+        self.parts = parts or {}
+        self.metric = data.spec.metric
+        self.notice = data.notice
+        self.counts: dict[str, dict[str, SegmentationMetrics]] = {}
+        """What the final scores were computed from: by weights and split."""
+
+    def description(self, engine: Engine) -> dict[str, Any]:
+        """The segmentor, such that it can be built again."""
+        spec = self.data.spec
+        segmentor = {
+            **self.architecture.describe(),
             "in_channels": spec.channels,
             "num_classes": spec.num_classes,
-            "image_size": list(data.val.images.shape[-2:]),
-            "fit": data.val.fit,
+            "image_size": list(self.data.val.images.shape[-2:]),
+            "fit": self.data.val.fit,
             "classes": list(spec.classes),
             "ignore_index": spec.ignore_index,
             "palette": [list(colour) for colour in spec.palette],
             "metric": spec.metric,
-            "problem": segmentor.name,
-            "precision": segmentor.precision,
-            "threshold": threshold,
-            "window": None if window is None else list(window),
-            "scoring": config.scoring,
+            "problem": self.problem.name,
+            "precision": self.problem.precision,
+            "threshold": self.threshold,
+            "window": None if self.window is None else list(self.window),
+            "scoring": engine.settings.scoring,
         }
-        super().__init__(
-            problems,
-            config,
-            device=choose_device(device),
-            meta={"segmentor": description, "data": data.spec.name, "provenance": data.provenance},
-            **options,
-        )
-        self.on_validation.append(self._illustrate)
+        return {"segmentor": segmentor, "data": spec.name, "provenance": self.data.provenance}
 
-    @property
-    def segmentor_module(self) -> nn.Module:
-        """The network under training."""
-        return self.segmentor_problem.module
+    def resume(self, engine: Engine, directory: Path) -> None:
+        """Refuse data that are split in another way than the run's."""
+        check_same_data(directory, self.data)
 
-    def validation(self) -> dict[str, float]:
+    def start(self, engine: Engine) -> None:
+        """Write ``splits.json``: ids per split, seed, hash."""
+        if engine.recorder.directory is not None:
+            write_json(engine.recorder.directory / SPLITS, self.data.manifest)
+
+    # ---------------------------------------------------------------------- validation
+
+    def validate(self, engine: Engine) -> dict[str, float]:
         """Scores on the validation split, the headline metric first."""
-        with evaluating(self.segmentor_module):
+        with evaluating(self.problem.module):
             figures = score(
-                self._predict, self.data.val, self.device, threshold=self.threshold
+                self.predict, self.data.val, engine.device, threshold=self.threshold
             ).compute()
-        names = [self.settings.metric or SCORES[0], *SCORES, "pooled_jaccard"]
-        return {name: figures[name] for name in dict.fromkeys(names)}
+        names = [engine.metric or SCORES[0], *SCORES, "pooled_jaccard"]
+        return {name: figures[name] for name in dict.fromkeys(names) if name in figures}
 
-    def _predict(self, image_BCHW: Tensor) -> Tensor:
-        autocast = self.segmentor_problem.precision == "bf16"
-        module = self.segmentor_module
+    def predict(self, image_BCHW: Tensor) -> Tensor:
+        """(B, C, H, W) images in [-1, 1] to (B, K, H, W) class probabilities."""
+        module, autocast = self.problem.module, self.problem.precision == "bf16"
         return class_probabilities(
             module, predict_logits(module, image_BCHW, self.window, autocast)
         )
 
-    def _score_splits(self) -> dict[str, dict[str, float]]:
-        """All figures of every split by the present weights."""
-        return {name: metrics.compute() for name, metrics in self._count_splits().items()}
-
-    def _count_splits(self) -> dict[str, SegmentationMetrics]:
-        """Every split by the present weights, at the size that the config says."""
-        native = self.settings.scoring == "native"
-        with evaluating(self.segmentor_module):
-            return {
-                name: score(
-                    self._predict,
-                    samples,
-                    self.device,
-                    threshold=self.threshold,
-                    native=native,
-                    distances=True,
-                )
-                for name, samples in self.splits().items()
-            }
-
     @torch.no_grad()
-    def _illustrate(self, figures: Mapping[str, float]) -> None:
-        count = min(self.settings.samples, len(self.data.val))
-        if count == 0 or self.recorder.directory is None:
+    def validated(self, engine: Engine, figures: Mapping[str, float]) -> None:
+        """A picture of images, truth and prediction."""
+        count = min(engine.settings.samples, len(self.data.val))
+        if count == 0 or engine.recorder.directory is None:
             return
         images = self.data.val.images[:count]
-        with evaluating(self.segmentor_module):
-            found = self._predict(to_float(images.to(self.device)))
+        with evaluating(self.problem.module):
+            found = self.predict(to_float(images.to(engine.device)))
         labels = decide(found, self.threshold).to("cpu", torch.uint8)
         picture = comparison(images, self.data.val.masks[:count], labels, self.data.spec)
-        self.recorder.picture("validation", self.global_step, picture)
+        engine.recorder.picture("validation", engine.global_step, picture)
 
-    def best_state_dict(self) -> dict[str, Any]:
+    def best_state(self, engine: Engine, state: dict[str, Any]) -> dict[str, Any]:
         """What predicting needs: the segmentor and its description."""
-        state = super().best_state_dict()
-        name = self.segmentor_problem.name
-        return {**state, "problems": {name: state["problems"][name]}}
+        return {**state, "problems": {self.problem.name: state["problems"][self.problem.name]}}
 
-    # ------------------------------------------------------------------ the end
+    # ------------------------------------------------------------------------- the end
 
     def splits(self) -> dict[str, Samples]:
         """Everything that can be scored: val, test (if any) and the sets of other distribution."""
         named = {"val": self.data.val, "test": self.data.test, **self.data.out_of_distribution}
         return {name: samples for name, samples in named.items() if len(samples)}
 
-    def results(self) -> dict[str, Any]:
-        """Final scores of the last and of the selected weights on every split.
+    def results(self, engine: Engine, report: Mapping[str, Any]) -> dict[str, Any]:
+        """Scores of the wanted weights on every split, and where the data come from.
 
-        The selected weights are those of ``best.pt``, chosen on validation data alone.
+        The weights of ``best.pt`` were chosen on validation data alone.
         """
-        scores = {"last": self._score_splits()}
-        with self.weights("best") as found:
-            if found:
-                scores["best"] = self._score_splits()
-        for write in self.on_finish:
-            write()
-        return self._report(scores)
+        for name in self.scored:
+            if name == "last":
+                self.counts[name] = self._count(engine)
+                continue
+            with self.weights(engine, name) as found:
+                if found:
+                    self.counts[name] = self._count(engine)
+        return {
+            "metric": engine.metric,
+            "scored_at": engine.settings.scoring,
+            "scores": {
+                name: {split: metrics.compute() for split, metrics in counts.items()}
+                for name, counts in self.counts.items()
+            },
+            "data": self.data.spec.name,
+            "provenance": self.data.provenance,
+            "split_hash": self.data.manifest["hash"],
+        }
+
+    def _count(self, engine: Engine) -> dict[str, SegmentationMetrics]:
+        """Every split by the present weights, at the size that the config says."""
+        with evaluating(self.problem.module):
+            counts = {
+                name: score(
+                    self.predict,
+                    samples,
+                    engine.device,
+                    threshold=self.threshold,
+                    native=engine.settings.scoring == "native",
+                    distances=True,
+                )
+                for name, samples in self.splits().items()
+            }
+        return counts | {
+            part: counts[split].only(ids) for part, (split, ids) in self.parts.items() if ids
+        }
 
     @contextmanager
-    def weights(self, name: str) -> Iterator[bool]:
+    def weights(self, engine: Engine, name: str) -> Iterator[bool]:
         """Within this block the segmentor has the weights of a checkpoint, if there is such a file.
 
         Args:
@@ -190,34 +198,18 @@ class SegmentationEngine(Engine):
         Yields:
             whether there is.
         """
-        module = self.segmentor_module
-        if self.recorder.directory is None or not self._checkpoint(name).exists():
+        module = self.problem.module
+        if engine.recorder.directory is None or not engine.checkpoint_path(name).exists():
             yield False
             return
         kept = Snapshot(module)
         kept.take()
-        state = checkpoint.load(self._checkpoint(name))
+        state = checkpoint.load(engine.checkpoint_path(name))
         try:
-            module.load_state_dict(state["problems"][self.segmentor_problem.name]["module"])
+            module.load_state_dict(state["problems"][self.problem.name]["module"])
             yield True
         finally:
             kept.restore()
-
-    def _report(self, scores: Mapping[str, Any]) -> dict[str, Any]:
-        """What every such run reports, around its scores."""
-        return {
-            **super().results(),
-            "metric": self.settings.metric,
-            "scored_at": self.settings.scoring,
-            "scores": dict(scores),
-            "data": self.data.spec.name,
-            "provenance": self.data.provenance,
-            "split_hash": self.data.manifest["hash"],
-        }
-
-    def write_splits(self, directory: Path) -> None:
-        """Write ``splits.json``: ids per split, seed, hash."""
-        write_json(directory / SPLITS, self.data.manifest)
 
 
 def check_same_data(run: Path, data: SegmentationData) -> None:
@@ -233,7 +225,7 @@ def check_same_data(run: Path, data: SegmentationData) -> None:
     try:
         before = json.loads(path.read_text(encoding="utf-8"))["hash"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: can't be read ({checkpoint.one_line(error)})") from None
+        raise UserError(f"{path}: can't be read ({one_line(error)})") from None
     now = data.manifest["hash"]
     if before != now:
         raise UserError(

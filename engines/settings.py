@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import betty.configs
-import torch
 from betty.problems import Problem as BettyProblem
 from pydantic import NonNegativeInt, PositiveInt
 
 from mlseg.config import Settings
-from mlseg.errors import UserError
 
 Dependencies = Mapping[BettyProblem, Sequence[BettyProblem]]
 
 
-class EngineSettings(Settings):
-    """How long to train, how often to look, what to keep.
+class LoopSettings(Settings):
+    """How long to train, and what to keep.
 
     Attributes:
         iterations: of the last stage; a stage before it (pre-training) has its own count.
         validate_every: iterations between validations; 0 for none but the last.
         checkpoint_every: iterations between saves of ``last.pt``; None: ``validate_every``.
         log_every: iterations between written figures; this is when host and device synchronise.
-        metric: the validation figure that chooses ``best.pt``; None: the data set's headline one.
-        mode: whether more or less of it is better.
-        patience: validations without a new best after which training stops; None: never.
         scoring: size at which final scores are counted: ``native``, that of each mask's file, or
             ``trained``, that of the network's images. Validation is always at the latter.
-        samples: pictures to write at each validation; 0 for none.
         tensorboard: whether to write curves for TensorBoard.
     """
 
@@ -38,12 +32,24 @@ class EngineSettings(Settings):
     validate_every: NonNegativeInt = 100
     checkpoint_every: PositiveInt | None = None
     log_every: PositiveInt = 10
+    scoring: Literal["native", "trained"] = "native"
+    tensorboard: bool = True
+
+
+class EngineSettings(LoopSettings):
+    """How long to train, how often to look, which weights to choose, what to keep.
+
+    Attributes:
+        metric: the validation figure that chooses ``best.pt``; None: the data set's headline one.
+        mode: whether more or less of it is better.
+        patience: validations without a new best after which training stops; None: never.
+        samples: pictures to write at each validation; 0 for none.
+    """
+
     metric: str | None = None
     mode: Literal["max", "min"] = "max"
     patience: PositiveInt | None = None
-    scoring: Literal["native", "trained"] = "native"
     samples: NonNegativeInt = 4
-    tensorboard: bool = True
 
 
 @dataclass
@@ -55,7 +61,8 @@ class Stage:
         iterations: its length.
         problems: those that step; None for all of the engine's.
         u2l, l2u: Betty's dependencies, upper to lower and lower to upper.
-        on_end: called once when the stage is over, before the next one starts.
+        validate: whether it is validated, if it is the last one; no other stage is.
+        open_ended: a hook ends it, normally long before ``iterations``.
     """
 
     name: str
@@ -63,26 +70,8 @@ class Stage:
     problems: Sequence[BettyProblem] | None = None
     u2l: Dependencies = field(default_factory=dict)
     l2u: Dependencies = field(default_factory=dict)
-    on_end: Callable[[], None] | None = None
-
-
-def choose_device(name: str | torch.device) -> torch.device:
-    """``auto`` is CUDA when there is one.
-
-    Raises:
-        UserError: CUDA is asked for and there is none, or the name is no device.
-    """
-    if str(name) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device: {name!r} is none; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda is not available here; use device=cpu or device=auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device: there is no {name}, only {torch.cuda.device_count()} GPU(s)")
-    return device
+    validate: bool = True
+    open_ended: bool = False
 
 
 def as_settings(
@@ -101,20 +90,3 @@ def as_settings(
         metric=config.early_stopping_metric if early else None,
         mode="min" if config.early_stopping_mode == "min" else "max",
     )
-
-
-@dataclass(frozen=True)
-class Work:
-    """A part of a stage, for an estimate of its time.
-
-    Attributes:
-        name: shown.
-        times: how often it is done, at most.
-        once: does it once, without records.
-        whole: whether it is an iteration in which levels step in turn.
-    """
-
-    name: str
-    times: int
-    once: Callable[[], object]
-    whole: bool = False

@@ -67,7 +67,7 @@ class Snapshot:
         if self.optimizer is not None:
             self._groups = [_settings(group) for group in self.optimizer.param_groups]
         if not self._copied_by_plan(back=False):
-            self._search_and_take()
+            self._search_and_copy(back=False)
         self.about = dict(about or {})
 
     def restore(self) -> None:
@@ -77,33 +77,30 @@ class Snapshot:
             for group, settings in zip(self.optimizer.param_groups, self._groups, strict=True):
                 group.update(settings)
         if not self._copied_by_plan(back=True):
-            self._search_and_restore()
+            self._search_and_copy(back=True)
 
-    def _search_and_take(self) -> None:
+    def _search_and_copy(self, back: bool) -> None:
+        """Find every tensor's place, copy all, and note the places."""
         live = self._live()
         pairs: _Pairs = []
-        if not self._tensors:
-            self._tensors = {name: tensor.detach().clone() for name, tensor in live.items()}
-        else:
-            pairs += [(self._tensors[name], tensor) for name, tensor in live.items()]
+        for name, tensor in live.items():
+            if name not in self._tensors:
+                self._tensors[name] = torch.empty_like(tensor.detach())
+            kept = self._tensors[name]
+            pairs.append((tensor, kept) if back else (kept, tensor))
         if self.optimizer is not None:
-            found = [self.optimizer.state.get(p, {}) for p in self._parameters()]
-            self._slots = [
-                _into(old, new, pairs)
-                for old, new in zip(self._slots or [{} for _ in found], found, strict=True)
-            ]
-        _copy(pairs)
-        self._make_plan()
-
-    def _search_and_restore(self) -> None:
-        pairs: _Pairs = [(tensor, self._tensors[name]) for name, tensor in self._live().items()]
-        if self.optimizer is not None:
-            state = self.optimizer.state
-            for parameter, slot in zip(self._parameters(), self._slots, strict=True):
-                if slot:
-                    state[parameter] = _into(state.get(parameter, {}), slot, pairs)
-                else:
-                    state.pop(parameter, None)
+            state, parameters = self.optimizer.state, self._parameters()
+            kept_slots = self._slots or [{} for _ in parameters]
+            live_slots = [state.get(p, {}) for p in parameters]
+            to, source = (live_slots, kept_slots) if back else (kept_slots, live_slots)
+            filled = [_into(old, new, pairs) for old, new in zip(to, source, strict=True)]
+            if back:
+                for parameter, slot in zip(parameters, filled, strict=True):
+                    state[parameter] = slot
+                    if not slot:
+                        del state[parameter]  # as before its first step
+            else:
+                self._slots = filled
         _copy(pairs)
         self._make_plan()
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from mlseg import threads
 from mlseg.errors import EXIT_USER_ERROR
 
 COMMANDS = {
@@ -13,7 +14,7 @@ COMMANDS = {
     "predict": ("mlseg.predict", "images in, mask PNGs and overlays out"),
     "compare": ("mlseg.compare", "hypergradient methods side by side"),
     "calibrate": ("mlseg.calibrate", "choose k and threshold on validation images"),
-    "data": ("mlseg.data.__main__", "fetch a data set, or say where to get it"),
+    "data": ("mlseg.data", "fetch a data set, or say where to get it"),
 }
 
 
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(COMMANDS)}"
         print(f"mlseg: no command '{name}'; {hint}", file=sys.stderr)
         return EXIT_USER_ERROR
+    threads.bound_spinning()
     # Only now: a command brings torch and more with it.
     code: int | None = import_module(COMMANDS[name][0]).main(rest)
     return code or 0

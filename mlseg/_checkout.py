@@ -17,16 +17,18 @@ def require_one_checkout() -> None:
     """Check where the parts would be imported from; imports none of them.
 
     Raises:
-        ImportError: from another place than ``mlseg``, or from nowhere; one line with the mend.
+        ImportError: from another place than ``mlseg``, or from nowhere although they lie beside it;
+            one line with the mend.
     """
     for part in PARTS:
         spec = find_spec(f"mlseg.{part}")
-        if spec is None or spec.origin is None:
+        if spec is not None and spec.origin is not None:
+            require_part(spec.name, spec.origin)
+        elif os.path.exists(os.path.join(os.path.dirname(_home()), part, "__init__.py")):
             raise ImportError(
                 f"mlseg was found at {_home()}, mlseg.{part} nowhere: a checkout has to be "
                 f"installed; {_mend()}"
             )
-        require_part(spec.name, spec.origin)
 
 
 def require_part(name: str, file: str) -> None:

@@ -1,4 +1,4 @@
-"""Choose the steepness k and the threshold of finished runs on their validation images.
+"""Choose the temperature k and the threshold of finished runs on their validation images.
 
     python -m mlseg.calibrate runs/try
     python -m mlseg.calibrate runs/a runs/b runs/c           the mean of their probabilities
@@ -10,8 +10,9 @@ the threshold. The choice is stored in every run's ``calibration.json``, from wh
 predict take it for exactly these weights; the grid is printed, and written beside it as
 ``calibration_grid*.csv`` and ``.png``. No test image is looked at.
 
-For one network at its own size k and the threshold t are one number, since f(z) > t is
-z > k log(t / (1 - t)); what k adds shows when probabilities are averaged or upsampled first.
+For one network at its own size k and the threshold t are one number, since a probability above t
+is a logit z > k log(t / (1 - t)); what k adds shows when probabilities are averaged or upsampled
+first.
 """
 
 import argparse
@@ -19,23 +20,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib.figure
-import matplotlib.patches
+from mlseg import threads
+
+if __name__ == "__main__":
+    threads.bound_spinning()  # before torch is loaded
+
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from mlseg import calibration
 from mlseg.commands import guarded, make_console
-from mlseg.data import Samples, to_float
-from mlseg.engines.recording import write_text, writing
-from mlseg.engines.scoring import SCORING_BATCH, at_native, score
-from mlseg.engines.settings import choose_device
 from mlseg.errors import UserError
-from mlseg.evaluate import above_zero, own_data, probability
-from mlseg.metrics import SCORES, image_scores
-from mlseg.nets import class_probabilities
-from mlseg.trained import Ensemble, load_runs
+from mlseg.evaluate import above_zero, choose_threads, own_data, probability
+from mlseg.files import write_text, writing
+from mlseg.machine import choose_device
+from mlseg.segmentation import calibration
+from mlseg.segmentation.data import Samples, to_float
+from mlseg.segmentation.metrics import SCORES, confusion_by_threshold, image_scores
+from mlseg.segmentation.nets import class_probabilities
+from mlseg.segmentation.scoring import SCORING_BATCH, at_native, score
+from mlseg.segmentation.trained import Ensemble, load_runs
 
 KS = [round(0.1 * step, 1) for step in range(1, 11)]
 THRESHOLDS = [round(0.05 * step, 2) for step in range(4, 17)]
@@ -60,12 +64,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--scale", choices=("native", "trained"), help="default: the run's own")
     made.add_argument("--weights", choices=("best", "last"), default="best")
     made.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    threads.add_flag(made)
     return made
 
 
 def _run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     ensemble = load_runs(arguments.runs, device, arguments.weights)
+    choose_threads(arguments).use()
     trained = ensemble.first
     if trained.spec.num_classes != 2:
         raise UserError(
@@ -166,7 +172,9 @@ def search(
             foreground = at_native(own[None], native_size, samples.fit)[0]
             ignore = samples.spec.ignore_index
             counts.append(
-                torch.stack([_confusions(p, mask, cuts, ignore) for p in foreground]).cpu()
+                torch.stack(
+                    [confusion_by_threshold(p, mask, cuts, ignore) for p in foreground]
+                ).cpu()
             )
     confusion = torch.stack(counts, 2)  # (len(ks), len(thresholds), N, 2, 2)
     scored = confusion[0, 0].sum((1, 2)) > 0
@@ -175,21 +183,6 @@ def search(
     confusion = confusion[:, :, scored]
     flat = image_scores(confusion.flatten(0, 2))[metric]
     return flat.reshape(confusion.shape[:3]).mean(2)
-
-
-def _confusions(
-    foreground_HW: Tensor, mask_HW: Tensor, cuts: Tensor, ignore_index: int | None
-) -> Tensor:
-    """(thresholds, 2, 2) counts of an image, rows are the truth."""
-    above = torch.bucketize(foreground_HW.contiguous(), cuts)  # how many thresholds it exceeds
-    bins = len(cuts) + 1
-    index = (mask_HW.long() * bins + above).flatten()
-    if ignore_index is not None:
-        index = index[mask_HW.flatten() != ignore_index]
-    histogram = torch.bincount(index, minlength=2 * bins).reshape(2, bins)
-    positive = histogram.flip(1).cumsum(1).flip(1)[:, 1:]  # (2, thresholds)
-    negative = histogram.sum(1, keepdim=True) - positive
-    return torch.stack([negative, positive], 2).transpose(0, 1)
 
 
 def best_cell(grid: Tensor, ks: Sequence[float], thresholds: Sequence[float]) -> tuple[int, int]:
@@ -237,7 +230,10 @@ def draw(
     Raises:
         RunError: it can't be written.
     """
-    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(grid.numpy(), origin="lower", aspect="auto", cmap="viridis")
     axes.set_xticks(range(len(thresholds)), [f"{t:g}" for t in thresholds])
@@ -246,9 +242,7 @@ def draw(
     axes.set_ylabel("k")
     row, column = ks.index(choice.k), thresholds.index(choice.threshold)
     axes.add_patch(
-        matplotlib.patches.Rectangle(
-            (column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2
-        )
+        Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2)
     )
     axes.set_title(
         f"{choice.metric} on {choice.images} validation images: {choice.value:.4f} at "

@@ -1,26 +1,22 @@
 """Checkpoints: written whole or not at all, read without running anybody's code."""
 
 import hashlib
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mlseg.errors import RunError, UserError
+from mlseg.errors import RunError, UserError, one_line
+from mlseg.files import replacing
 
 FORMAT = 1
 """Raised by one whenever a checkpoint of an older mlseg can't be read any more."""
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` to ``path`` atomically.
-
-    The file is written under a temporary name in the same folder, flushed to the disk and then
-    renamed, so that a crash or a full disk at any moment leaves the former checkpoint in place.
+    """Write ``state`` to ``path``, whole or not at all: the former checkpoint is kept till then.
 
     Args:
         path: the checkpoint; its folder is made when missing.
@@ -29,22 +25,14 @@ def save(path: Path, state: dict[str, Any]) -> None:
     Raises:
         RunError: the file can't be written, as on a full disk.
     """
-    temporary = path.with_name(f".{path.name}.partial")  # one name: a crash's rest is overwritten
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch's zip writer reports a failed write as RuntimeError and loses the system's text.
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         kept = "; the one written before it is kept" if path.exists() else ""
         reason = one_line(_cause(error))
         raise RunError(f"can't write checkpoint {path}: {reason}{kept}") from error
-    _sync_folder(path.parent)
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -77,25 +65,9 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     return state
 
 
-def one_line(error: BaseException, length: int = 160) -> str:
-    """The first line of an exception's text, cut to ``length`` characters."""
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:length]
-
-
 def _cause(error: BaseException) -> BaseException:
     """The operating system's error behind ``error``: torch's zip writer stumbles over it later."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, OSError):
         found = found.__context__
     return found or error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut; only POSIX lets a folder be flushed."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -8,9 +8,8 @@ from collections.abc import Callable
 import torch
 from rich.console import Console
 
-from mlseg.checkpoint import one_line
 from mlseg.engines.interruption import Interrupted
-from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, RunError, UserError
+from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, RunError, UserError, one_line
 
 
 def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:

@@ -15,6 +15,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlseg import threads
+
+if __name__ == "__main__":
+    threads.bound_spinning()  # before torch is loaded
+
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -23,10 +28,10 @@ from mlseg.commands import guarded, make_console
 from mlseg.comparison import figures, phases, report
 from mlseg.comparison.cells import Cell, Runner
 from mlseg.comparison.settings import Comparison, parse
-from mlseg.engines.recording import timestamp, write_text
+from mlseg.comparison.tasks.base import all_tasks
 from mlseg.errors import UserError
+from mlseg.files import timestamp, write_text
 from mlseg.hypergradients import names
-from mlseg.problems.tasks.base import all_tasks
 
 NEEDED = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}
 
@@ -39,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.config is not None and "=" in arguments.config:
         arguments.overrides.insert(0, arguments.config)
         arguments.config = None
+    if arguments.threads is not None:
+        arguments.overrides.append(f"threads={arguments.threads}")
     return guarded(_compare, arguments)
 
 
@@ -58,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, help="directory (runs/<config>/<time>)")
     made.add_argument("--resume", type=Path, metavar="DIR", help="keep DIR's finished cells, go on")
     made.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1)")
+    threads.add_flag(made)
     return made
 
 
@@ -66,6 +74,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.jobs < 1:
         raise UserError(f"--jobs: {arguments.jobs} processes; give 1 or more")
     tree, directory = _what_and_where(arguments)
+    _settle_threads(tree, arguments)
     comparison = parse(tree)
     if arguments.resume is not None:
         _refuse_changes(comparison, directory)
@@ -91,6 +100,16 @@ def _compare(arguments: argparse.Namespace) -> int:
         bar.update(shown, total=bar.tasks[0].completed)
     _finish(comparison, results, directory, {"command": arguments.command, **circumstances})
     return 0
+
+
+def _settle_threads(tree: config.Tree, arguments: argparse.Namespace) -> None:
+    """Where nothing says how many threads a process has: as the comparison began, or as chosen."""
+    if tree.values.get("threads", "auto") != "auto":
+        return
+    stored = None
+    if arguments.resume is not None:
+        stored = config.load(arguments.resume / "config.yaml").values.get("threads")
+    tree.values["threads"] = stored or threads.choose(0, arguments.jobs).number
 
 
 def _finish(
@@ -162,7 +181,8 @@ def _require_extra() -> None:
 def _circumstances(comparison: Comparison, jobs: int) -> dict[str, str]:
     """What figures may depend on beside the config."""
     found = machine.describe(comparison.device)
-    return {**found, "threads": str(comparison.settings.threads), "processes": str(jobs)}
+    own = {"threads": str(comparison.settings.threads), "spinning": threads.spinning()}
+    return {**found, **own, "processes": str(jobs)}
 
 
 if __name__ == "__main__":

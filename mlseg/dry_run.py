@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from mlseg.commands import make_console
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 
 MIB = 2**20
 
@@ -21,7 +21,7 @@ def dry_run(engine: Engine) -> None:
     console = make_console()
     console.print(graph(engine))
     console.print(sizes(engine))
-    at_most = "" if engine.end_is_known else "at most, "
+    at_most = "at most, " if engine.total_iterations is None else ""
     table = Table("stage", "iterations", "s/iteration", f"{at_most}expected", title="Time")
     total, iterations = 0.0, 0
     for index in range(len(engine.stages)):

@@ -21,3 +21,9 @@ class RunError(RuntimeError):
     The text is one line that names what failed and what has been kept.
     Commands print it on stderr and exit with code 1.
     """
+
+
+def one_line(error: BaseException, length: int = 160) -> str:
+    """The first line of an exception's text, cut to ``length`` characters."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:length]

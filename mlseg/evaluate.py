@@ -16,22 +16,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlseg import threads
+
+if __name__ == "__main__":
+    threads.bound_spinning()  # before torch is loaded
+
 import torch
 from rich.table import Table
 
 from mlseg import config
-from mlseg.calibration import calibrated, describe
 from mlseg.commands import guarded, make_console
-from mlseg.data import DataSettings, SegmentationData, load_data, load_examples
-from mlseg.data.catalog import CATALOG
-from mlseg.engines.recording import write_json
-from mlseg.engines.scoring import score
 from mlseg.engines.segmentation import check_same_data
-from mlseg.engines.settings import choose_device
 from mlseg.errors import UserError
-from mlseg.metrics import SCORES
-from mlseg.run import parse_run
-from mlseg.trained import Ensemble, load_runs
+from mlseg.files import write_json
+from mlseg.machine import choose_device
+from mlseg.run import begun_with, parse_run
+from mlseg.segmentation.calibration import calibrated, describe
+from mlseg.segmentation.data import (
+    DataSettings,
+    SegmentationData,
+    data_set,
+    load_data,
+    load_examples,
+)
+from mlseg.segmentation.metrics import SCORES
+from mlseg.segmentation.scoring import score
+from mlseg.segmentation.trained import Ensemble, load_runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--root", help="folder of the data set, when one is named")
     made.add_argument("--scale", choices=("native", "trained"), help="default: the run's own")
     add_choices(made)
+    threads.add_flag(made)
     made.add_argument("--out", type=Path, help="JSON file for all figures, per image too")
     return made
 
@@ -56,13 +67,14 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError("--root: the folder of one data set; name exactly one with --data")
     device = choose_device(arguments.device)
     ensemble = load_chosen(arguments, device)
+    chosen = choose_threads(arguments).use()
     trained = ensemble.first
     if arguments.data is None:
         data = own_data(arguments.runs)
         own = {"test": data.test, **data.out_of_distribution}
         sets = {name: samples for name, samples in own.items() if len(samples)}
         if not sets:
-            raise _nothing_of_its_own(arguments.runs[0], data.spec.name)
+            raise _nothing_of_its_own(arguments.runs[0], data.manifest["dataset"])
     else:
         sets = {
             name: load_examples(name, arguments.root, trained.image_size, trained.spec, trained.fit)
@@ -93,9 +105,10 @@ def _run(arguments: argparse.Namespace) -> int:
             "runs": [str(run) for run in arguments.runs],
             "weights": arguments.weights,
             "steps": [member.step for member in ensemble.members],
-            "k": [member.own_k if member.k is None else member.k for member in ensemble.members],
+            "k": [member.k for member in ensemble.members],
             "threshold": ensemble.threshold,
             "scored_at": scale,
+            "threads": chosen.record(),
         }
         write_json(arguments.out, {**report, "scores": figures})
     return 0
@@ -105,7 +118,7 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
     """Arguments about which weights are used, how, and where."""
     parser.add_argument("--weights", choices=("best", "last"), default="best")
     parser.add_argument(
-        "--k", type=above_zero, help="steepness; default: the calibrated or the run's own"
+        "--k", type=above_zero, help="temperature; default: the calibrated or the run's own"
     )
     parser.add_argument(
         "--threshold", type=probability, help="of the foreground's probability; default: the same"
@@ -117,6 +130,17 @@ def load_chosen(arguments: argparse.Namespace, device: torch.device) -> Ensemble
     """The runs' segmentors with the k and threshold that the arguments or a calibration say."""
     ensemble = load_runs(arguments.runs, device, arguments.weights)
     return calibrated(ensemble, arguments.k, arguments.threshold)
+
+
+def choose_threads(arguments: argparse.Namespace) -> threads.Threads:
+    """As many as the command or the environment says, or else as the first run was trained with.
+
+    So its figures are those that the run reported.
+    """
+    if arguments.threads is not None:
+        return threads.Threads(arguments.threads, "--threads")
+    own = threads.Threads(min(begun_with(arguments.runs[0]), threads.cores()), "run")
+    return threads.by_environment() or own
 
 
 def own_data(runs: Sequence[Path]) -> SegmentationData:
@@ -138,7 +162,7 @@ def own_data(runs: Sequence[Path]) -> SegmentationData:
 
 def _nothing_of_its_own(run: Path, name: str) -> UserError:
     mend = "name a data set by --data"
-    if CATALOG[name].withheld_test:
+    if data_set(name).withheld_test:
         mend += f" (--data {name} scores its validation part, which has chosen the weights)"
     return UserError(f"{run}: its test split is empty, so it has nothing to be scored on; {mend}")
 

@@ -1,4 +1,4 @@
-"""What a measurement was made on, for the head of a report."""
+"""The device to run on, and what a measurement was made on."""
 
 from __future__ import annotations
 
@@ -6,11 +6,47 @@ import os
 import platform
 import subprocess
 import time
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from mlseg.run import versions
+from mlseg._version import __version__
+from mlseg.errors import UserError
+
+VERSIONED = ("torch", "torchvision", "betty-ml", "numpy")
+
+
+def choose_device(name: str | torch.device) -> torch.device:
+    """``auto`` is CUDA when there is one.
+
+    Raises:
+        UserError: CUDA is asked for and there is none, or the name is no device.
+    """
+    if str(name) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device: {name!r} is none; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda is not available here; use device=cpu or device=auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device: there is no {name}, only {torch.cuda.device_count()} GPU(s)")
+    return device
+
+
+def versions() -> dict[str, str]:
+    """Of everything that figures may depend on."""
+    found = {"mlseg": __version__, "python": platform.python_version()}
+    return found | {name: metadata.version(name) for name in VERSIONED}
+
+
+def device_name(device: torch.device) -> str:
+    """``cuda: NVIDIA H200``, or the processor and the number of threads."""
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return f"cpu: {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def describe(device: str | torch.device = "cpu") -> dict[str, str]:

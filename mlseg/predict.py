@@ -16,21 +16,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlseg import threads
+
+if __name__ == "__main__":
+    threads.bound_spinning()  # before torch is loaded
+
 import numpy as np
 import torch
 from PIL import Image
 from rich.progress import track
 
 from mlseg.commands import guarded, make_console
-from mlseg.data import PADDING, DatasetSpec, padded, placed, to_float
-from mlseg.data.decode import read_image
-from mlseg.engines.pictures import overlay
-from mlseg.engines.recording import writing
-from mlseg.engines.settings import choose_device
 from mlseg.errors import EXIT_USER_ERROR, UserError
-from mlseg.evaluate import add_choices, load_chosen
-from mlseg.nets import decide
-from mlseg.trained import Ensemble
+from mlseg.evaluate import add_choices, choose_threads, load_chosen
+from mlseg.files import writing
+from mlseg.machine import choose_device
+from mlseg.segmentation.data import PADDING, DatasetSpec, padded, placed, to_float
+from mlseg.segmentation.data.decode import read_image
+from mlseg.segmentation.nets import decide
+from mlseg.segmentation.pictures import overlay
+from mlseg.segmentation.trained import Ensemble
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp"}
 
@@ -47,12 +52,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("images", help="a folder, a file, or a glob in quotes")
     made.add_argument("--out", type=Path, required=True, help="folder for masks and overlays")
     add_choices(made)
+    threads.add_flag(made)
     return made
 
 
 def _run(arguments: argparse.Namespace) -> int:
     paths = find_images(arguments.images)
     ensemble = load_chosen(arguments, choose_device(arguments.device))
+    choose_threads(arguments).use()
     spec = ensemble.first.spec
     with writing(arguments.out):
         arguments.out.mkdir(parents=True, exist_ok=True)

@@ -9,28 +9,32 @@ python -m mlseg.run configs/e2eaug_isic.yaml --dry-run
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from mlseg import threads
+
+if __name__ == "__main__":
+    threads.bound_spinning()  # before torch is loaded
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from mlseg import __version__, config
+from mlseg import config
 from mlseg.commands import guarded, make_console
+from mlseg.config.registry import run_imports
 from mlseg.dry_run import dry_run
-from mlseg.engines.base import Engine
-from mlseg.engines.recording import timestamp, write_json, write_text
-from mlseg.engines.segmentation import SegmentationEngine, check_same_data
+from mlseg.engines.engine import Engine
 from mlseg.errors import UserError
-from mlseg.problems.systems import RunSettings, all_systems, load_system
+from mlseg.files import timestamp, write_json, write_text
+from mlseg.machine import device_name, versions
+from mlseg.problems.systems import AnyRunSettings, all_systems, load_system
 from mlseg.randomness import seed_everything
 
-VERSIONED = ("torch", "torchvision", "betty-ml", "numpy")
+RESUMABLE = ("engine.iterations", "threads")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # An override in the config's place, as in `--resume DIR engine.iterations=200`.
         arguments.overrides.insert(0, arguments.config)
         arguments.config = None
+    if arguments.threads is not None:
+        arguments.overrides.append(f"threads={arguments.threads}")
     return guarded(_run, arguments)
 
 
@@ -58,12 +64,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, help="run directory (runs/<config>/<time>)")
     made.add_argument("--resume", type=Path, metavar="DIR", help="go on with an interrupted run")
     made.add_argument("--dry-run", action="store_true", help="build, run each level once, report")
+    threads.add_flag(made)
     return made
 
 
 def _run(arguments: argparse.Namespace) -> int:
     tree, directory = _what_and_where(arguments)
     settings, build = parse_run(tree)
+    chosen, remark = _threads(arguments, settings)
+    settings = settings.model_copy(update={"threads": chosen.use().number})
     seed_everything(settings.seed)
     if arguments.dry_run:
         dry_run(build(settings, None))
@@ -71,8 +80,6 @@ def _run(arguments: argparse.Namespace) -> int:
     engine = build(settings, directory)
     console = make_console(stderr=True)
     if arguments.resume is not None and (directory / "checkpoints" / "last.pt").exists():
-        if isinstance(engine, SegmentationEngine):
-            check_same_data(directory, engine.data)
         engine.resume(directory)
         console.print(f"Resuming after step {engine.global_step}")
         if engine.stopped_early:
@@ -80,11 +87,10 @@ def _run(arguments: argparse.Namespace) -> int:
     elif arguments.resume is not None:
         console.print("No checkpoint was written yet: starting anew")
     write_text(directory / "config.yaml", config.dump(settings))
-    if isinstance(engine, SegmentationEngine):
-        engine.write_splits(directory)
     console.print(f"Writing to {directory}, running on {engine.device}")
-    notice = _notice(engine)
-    _say(console, notice)
+    if remark is not None:
+        console.print(remark)
+    _say(console, engine.notices)
     engine.run()
     results = {
         **engine.results(),
@@ -93,25 +99,63 @@ def _run(arguments: argparse.Namespace) -> int:
         "precision": settings.precision,
         "versions": versions(),
         "device": device_name(engine.device),
+        "threads": chosen.record(),
     }
     write_json(directory / "results.json", results)
     report(engine, results, make_console())
-    _say(console, notice)
+    _say(console, engine.notices)
     console.print(f"All of it is in {directory}")
     return 0
 
 
-def parse_run(tree: config.Tree) -> tuple[RunSettings, Any]:
+def parse_run(tree: config.Tree) -> tuple[AnyRunSettings, Any]:
     """The checked settings of a config and the system that they are for.
 
     Raises:
         UserError: the config names no system, an unknown one, or doesn't fit it.
     """
+    run_imports(tree)
     name = tree.values.get("system")
     if not isinstance(name, str):
         raise tree.error("system", "missing; name a system, such as system: e2eaug")
-    system = load_system(name)
+    try:
+        system = load_system(name)
+    except UserError as error:
+        raise tree.error("system", str(error)) from None
     return config.parse(system.settings, tree), system
+
+
+def _threads(
+    arguments: argparse.Namespace, settings: AnyRunSettings
+) -> tuple[threads.Threads, str | None]:
+    """How many threads, and what a resumed run has to say of it: their number changes sums.
+
+    A resumed run goes on with as many as it began with, unless its command says otherwise.
+    """
+    fitting = threads.choose(settings.work())
+    chosen = fitting
+    if settings.threads != "auto":
+        by = "config" if arguments.threads is None else "--threads"
+        chosen = threads.Threads(settings.threads, by)
+    if arguments.resume is None:
+        return chosen, None
+    before = begun_with(arguments.resume)
+    asked = any(override.startswith("threads=") for override in arguments.overrides)
+    if not asked and settings.threads in ("auto", before):
+        return fitting if fitting.number == before else threads.Threads(before, "run"), None
+    if chosen.number == before:
+        return chosen, None
+    return chosen, (
+        f"It began with {before} and goes on with {chosen.number} threads: its figures may differ "
+        "in the last digits from those of a run that kept them"
+    )
+
+
+def begun_with(run: Path) -> int:
+    """The threads that a run began with; torch's own number for one that hasn't stored it."""
+    path = run / "config.yaml"
+    stored = config.load(path).values.get("threads") if path.is_file() else None
+    return stored if isinstance(stored, int) else torch.get_num_threads()
 
 
 def _what_and_where(arguments: argparse.Namespace) -> tuple[config.Tree, Path]:
@@ -130,7 +174,7 @@ def _what_and_where(arguments: argparse.Namespace) -> tuple[config.Tree, Path]:
 
 
 def _resumed(arguments: argparse.Namespace) -> config.Tree:
-    """The config stored in the run; one given beside it may only ask for more iterations."""
+    """The config stored in the run; one given beside it may only change what RESUMABLE lists."""
     if arguments.out is not None:
         raise UserError("--out: a resumed run stays in its directory; drop it")
     path = arguments.resume / "config.yaml"
@@ -140,25 +184,22 @@ def _resumed(arguments: argparse.Namespace) -> config.Tree:
     original = config.load(path)
     if arguments.config is not None:
         given = config.load(arguments.config, arguments.overrides)
+        given.values.setdefault("threads", original.values.get("threads", "auto"))
         settings, _ = parse_run(given)
         stored = config.Tree(settings.model_dump(mode="json"), given.origins, given.source)
     before = parse_run(original)[0].model_dump(mode="json")
     now = parse_run(stored)[0].model_dump(mode="json")
-    changed = [key for key in config.differences(before, now) if key != "engine.iterations"]
+    changed = [key for key in config.differences(before, now) if key not in RESUMABLE]
     if changed:
         raise UserError(
             f"--resume: {changed[0]} differs from the run's own config.yaml; a resumed run may "
-            "only change engine.iterations, start a new run for the rest"
+            f"only change {' and '.join(RESUMABLE)}, start a new run for the rest"
         )
     return stored
 
 
-def _notice(engine: Engine) -> str | None:
-    return engine.data.notice if isinstance(engine, SegmentationEngine) else None
-
-
-def _say(console: Console, notice: str | None) -> None:
-    if notice:
+def _say(console: Console, notices: Sequence[str]) -> None:
+    for notice in notices:
         console.print(f"[bold yellow]{notice}[/]")
 
 
@@ -180,22 +221,8 @@ def report(engine: Engine, results: dict[str, Any], console: Console) -> None:
                     *(f"{values[name]:.4f}" for name in shown),
                 )
         console.print(table)
-    if isinstance(engine, SegmentationEngine):
-        for summary in engine.summaries:
-            console.print(summary())
-
-
-def versions() -> dict[str, str]:
-    """Of everything that figures may depend on."""
-    found = {"mlseg": __version__, "python": platform.python_version()}
-    return found | {name: metadata.version(name) for name in VERSIONED}
-
-
-def device_name(device: torch.device) -> str:
-    """``cuda: NVIDIA H200``, or the processor and the number of threads."""
-    if device.type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name(device)}"
-    return f"cpu: {platform.machine()}, {torch.get_num_threads()} threads"
+    for summary in engine.summaries():
+        console.print(summary)
 
 
 if __name__ == "__main__":

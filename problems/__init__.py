@@ -1,15 +1,19 @@
-"""Problems: one level of a multilevel program each, and the systems made of them.
+"""Systems: multilevel programs that a config can name, a folder each.
 
-A system is one file here (or anywhere, when named by dotted path): its problems, its settings, and
-one ``build`` that wires them into an engine, registered with
-:func:`mlseg.problems.systems.system`.
+=================  =================================================================================
+``levels.py``      the levels, as the paper has them; a reader starts here
+``wiring.py``      ``build``: data, networks, levels, and the engine with its stages
+``settings.py``    what a config says of them
+``records.py``     what a run leaves behind besides every run's records
+``losses.py``      losses that this system alone has
+``networks``       networks that this system alone has, a file or a folder
+=================  =================================================================================
+
+The folder's ``__init__.py`` imports what registers itself. A system of one level can be a file, as
+``supervised.py`` is; one may lie anywhere else when it is named by dotted path; and each is deleted
+by removing its folder, with its tests and configs.
 """
 
 from mlseg._checkout import require_part
 
 require_part(__name__, __file__)
-
-from mlseg.problems.base import Problem  # noqa: E402
-from mlseg.problems.config import Config  # noqa: E402
-
-__all__ = ["Config", "Problem"]

@@ -1,14 +1,20 @@
-"""What systems build alike: a segmentor, a level's batches, a level."""
+"""What systems build alike: a segmentor, a level's batches, what a level is made of."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
-from mlseg.data import (
+from mlseg.engines.settings import EngineSettings, LoopSettings
+from mlseg.machine import choose_device
+from mlseg.multilevel.config import Config
+from mlseg.multilevel.settings import ProblemSettings
+from mlseg.randomness import derived, seeded
+from mlseg.segmentation.data import (
     Augmentation,
     AugmentationSettings,
     BatchLoader,
@@ -16,13 +22,26 @@ from mlseg.data import (
     DataSettings,
     Samples,
 )
-from mlseg.engines.settings import EngineSettings, choose_device
-from mlseg.nets import SegmentorSettings, build_segmentor
-from mlseg.problems.base import Problem
-from mlseg.problems.settings import ProblemSettings
-from mlseg.randomness import derived, seeded
+from mlseg.segmentation.nets import SegmentorSettings, build_segmentor
 
-P = TypeVar("P", bound=Problem)
+
+class Setup(NamedTuple):
+    """What every level is made of: the arguments of ``Problem``, in their order.
+
+    A level's own constructor takes it first, and then what its loss needs::
+
+        class Generator(Problem):
+            def __init__(self, setup: Setup, *, l1: float) -> None:
+                super().__init__(*setup)
+                self.l1 = l1
+    """
+
+    name: str
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    loader: BatchLoader | None = None
+    config: Config | None = None
+    scheduler: LRScheduler | None = None
 
 
 class SegmentationRun(Protocol):
@@ -39,7 +58,7 @@ class SegmentationRun(Protocol):
     @property
     def segmentor(self) -> SegmentorSettings: ...
     @property
-    def engine(self) -> EngineSettings: ...
+    def engine(self) -> LoopSettings: ...
 
 
 class Builder:
@@ -84,30 +103,25 @@ class Builder:
             augmentation=Augmentation(chosen, self.spec.ignore_index),
         )
 
-    def problem(
+    def level(
         self,
-        cls: type[P],
         name: str,
-        level: ProblemSettings,
+        settings: ProblemSettings,
         module: nn.Module,
         loader: BatchLoader | None = None,
-        more_steps: int = 0,
-        **config: Any,
-    ) -> P:
+        more_steps: int | None = 0,
+        **changes: Any,
+    ) -> Setup:
         """The level ``name`` with the optimizer, scheduler and hypergradient of its settings.
 
         Args:
-            more_steps: that it takes beyond ``engine.iterations``, in stages before the last.
-            config: changes to its ``Config``.
+            more_steps: that it takes beyond ``engine.iterations``, in stages before the last; None:
+                how many steps it takes isn't known.
+            changes: to its ``Config``, which checks them.
         """
         engine = self.settings.engine
-        steps = engine.iterations + more_steps
-        optimizer, scheduler = level.build(module.parameters(), engine.mode, steps)
-        made = level.config(self.settings.precision)
-        for key, value in config.items():
-            setattr(made, key, value)
-        return cls(name, module, optimizer, loader, made, scheduler)
-
-    def engine_options(self, out: Path | None) -> dict[str, Any]:
-        """Arguments of the engine that every system passes on."""
-        return {"architecture": self.settings.segmentor, "device": self.device, "out": out}
+        steps = None if more_steps is None else engine.iterations + more_steps
+        mode = engine.mode if isinstance(engine, EngineSettings) else "max"
+        optimizer, scheduler = settings.build(module.parameters(), mode, steps)
+        config = replace(settings.config(self.settings.precision), **changes)
+        return Setup(name, module, optimizer, loader, config, scheduler)

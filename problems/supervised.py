@@ -11,21 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from mlseg.config import Settings
-from mlseg.data import AugmentationSettings, DataSettings, load_data
-from mlseg.engines.segmentation import SegmentationEngine
+from mlseg.engines.engine import Engine
+from mlseg.engines.segmentation import Segmentation
 from mlseg.engines.settings import Stage
-from mlseg.losses import LossSettings, SegmentationLoss
-from mlseg.nets import SegmentorSettings
-from mlseg.problems.base import Problem
-from mlseg.problems.building import Builder
-from mlseg.problems.settings import ProblemSettings
+from mlseg.multilevel.problem import Problem
+from mlseg.multilevel.settings import ProblemSettings
+from mlseg.problems.building import Builder, Setup
 from mlseg.problems.systems import RunSettings, system
+from mlseg.segmentation.data import AugmentationSettings, DataSettings, load_data
+from mlseg.segmentation.losses import Criterion, LossSettings, build_loss
+from mlseg.segmentation.nets import SegmentorSettings
 
 
 class Segmentor(Problem):
     """A segmentor on labelled pairs."""
 
-    criterion: SegmentationLoss
+    def __init__(self, setup: Setup, *, criterion: Criterion) -> None:
+        super().__init__(*setup)
+        self.criterion = criterion
 
     def training_step(self, batch: Any) -> Any:
         """``L_seg(D_tr; W)``."""
@@ -54,20 +57,21 @@ class SupervisedSettings(RunSettings):
 
 
 @system("supervised", SupervisedSettings, "a segmentor alone, with or without augmentation")
-def build(settings: SupervisedSettings, out: Path | None) -> SegmentationEngine:
+def build(settings: SupervisedSettings, out: Path | None) -> Engine:
     """Data, network, the problem, the engine."""
     data = load_data(settings.data)
     window = settings.augmentation.output_size(data.train.image_size)
-    build, level = Builder(settings, data.spec), settings.problems.segmentor
-    loader = build.loader("segmentor", level, data.train, settings.augmentation)
-    segmentor = build.problem(Segmentor, "segmentor", level, build.segmentor(), loader)
-    segmentor.criterion = SegmentationLoss(settings.loss, data.spec.ignore_index)
-    return SegmentationEngine(
+    make, level = Builder(settings, data.spec), settings.problems.segmentor
+    loader = make.loader("segmentor", level, data.train, settings.augmentation)
+    segmentor = Segmentor(
+        make.level("segmentor", level, make.segmentor(), loader),
+        criterion=build_loss(settings.loss, data.spec.ignore_index),
+    )
+    return Engine(
         [segmentor],
         settings.engine,
-        segmentor=segmentor,
-        data=data,
-        window=window,
         stages=[Stage("training", settings.engine.iterations)],
-        **build.engine_options(out),
+        device=make.device,
+        out=out,
+        hooks=[Segmentation(segmentor, settings.segmentor, data, window=window)],
     )

@@ -1,34 +1,75 @@
 """The table of systems: whole multilevel programs that a config can name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import NonNegativeInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from mlseg.config import Settings
-from mlseg.engines.base import Engine
-from mlseg.engines.settings import EngineSettings
-from mlseg.problems.registry import Entry, Registry
+from mlseg.config.registry import Entry, Registry, find_entry
+from mlseg.engines.engine import Engine
+from mlseg.engines.settings import EngineSettings, LoopSettings
 
 
-class RunSettings(Settings):
-    """What every system's config has.
+class AnyRunSettings(Settings):
+    """What every system's config has, whatever chooses its weights.
 
     Attributes:
         system: registered name, or dotted path ``package.module:build``.
+        imports: modules to import first, which register what the rest of the config names.
         seed: of every random draw but the data split, which has its own.
         device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: of the processor; ``auto``: what the environment says (OMP_NUM_THREADS), or else as
+            many as the work fills. Another number may change the last digits.
         precision: ``bf16`` is autocast; hypergradients are evaluated in fp32 all the same.
         engine: length, validation, checkpoints.
     """
 
     system: str
+    imports: list[str] = []
     seed: NonNegativeInt = 0
     device: str = "auto"
+    threads: Literal["auto"] | PositiveInt = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
+    engine: LoopSettings = LoopSettings()
+
+    def work(self) -> int:
+        """What threads have to share, in multiply-adds; 0 without images.
+
+        Those of a 1x1 convolution of the widest features at full resolution: examples of a batch x
+        pixels x channels^2, each the largest that the config names. Deeper layers of a U-Net have
+        as many.
+        """
+        values = self.model_dump()
+        data, augmentation = values.pop("data", None) or {}, values.get("augmentation") or {}
+        size = augmentation.get("window") or data.get("image_size") or 0
+        height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
+        batch = max(_all(values.get("problems"), "batch_size"), default=1)
+        return batch * height * width * max(_all(values, "channels"), default=_UNNAMED) ** 2
+
+
+class RunSettings(AnyRunSettings):
+    """What a system's config has whose validation chooses the weights.
+
+    Attributes:
+        engine: length, validation, checkpoints.
+    """
+
     engine: EngineSettings = EngineSettings()
+
+
+_UNNAMED = 64
+"""Channels of networks whose settings don't name them: those of a ResNet's first layers."""
+
+
+def _all(values: Any, key: str) -> Iterator[int]:
+    """Every integer of that key, at any depth."""
+    for name, value in values.items() if isinstance(values, Mapping) else ():
+        if name == key and isinstance(value, int):
+            yield value
+        yield from _all(value, key)
 
 
 @dataclass(frozen=True)
@@ -44,11 +85,11 @@ class System(Entry):
         return self.build(settings, out)
 
 
-_SYSTEMS = Registry(System, "system", __package__, RunSettings, "my_package.games:build")
+SYSTEMS: Registry[System] = Registry("system", example="my_package.games:build")
 
 
 def system(
-    name: str, settings: type[RunSettings], summary: str
+    name: str, settings: type[AnyRunSettings], summary: str
 ) -> Callable[[Callable[[Any, Path | None], Engine]], System]:
     """Decorator that registers ``build(settings, out)`` as a system.
 
@@ -57,7 +98,11 @@ def system(
         settings: class of the whole config.
         summary: one line for ``--help``.
     """
-    return _SYSTEMS.register(name, settings, summary)
+
+    def enter(build: Callable[[Any, Path | None], Engine]) -> System:
+        return SYSTEMS.register(name)(System(name, summary, settings, build))
+
+    return enter
 
 
 def load_system(name: str) -> System:
@@ -66,14 +111,9 @@ def load_system(name: str) -> System:
     Raises:
         UserError: there is none of that name, or the path leads to something else.
     """
-    return _SYSTEMS.load(name)
+    return find_entry(SYSTEMS, System, RunSettings, name)
 
 
 def all_systems() -> Sequence[System]:
     """Every registered system, by name."""
-    return _SYSTEMS.all()
-
-
-def system_names() -> list[str]:
-    """Names of the registered systems, sorted."""
-    return [system.name for system in all_systems()]
+    return list(SYSTEMS.all().values())

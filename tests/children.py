@@ -39,7 +39,9 @@ class Child:
             # Not pytest's, which would print into its own capture.
             sys.stdout = os.fdopen(1, "w", closefd=False)
             sys.stderr = os.fdopen(2, "w", closefd=False)
-            torch.set_num_threads(1)  # a pool of threads doesn't survive a fork
+            os.environ["OMP_NUM_THREADS"] = "1"  # a pool of threads doesn't survive a fork
+            os.environ.pop("MKL_NUM_THREADS", None)
+            torch.set_num_threads(1)
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.default_int_handler)
             if before is not None:

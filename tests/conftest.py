@@ -1,15 +1,57 @@
 """What holds for every test."""
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+NOT_NUMERICAL = {
+    "benchmarks",
+    "test_commands.py",
+    "test_config.py",
+    "test_configs.py",
+    "test_decode.py",
+    "test_docs.py",
+    "test_fetch.py",
+    "test_interruption.py",
+    "test_layout.py",
+    "test_packaging.py",
+    "test_prepare.py",
+    "test_splits.py",
+}
+"""Folders and files of words and files, which no processor's arithmetic reaches.
+
+Everything else is marked as numerical, whatever is added, and runs in ``make test-processors``.
+"""
 
 # A busy machine is no failure: an example may take as long as it takes.
 hypothesis.settings.register_profile("mlseg", deadline=None)
 hypothesis.settings.load_profile("mlseg")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the numerical tests."""
+    gone = NOT_NUMERICAL - {path.name for path in HERE.rglob("*")}
+    if gone:
+        raise pytest.UsageError(f"tests/conftest.py: NOT_NUMERICAL names {sorted(gone)}: no more")
+    for item in items:
+        if NOT_NUMERICAL.isdisjoint(item.path.relative_to(HERE).parts):
+            item.add_marker("numerical")
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """float64 is torch's default type."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture
@@ -23,3 +65,29 @@ def real() -> Callable[[str], Path]:
         return root
 
     return find
+
+
+READS = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
+ON_THE_HOST = ("torch.optim", "torch.utils.data", "mlseg.segmentation.data", "mlseg.randomness")
+"""Modules that read tensors which lie on the host wherever training runs."""
+
+
+@pytest.fixture
+def no_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Every reading of a tensor's value from Python, by the module that does it."""
+    found: list[str] = []
+
+    def forbid(name: str) -> None:
+        original = getattr(Tensor, name)
+
+        def read(self: Tensor, *args: Any) -> Any:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if not caller.startswith(ON_THE_HOST):
+                found.append(f"{caller}: {name}")
+            return original(self, *args)
+
+        monkeypatch.setattr(Tensor, name, read)
+
+    for name in READS:
+        forbid(name)
+    return found

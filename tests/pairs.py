@@ -1,17 +1,15 @@
-"""Two levels whose one-step hypergradient is at hand in plain functions."""
+"""Two levels that can be anything, and the truth of one step by double backward."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import toys
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from mlseg.engines.base import Engine
-from mlseg.engines.settings import EngineSettings
-from mlseg.problems.base import Problem
-from mlseg.problems.config import Config
+from mlseg.engines.engine import Engine
+from mlseg.testing import exact, programs
+from mlseg.testing.exact import Truth
+from mlseg.testing.programs import Call, Graph, Level, Nets
 
 RATE = 0.1
 GRAPHS = {"method": "unrolled", "store": "graphs"}
@@ -22,30 +20,34 @@ SAMA = {"method": "sama", "linearise": "before_step", "epsilon": 1e-5}
 BEFORE = {"method": "identity", "linearise": "before_step"}
 
 
-def weighted(net: toys.Call, upper: toys.Call, batch: Any) -> Tensor:
+def weighted(net: Call, upper: Call, batch: Any) -> Tensor:
     """The lower loss: squared errors, weighted by the upper network."""
     x, y = batch
     return ((net(x).squeeze(-1) - y) ** 2 * upper(x).squeeze(-1).sigmoid()).mean()
 
 
-class Low(Problem):
+def half_square(nets: Nets, batch: Any) -> Tensor:
+    """Of the lower level's weights, which thus are the hop's vector."""
+    return sum((0.5 * (p**2).sum() for p in nets["low"].parameters()), torch.zeros(()))
+
+
+LOSSES = {"low": lambda nets, batch: weighted(nets["low"], nets["top"], batch), "top": half_square}
+GRAPH = Graph(LOSSES, *programs.TWO_LEVELS)
+
+
+class Low(Level):
+    """The lower level; a ``grad_callback`` would change what some methods do."""
+
     before: list[Tensor]
 
-    def training_step(self, batch: Any) -> Tensor:
+    def training_step(self, batch: Any) -> Any:
         if not self.replaying:
             self.before = values(self.module)
-        return weighted(self.module, self.top.module, batch)
+        return super().training_step(batch)
 
 
-class Top(Problem):
-    """Half of the squared norm of the lower level's weights, which thus are the hop's vector."""
-
-    before: list[Tensor]
+class Top(Low):
     gradient: Tensor
-
-    def training_step(self, batch: Any) -> Tensor:
-        self.before = values(self.module)
-        return sum((0.5 * (p**2).sum() for p in self.low.trainable_parameters()), torch.zeros(()))
 
     def grad_callback(self) -> None:
         self.gradient = flat([p.grad for p in self.trainable_parameters()])
@@ -59,8 +61,8 @@ class Signs(Low):
             p.grad = 0.01 * p.grad.sign()
 
 
-def flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    return exact.flatten([t.detach() for t in tensors])
 
 
 def values(module: nn.Module) -> list[Tensor]:
@@ -85,29 +87,24 @@ def pair(
     method: Any,
     net: nn.Module | None = None,
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] = sgd,
-    low: type[Problem] = Low,
-    top: type[Problem] = Top,
+    low: type[Level] = Low,
+    top: type[Level] = Top,
     loader: Any = None,
     upper: nn.Module | None = None,
     **config: Any,
 ) -> tuple[Any, Any, Engine]:
     """Two levels; ``config`` is the lower one's."""
-    net, upper = net or mlp(), upper or line()
-    made = Config(hypergradient=method, **config)
-    lower = low("low", net, optimizer(net), loader or toys.batches(1), made)
-    higher = top("top", upper, sgd(upper), toys.batches(2))
-    return lower, higher, engine([lower], higher)
-
-
-def engine(lowers: list[Any], top: Any) -> Engine:
-    return Engine(
-        [*lowers, top],
-        EngineSettings(tensorboard=False),
-        u2l={top: lowers},
-        l2u={low: [top] for low in lowers},
-        device="cpu",
-        quiet=True,
+    modules = {"low": net or mlp(), "top": upper or line()}
+    made = programs.build(
+        GRAPH,
+        modules,
+        {"low": loader or programs.batches(1), "top": programs.batches(2)},
+        method,
+        {"low": lambda _: optimizer(modules["low"]), "top": programs.sgd(RATE)},
+        kinds={"low": low, "top": top},
+        configs={"low": config},
     )
+    return made.low, made.top, made
 
 
 def one_step(
@@ -123,25 +120,28 @@ def one_step(
     Args:
         at: the lower level's weights where its loss is differentiated.
         batches: over which its loss is the mean.
-        vector: ``v``; by default that of :class:`Top`.
+        vector: ``v``; by default that of :func:`half_square`.
     """
-
-    def call(module: nn.Module, tensors: list[Tensor]) -> toys.Call:
-        given = dict(zip(dict(module.named_parameters()), tensors, strict=True))
-        given |= {name: buffer.clone() for name, buffer in module.named_buffers()}
-        return lambda x: functional_call(module, given, (x,))
-
-    trainable = [p.requires_grad for p in low.module.parameters()]
-    w = [v.clone().requires_grad_(yes) for v, yes in zip(at, trainable, strict=True)]
-    s = [v.clone().requires_grad_() for v in top.before]
-    loss = sum(weighted(call(low.module, w), call(top.module, s), b) for b in batches)
-    chosen = [p for p in w if p.requires_grad]
-    gradient = torch.autograd.grad(loss / len(batches), chosen, create_graph=True)
     vector = vector or [p.detach() for p in low.trainable_parameters()]
-    product = sum((g * v).sum() for g, v in zip(gradient, vector, strict=True))
-    return -rate * flat(torch.autograd.grad(product, s))
+
+    def mean(nets: Nets, _: Any) -> Tensor:
+        return sum(weighted(nets["low"], nets["top"], b) for b in batches) / len(batches)
+
+    def along(nets: Nets, _: Any) -> Tensor:
+        return sum((w * v).sum() for w, v in zip(nets["low"].parameters(), vector, strict=True))
+
+    named = zip(low.module.named_parameters(), at, strict=True)
+    below = {name: value for (name, p), value in named if p.requires_grad}
+    above = dict(zip(dict(top.module.named_parameters()), top.before, strict=True))
+    point = Truth(
+        Graph({"low": mean, "top": along}, *programs.TWO_LEVELS),
+        {"low": low.module, "top": top.module},
+        {"low": below, "top": above},
+        {"low": None, "top": None},
+    )
+    return flat(point.descent("top", rate).values())
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-7) -> bool:
     assert b.norm() > 1e-5, "a truth of zero proves nothing"
-    return toys.distance([a], [b]) < tolerance
+    return exact.distance(a, b) < tolerance

@@ -1,4 +1,4 @@
-"""A wrong betty-ml is refused in one line, at import."""
+"""A wrong betty-ml is refused in one line, before anything of it is used."""
 
 import importlib.metadata
 import subprocess
@@ -36,12 +36,22 @@ def test_a_missing_one(monkeypatch: pytest.MonkeyPatch) -> None:
         require_betty()
 
 
-def test_the_package_checks_before_it_imports_anything_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "use",
+    [
+        "import mlseg; mlseg.Problem",
+        "from mlseg import Engine",
+        "import mlseg.multilevel.penalty",
+        "import mlseg.engines.base",
+        "import mlseg.hypergradients.cg",
+    ],
+)
+def test_the_package_checks_before_it_imports_anything_else(use: str, tmp_path: Path) -> None:
     code = (
         "import importlib.metadata as m, sys\n"
         "m.version = lambda name: '0.1.1'\n"
         "try:\n"
-        "    import mlseg\n"
+        f"    {use}\n"
         "except ImportError as error:\n"
         "    print(error)\n"
         "print('betty' in sys.modules, 'torch' in sys.modules)\n"

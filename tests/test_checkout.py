@@ -22,7 +22,7 @@ def checkout(folder: Path) -> Path:
         shutil.copytree(
             REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__")
         )
-    for name in ("setup.cfg", "pyproject.toml", "LICENSE"):
+    for name in ("setup.py", "setup.cfg", "pyproject.toml", "LICENSE"):
         shutil.copy(REPOSITORY / name, folder)
     return folder
 

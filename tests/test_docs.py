@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
 from betty.hypergradient import jvp_fn_mapping
-from programs import FAMILIES, SHAPES, Program
 
 from mlseg import run
 from mlseg.errors import UserError
 from mlseg.hypergradients import names, resolve
 from mlseg.hypergradients.registry import _METHODS
+from mlseg.testing.families import SHAPES, Settled
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "define-a-problem.md"
@@ -101,18 +100,16 @@ OWN: dict[str, tuple[dict[str, Any], str, float]] = {
 
 
 def own_method_is_right(method: str, shape: str) -> None:
-    made = Program(FAMILIES["ridge"](), SHAPES[shape])
-    rate = made.stable_rate()
+    made = Settled("ridge", shape)
     settings, truth, tolerance = OWN[method]
     settings = {"method": method, **settings}
     if method == "chebyshev":
-        spectra = torch.cat([torch.linalg.eigvalsh(made.curvature(name)) for name in made.lowers])
-        settings |= {"lowest": float(spectra.min()), "highest": float(spectra.max())}
+        settings |= {"lowest": made.lowest, "highest": made.highest}
     if method == "clipped_identity":
-        settings["rate"] = rate
-    engine = made.engine(settings, torch.float64, rate, steps=1)
+        settings["rate"] = made.rate
+    engine = made.engine(settings)
     engine.iterate()
-    expected = made.exact() if truth == "minimisers" else made.one_step(rate)
+    expected = made.exact() if truth == "minimisers" else made.one_step()
     error = (engine.top.gradient - expected).norm() / expected.norm()
     assert error < tolerance, (method, shape)
 
@@ -150,6 +147,15 @@ def the_resumed_run_is_the_uninterrupted_one(ran: Names) -> None:
     assert len(part.state_dict()["problems"]["classifier"]["trajectory"]["steps"]) == 5
 
 
+def the_hook_sees_every_validation(ran: Names) -> None:
+    engine, sparsity = ran["engine"], ran["sparsity"]
+    left_out = float((engine.weighting(sparsity.batch).sigmoid() < 0.5).float().mean())
+    assert sparsity.history == [pytest.approx(left_out)], "one validation, at the end"
+    assert 0.0 < left_out < 1.0
+    assert engine.results()["left_out"] == sparsity.history
+    assert engine.state_dict()["hooks"] == {"sparsity": {"history": sparsity.history}}
+
+
 CHECKS: dict[str, Callable[[Names], None]] = {
     "One level": one_level_gets_it_wrong,
     "Two levels": two_levels_mend_it,
@@ -159,6 +165,7 @@ CHECKS: dict[str, Callable[[Names], None]] = {
     "Expensive sources": an_expensive_source_is_passed_once_a_step,
     "A method of your own": own_methods_are_right_in_every_graph,
     "Records, checkpoints, resume": the_resumed_run_is_the_uninterrupted_one,
+    "What a run adds: hooks": the_hook_sees_every_validation,
 }
 """What is claimed, by section."""
 

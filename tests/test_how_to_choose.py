@@ -7,46 +7,45 @@ from typing import Any
 
 import pytest
 import torch
-from programs import FAMILIES, SHAPES, Program, Variables
 from torch import Tensor
 
-from mlseg.engines.base import Engine
-from mlseg.engines.settings import EngineSettings
 from mlseg.hypergradients import names
-from mlseg.problems.base import Problem
-from mlseg.problems.config import Config
+from mlseg.hypergradients.registry import classes
+from mlseg.hypergradients.tables import rewritten
+from mlseg.testing import programs
+from mlseg.testing.families import HYPERPARAMETERS, Settled, Vector
+from mlseg.testing.programs import TWO_LEVELS, Graph, Level
 
 PAGE = (Path(__file__).parent.parent / "docs" / "how-to-choose.md").read_text(encoding="utf-8")
 
 
-TABLES = ("In short", "What they cost")
+def test_the_pages_tables_are_those_of_the_classes() -> None:
+    assert rewritten(PAGE) == PAGE, "run python -m mlseg.hypergradients docs/how-to-choose.md"
 
 
-def test_every_method_is_in_the_tables() -> None:
-    short, costs = (PAGE.split(f"## {title}\n")[1].split("\n## ")[0] for title in TABLES)
-    for name in names():
-        assert f"`{name}`" in short, name
-        assert re.search(rf"^\| `{name}` \|", costs, re.MULTILINE), name
+def test_every_method_describes_itself() -> None:
+    for name, cls in classes().items():
+        for part in ("situation", "because", "cost", "memory"):
+            assert getattr(cls, part), f"{name} lacks {part}"
+        assert f"| `{name}` |" in PAGE
 
 
-COSTS: dict[str, tuple[int, int]] = {
-    "finite_difference": (2, 0),
-    "identity": (1, 1),
-    "sama": (2, 0),
-    "neumann": (1, 10 + 8 + 1),
-    "cg": (1, 10 + 1),
-    "minres": (1, 10 + 1),
-    "nystrom": (1, 10 + 1 + 1),
-    "fixed_point": (1, 20 + 1),
-    "stochastic": (10 + 1, 10 + 8 + 1),
-    "penalty": (10 + 3, 0),
-}
-"""Evaluations and products (the mixed one included) of the first hop, by default."""
+def counts(name: str, steps: int, sources: int, weights: int) -> tuple[float, float]:
+    """Evaluations and products (the mixed one included) of a first hop, by the class's formula."""
+    cls = classes()[name]
+    formula = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", cls.cost)
+    values = {letter: cls.model_fields[setting].default for letter, setting in cls.symbols.items()}
+    values |= {"T": steps, "n": sources, "N": weights}
+    evaluations, products = (
+        eval(formula, {**values, "E": e, "H": h, "M": h}) for e, h in ((1, 0), (0, 1))
+    )
+    # The program's levels have a grad_callback.
+    return evaluations + steps * ("grad_callback" in cls.cost_note), products
 
 
-def counted(method: dict[str, Any], made: Program, steps: int = 1) -> tuple[float, float]:
+def counted(method: dict[str, Any], made: Settled, steps: int = 1) -> tuple[float, float]:
     """Evaluations and products of the first hop."""
-    engine = made.engine(method, torch.float64, made.stable_rate(), steps)
+    engine = made.engine(method, steps=steps)
     for _ in range(steps):
         engine.iterate()
     figures = engine.top.metrics
@@ -54,53 +53,43 @@ def counted(method: dict[str, Any], made: Program, steps: int = 1) -> tuple[floa
 
 
 @pytest.fixture(scope="module")
-def made() -> Program:
-    return Program(FAMILIES["convolutional"](), SHAPES["two levels"])
+def made() -> Settled:
+    return Settled("convolutional", "two levels")
 
 
-@pytest.mark.parametrize("method", COSTS)
-def test_costs_are_those_of_the_table(method: str, made: Program) -> None:
-    assert counted({"method": method}, made) == COSTS[method]
+@pytest.mark.parametrize("method", names())
+def test_costs_are_those_of_the_table(method: str, made: Settled) -> None:
+    steps = 3 if classes()[method].best_response.startswith("the last steps") else 1
+    sizes = (HYPERPARAMETERS, made.family.size)
+    assert counted({"method": method}, made, steps) == counts(method, steps, *sizes)
 
 
-def test_costs_that_depend_on_steps_and_sizes(made: Program) -> None:
-    weights, hyperparameters = made.minima["low"].numel(), made.minima["top"].numel()
-    assert counted({"method": "exact"}, made) == (1, weights + 1)
-    assert counted({"method": "unrolled"}, made, 3) == (3, 3)
+def test_kept_graphs_spare_the_evaluations(made: Settled) -> None:
     assert counted({"method": "unrolled", "store": "graphs"}, made, 3) == (0, 3)
-    assert counted({"method": "forward"}, made, 3) == (3, 3 * hyperparameters)
-    # The program's levels have a grad_callback.
-    assert counted({"method": "evolution"}, made, 3) == (2 * 8 * 3 + 3, 0)
-
-
-def test_every_methods_cost_is_tested() -> None:
-    assert set(names()) == {*COSTS, "exact", "unrolled", "forward", "evolution"}
 
 
 # --------------------------------------------------------------------- what they agree on
 
 
-def gradient(made: Program, method: dict[str, Any], rate: float, steps: int = 1) -> Tensor:
-    engine = made.engine(method, torch.float64, rate, steps)
+def gradient(made: Settled, method: dict[str, Any], steps: int = 1) -> Tensor:
+    engine = made.engine(method, steps=steps)
     for _ in range(steps):
         engine.iterate()
     return engine.top.gradient
 
 
-def test_they_meet_where_the_page_says(made: Program) -> None:
-    rate = made.stable_rate()
-
+def test_they_meet_where_the_page_says(made: Settled) -> None:
     def same(a: Tensor, b: Tensor, tolerance: float) -> bool:
         return float((a - b).norm() / b.norm()) < tolerance
 
     unrolled = {"method": "unrolled"}
-    one = gradient(made, {"method": "identity", "linearise": "before_step"}, rate)
-    assert same(gradient(made, unrolled, rate), one, 1e-10)
-    series = gradient(made, {"method": "neumann", "terms": 4, "step_size": rate}, rate)
-    assert same(gradient(made, unrolled, rate, steps=5), series, 1e-8)
-    assert not same(gradient(made, unrolled, rate, steps=4), series, 1e-3)
-    damped = gradient(made, {"method": "cg", "damping": 1e6}, rate)
-    unscaled = gradient(made, {"method": "identity", "scale": "none"}, rate)
+    one = gradient(made, {"method": "identity", "linearise": "before_step"})
+    assert same(gradient(made, unrolled), one, 1e-10)
+    series = gradient(made, {"method": "neumann", "terms": 4, "step_size": made.rate})
+    assert same(gradient(made, unrolled, steps=5), series, 1e-8)
+    assert not same(gradient(made, unrolled, steps=4), series, 1e-3)
+    damped = gradient(made, {"method": "cg", "damping": 1e6})
+    unscaled = gradient(made, {"method": "identity", "scale": "none"})
     assert same(1e6 * damped, unscaled, 1e-4)
 
 
@@ -109,7 +98,7 @@ def test_they_meet_where_the_page_says(made: Program) -> None:
 W, S, RATE = 0.7, 0.2, 0.1
 
 
-class Holding(Problem):
+class Holding(Level):
     """``h(w) w exp(s)`` with a part ``h(w) = w`` that training holds constant."""
 
     hold: str
@@ -123,7 +112,7 @@ class Holding(Problem):
         return (held * w * self.top.module.value.exp()).sum()
 
 
-class Coupled(Problem):
+class Coupled(Level):
     """``w^2 exp(detach(s)) + w s``."""
 
     hold: str
@@ -133,35 +122,21 @@ class Coupled(Problem):
         return (w**2 * s.detach().exp() + w * s).sum()
 
 
-class Top(Problem):
-    gradient: float
-
-    def training_step(self, batch: Any) -> Tensor:
-        return self.low.module.value.sum()
-
-    def grad_callback(self) -> None:
-        self.gradient = float(self.module.value.grad)
-
-
 def slope(method: dict[str, Any], cls: type[Any] = Holding, hold: str = "detach") -> float:
     """The hypergradient of ``w`` after one step, by ``s``."""
-    problems: list[Any] = []
-    for name, kind, value, rate in (("low", cls, W, RATE), ("top", Top, S, 0.0)):
-        module = Variables(torch.tensor([value], dtype=torch.float64))
-        optimizer = torch.optim.SGD(module.parameters(), rate)
-        problems.append(kind(name, module, optimizer, [()], Config(hypergradient=method)))
-    low, top = problems
-    low.hold = hold
-    engine = Engine(
-        problems,
-        EngineSettings(),
-        u2l={top: [low]},
-        l2u={low: [top]},
-        device="cpu",
-        quiet=True,
+    engine: Any = programs.build(
+        Graph(
+            {"low": lambda nets, _: None, "top": lambda nets, _: nets["low"]().sum()}, *TWO_LEVELS
+        ),
+        {"low": Vector(torch.tensor([W]).double()), "top": Vector(torch.tensor([S]).double())},
+        {"low": [()], "top": [()]},
+        method,
+        {"low": programs.sgd(RATE), "top": programs.sgd(0.0)},
+        kinds={"low": cls},
     )
+    engine.low.hold = hold
     engine.iterate()
-    return float(top.gradient)
+    return float(engine.top.gradient)
 
 
 BEFORE = {"linearise": "before_step"}

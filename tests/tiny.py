@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from mlseg.engines.segmentation import SegmentationEngine
+from mlseg.engines.engine import Engine
 from mlseg.problems.systems import load_system
 from mlseg.randomness import seed_everything
 
@@ -35,74 +35,33 @@ _SHARED: dict[str, Any] = {
         "tensorboard": False,
     },
 }
-_RMSPROP = {"name": "rmsprop", "lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-3}
-_ADAM = {"name": "adam", "lr": 3e-3}
-_SYSTEMS: dict[str, dict[str, Any]] = {
-    "supervised": {
-        **_SHARED,
-        "system": "supervised",
-        "problems": {"segmentor": {"optimizer": _RMSPROP, "batch_size": 2}},
-    },
-    "e2eaug": {
-        **_SHARED,
-        "system": "e2eaug",
-        "generator": {"channels": 4, "levels": 3},
-        "discriminator": {"channels": 4, "layers": 2},
-        "gan": {"pretrain": 3, "pretrain_lr": 1e-3},
-        "problems": {
-            "generator": {"optimizer": {"lr": 1e-3}},
-            "discriminator": {"optimizer": {"lr": 1e-3}},
-            "segmentor": {"optimizer": _RMSPROP},
-            "architecture": {"optimizer": {"lr": 1e-2}},
-        },
-    },
-    "segan": {
-        **_SHARED,
-        "system": "segan",
-        "segmentor": {"name": "segan", "channels": 4, "levels": 3},
-        "critic": {"channels": 4, "layers": 3},
-        "logistic": {"every": 1},
-        "problems": {
-            "critic": {"optimizer": _ADAM, "batch_size": 3},
-            "segmentor": {"optimizer": _ADAM},
-        },
-    },
-    "load": {
-        **_SHARED,
-        "system": "load",
-        "data": {
-            "name": "synthetic_scenes",
-            "image_size": 32,
-            "train": 6,
-            "val": 8,
-            "test": 3,
-        },
-        "discriminator": {"name": "cnn", "input_size": None, "channels": 4},
-        "pretraining": {"weighted_epochs": 1, "epochs": 1},
-        "lookahead": {"cycles": 2, "patience": 3},
-        "hold_out": {"fraction": 0.5, "batch_size": 3},
-        "discriminator_training": {"max_epochs": 2},
-        "problems": {
-            "pretraining": {"optimizer": {"name": "adam", "lr": 1e-2}, "batch_size": 3},
-            "generator": {
-                "optimizer": {"name": "sgd", "lr": 1e-2, "momentum": 0.95},
-                "batch_size": 2,
-            },
-            "discriminator": {"optimizer": {"name": "adagrad", "lr": 1e-2}, "batch_size": 4},
-        },
-        "engine": {**_SHARED["engine"], "iterations": 1000, "validate_every": 20},
+_SUPERVISED: dict[str, Any] = {
+    "system": "supervised",
+    "problems": {
+        "segmentor": {
+            "optimizer": {"name": "rmsprop", "lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-3},
+            "batch_size": 2,
+        }
     },
 }
+PLACE = Path(__file__).parent / "problems"
+"""A system's own part of its config lies with its tests: ``SYSTEM/tiny.yaml``."""
 
 
-def values(system: str = "e2eaug", changes: Changes | None = None) -> dict[str, Any]:
+def values(system: str = "supervised", changes: Changes | None = None) -> dict[str, Any]:
     """A config's content.
 
     Args:
-        system: "e2eaug", "segan", "supervised" or "load".
-        changes: by dotted key, as on the command line: ``{"gan.pretrain": 0}``.
+        system: "supervised", or one whose tests have a ``tiny.yaml``.
+        changes: by dotted key, as on the command line: ``{"data.train": 4}``.
     """
-    result = copy.deepcopy(_SYSTEMS[system])
+    own = _SUPERVISED
+    if system != "supervised":
+        own = yaml.safe_load((PLACE / system / "tiny.yaml").read_text(encoding="utf-8"))
+    result = copy.deepcopy(_SHARED)
+    for key, value in copy.deepcopy(own).items():
+        adds = isinstance(value, dict) and "name" not in value  # with a name it is another thing
+        result[key] = {**result.get(key, {}), **value} if adds else value
     for key, value in (changes or {}).items():
         *parents, last = key.split(".")
         place = result
@@ -112,28 +71,37 @@ def values(system: str = "e2eaug", changes: Changes | None = None) -> dict[str, 
     return result
 
 
-def config_yaml(system: str = "e2eaug", changes: Changes | None = None) -> str:
+def config_yaml(system: str = "supervised", changes: Changes | None = None) -> str:
     """The same as YAML, for tests of commands."""
     return yaml.safe_dump(values(system, changes), sort_keys=False)
 
 
-def write_config(path: Path, system: str = "e2eaug", changes: Changes | None = None) -> Path:
+def write_config(path: Path, system: str = "supervised", changes: Changes | None = None) -> Path:
     """The same in a file."""
     path.write_text(config_yaml(system, changes), encoding="utf-8")
     return path
 
 
 def build(
-    system: str = "e2eaug", changes: Changes | None = None, out: Path | None = None
-) -> SegmentationEngine:
+    system: str = "supervised", changes: Changes | None = None, out: Path | None = None
+) -> Engine:
     """An engine with all its problems, silent, ready to run; seeded as the command does it."""
     made = load_system(system)
     settings = made.settings.model_validate(values(system, changes))
     seed_everything(settings.seed)
     engine = made(settings, out)
-    assert isinstance(engine, SegmentationEngine)
     engine.recorder.progress.quiet = True
     return engine
+
+
+class Doubled:
+    """A loader's batches with images in float64."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((image.double(), mask) for image, mask in self.loader)
 
 
 def untimed(records: str) -> str:

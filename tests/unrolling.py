@@ -1,24 +1,18 @@
-"""A level to unroll, and the truth of it by ``torch.optim``'s differentiable optimizers.
+"""A level to unroll: a network with all that upsets unrolling, and its optimizers."""
 
-The reference takes the same steps with ``differentiable=True`` on copies of the weights that carry
-their history, batch by batch and draw by draw, and differentiates the outer loss through all of it.
-"""
-
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from mlseg.engines.base import Engine
-from mlseg.engines.settings import EngineSettings
-from mlseg.problems.base import Problem
-from mlseg.problems.config import Config
+from mlseg.testing import programs
+from mlseg.testing.differences import Derivative, gradient
+from mlseg.testing.exact import Taken
+from mlseg.testing.families import Vector
+from mlseg.testing.programs import FEATURES, Call, Graph, Network, Noted, Optimizers, Recorded, sgd
 
-FEATURES, WEIGHTS = 3, 4
-Optimizers = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
+WEIGHTS = 4
 
 
 class Net(nn.Module):
@@ -52,61 +46,29 @@ class PlainNet(nn.Sequential):
         )
 
 
-class Scales(nn.Module):
-    """Logarithms of the weights of residuals, and of a learning rate."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(2)
-        draw = torch.randn(WEIGHTS, generator=generator, dtype=torch.float64)
-        self.scales = nn.Parameter(0.3 * draw)
-
-
-def lower_loss(predict: Callable[[Tensor], Tensor], scales: Tensor, batch: Any) -> Tensor:
+def lower_loss(predict: Call, scales: Tensor, batch: Any) -> Tensor:
+    """``scales`` are the logarithms of the weights of residuals, and of a learning rate."""
     x, y, group = batch
     return (scales.exp()[group] * (predict(x) - y) ** 2).mean()
 
 
-def upper_loss(predict: Callable[[Tensor], Tensor], batch: Any) -> Tensor:
+def upper_loss(predict: Call, batch: Any) -> Tensor:
     x, y, _ = batch
     return ((predict(x) - y) ** 2).mean()
 
 
-class Low(Problem):
-    """Notes what each of its steps started from."""
-
-    notes: list[dict[str, Any]]
-    with_rate = False
-
-    def training_step(self, batch: Any) -> Tensor:
-        if not self.replaying:
-            self.notes.append(
-                {
-                    "batch": batch,
-                    "random": torch.get_rng_state(),
-                    "weights": {n: p.detach().clone() for n, p in self.module.named_parameters()},
-                    "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-                }
-            )
-        return lower_loss(self.module, self.top.module.scales, batch)
-
-    def learning_rates(self) -> list[Tensor] | None:
-        if not self.with_rate:
-            return None
-        return [0.05 * self.top.module.scales[-1].exp() for _ in self.optimizer.param_groups]
+GRAPH = Graph(
+    {
+        "low": lambda nets, batch: lower_loss(nets["low"], nets["top"](), batch),
+        "top": lambda nets, batch: upper_loss(nets["low"].evaluated, batch),
+    },
+    *programs.TWO_LEVELS,
+)
 
 
-class Top(Problem):
-    gradients: list[Tensor]
-
-    def training_step(self, batch: Any) -> Tensor:
-        self.low.module.eval()
-        loss = upper_loss(self.low.module, batch)
-        self.low.module.train()
-        return loss
-
-    def grad_callback(self) -> None:
-        self.gradients.append(self.module.scales.grad.clone())
+class WithRate(Noted):
+    def learning_rates(self) -> list[Tensor]:
+        return [0.05 * self.top.module.value[-1].exp() for _ in self.optimizer.param_groups]
 
 
 def batches(seed: int, count: int) -> list[Any]:
@@ -128,126 +90,70 @@ def program(
     **config: Any,
 ) -> Any:
     torch.manual_seed(4)
-    net, scales = PlainNet() if plain else Net(), Scales()
-    made = Config(hypergradient=method, unroll_steps=unroll, **config)
-    low = Low(
-        "low", net, optimizer([p for p in net.parameters() if p.requires_grad]), batches(0, 5), made
+    net = PlainNet() if plain else Net()
+    draw = torch.randn(WEIGHTS, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return programs.build(
+        GRAPH,
+        {"low": net, "top": Vector(0.3 * draw)},
+        {"low": batches(0, 5), "top": batches(1, 3)},
+        method,
+        {"low": optimizer, "top": sgd(0.01)},
+        kinds={"low": WithRate if with_rate else Noted, "top": Recorded},
+        configs={"low": {"unroll_steps": unroll, **config}, "top": {"hypergradient": "identity"}},
     )
-    low.notes, low.with_rate = [], with_rate
-    top = Top("top", scales, torch.optim.SGD(scales.parameters(), 0.01), batches(1, 3), Config())
-    top.gradients = []
-    return Engine(
-        [low, top],
-        EngineSettings(tensorboard=False),
-        u2l={top: [low]},
-        l2u={low: [top]},
-        device="cpu",
-        quiet=True,
-    )
-
-
-def sgd(**settings: Any) -> Optimizers:
-    return lambda params: torch.optim.SGD(params, **{"lr": 0.05, **settings})
 
 
 def reference(engine: Any, steps: int, accumulate: int = 1, clip: float = 0.0) -> Tensor:
     """Through the last ``steps`` steps, at the values that the top level had before its own."""
-    low, top = engine.low, engine.top
-    scales = engine.scales_before.clone().requires_grad_()
-    notes = low.notes[-steps * accumulate :]
-    named = [(n, p) for n, p in low.module.named_parameters() if p.requires_grad]
-    weights = {n: notes[0]["weights"][n].clone().requires_grad_() for n, _ in named}
-    moving = {n: w.clone() for n, w in weights.items()}
-    settings = {k: v for k, v in low.optimizer.param_groups[0].items() if k != "params"}
-    settings = {k: v for k, v in settings.items() if k in low.optimizer.defaults}
-    settings = {k: v for k, v in settings.items() if k not in ("fused", "decoupled_weight_decay")}
-    settings |= {"differentiable": True, "foreach": None}
-    optimizer = type(low.optimizer)(list(moving.values()), **settings)
-    for state in notes[0]["optimizer"]["state"].values():
-        for key, value in state.items():
-            state[key] = value.clone() if isinstance(value, Tensor) else value
-    optimizer.load_state_dict(
-        {**notes[0]["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]}
-    )
-    if low.with_rate:
-        optimizer.param_groups[0]["lr"] = 0.05 * scales[-1].exp()
-    present = torch.get_rng_state()
-    for index in range(steps):
-        total: list[Any] = [None] * len(moving)
-        for note in notes[index * accumulate : (index + 1) * accumulate]:
-            torch.set_rng_state(note["random"])
-            used = {n: w.clone() for n, w in moving.items()}  # the step writes into its own
-            loss = lower_loss(_call(low.module, used), scales, note["batch"]) / accumulate
-            found = torch.autograd.grad(
-                loss, list(used.values()), create_graph=True, allow_unused=True
-            )
-            total = [f if t is None else t + f for t, f in zip(total, found, strict=True)]
-        if clip:
-            size = torch.stack([g.norm() for g in total if g is not None]).norm()
-            total = [
-                None if g is None else g * (clip / (size + 1e-6)).clamp(max=1.0) for g in total
-            ]
-        for w, g in zip(moving.values(), total, strict=True):
-            w.grad = g
-        optimizer.step()
-    torch.set_rng_state(present)
-    for n, p in named:
-        torch.testing.assert_close(moving[n], p, rtol=1e-7, atol=1e-9)
-    module = copy.deepcopy(low.module).eval()
-    loss = upper_loss(_call(module, moving), top.cur_batch)
-    return torch.autograd.grad(loss, scales)[0]
+    taken = Taken(GRAPH, {"low": engine.low, "top": engine.top}, "top")
+    return taken.unrolled(steps, accumulate, clip)["value"]
 
 
-def by_difference(engine: Any, make: Callable[[Any], Any]) -> Tensor:
-    """Central differences of the outer loss over whole first windows, taken anew.
+def by_difference(engine: Any, make: Callable[[Any], Any]) -> Derivative:
+    """The outer loss's slope over whole first windows, taken anew, by differences.
 
     At the buffers and on the batch of ``engine``: a hypergradient doesn't count how BatchNorm's
     running statistics came about.
     """
-    shift, slopes = 1e-5, []
-    evaluation = copy.deepcopy(engine.low.module).eval()
-    for index in range(WEIGHTS):
-        losses = []
-        for sign in (1.0, -1.0):
-            again = make({"method": "identity"})
-            with torch.no_grad():
-                again.top.module.scales[index] += sign * shift
-            run(again, 1)
-            weights = {n: p.detach() for n, p in again.low.module.named_parameters()}
-            losses.append(upper_loss(_call(evaluation, weights), engine.top.cur_batch))
-        slopes.append((losses[0] - losses[1]) / (2.0 * shift))
-    return torch.stack(slopes).detach()
 
+    def loss(shift: Tensor) -> Tensor:
+        again = make({"method": "identity"})
+        with torch.no_grad():
+            again.top.module.value += shift
+        run(again, 1)
+        low = Network(engine.low.module, programs.parameters(again.low.module))
+        return upper_loss(low.evaluated, engine.top.cur_batch)
 
-def _call(module: nn.Module, weights: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    buffers = {n: b.clone() for n, b in module.named_buffers()}
-    return lambda x: functional_call(module, {**weights, **buffers}, (x,))
+    return gradient(loss, torch.zeros(WEIGHTS), 1e-3)
 
 
 def run(engine: Any, uppers: int) -> Tensor:
-    """The ``uppers``-th gradient of the top level; keeps its weights before that step."""
+    """The ``uppers``-th gradient of the top level."""
     torch.manual_seed(uppers)  # programs that are compared see the same draws
     while len(engine.top.gradients) < uppers:
-        engine.scales_before = engine.top.module.scales.detach().clone()
         engine.iterate()
-    return engine.top.gradients[-1]
+    return engine.top.gradient
 
 
-def distance(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+EPS = 1e-3
+"""Of the optimizers that divide by a gradient's size.
 
+A bias before BatchNorm has a gradient of nothing but rounding, some u = 1e-16 of the terms that
+cancel in it, and what comes of ``g / (|g| + eps)`` then differs from one processor's kernels to
+another's by ``u / eps``: 1e-6 at Adagrad's default of 1e-10, 1e-8 at Adam's, and a difference over
+a step of 1e-5 sees that 1e5 times larger. At 1e-3 it is 1e-13."""
 
 OPTIMIZERS: dict[str, Optimizers] = {
     "sgd": sgd(weight_decay=1e-2),
     "sgd momentum": sgd(momentum=0.9),
     "sgd nesterov": sgd(momentum=0.9, nesterov=True),
     "sgd dampening": sgd(momentum=0.9, dampening=0.3),
-    "adam": lambda p: torch.optim.Adam(p, 0.05, betas=(0.5, 0.9), weight_decay=1e-2),
-    "adamw": lambda p: torch.optim.AdamW(p, 0.05, weight_decay=0.1),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.05, momentum=0.9, weight_decay=1e-2),
-    "adagrad": lambda p: torch.optim.Adagrad(p, 0.1, lr_decay=0.1),
+    "adam": lambda p: torch.optim.Adam(p, 0.05, betas=(0.5, 0.9), eps=EPS, weight_decay=1e-2),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.05, eps=EPS, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.05, eps=EPS, momentum=0.9, weight_decay=1e-2),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 0.1, lr_decay=0.1, eps=EPS),
 }
 NOT_BY_TORCH: dict[str, Optimizers] = {
-    "adam amsgrad": lambda p: torch.optim.Adam(p, 0.05, betas=(0.5, 0.2), amsgrad=True),
-    "rmsprop centred": lambda p: torch.optim.RMSprop(p, 0.05, alpha=0.9, centered=True),
+    "adam amsgrad": lambda p: torch.optim.Adam(p, 0.05, (0.5, 0.2), EPS, amsgrad=True),
+    "rmsprop centred": lambda p: torch.optim.RMSprop(p, 0.05, 0.9, EPS, centered=True),
 }

@@ -21,13 +21,12 @@ from typing import Any, Literal
 import torch
 
 from mlseg import config
-from mlseg.checkpoint import one_line
 from mlseg.comparison import measuring
 from mlseg.comparison.settings import DTYPES, Comparison, parse
+from mlseg.comparison.tasks.base import Conditions
 from mlseg.engines.interruption import Interrupted, Interruption
-from mlseg.engines.recording import write_json
-from mlseg.errors import RunError
-from mlseg.problems.tasks.base import Conditions
+from mlseg.errors import RunError, one_line
+from mlseg.files import write_json
 
 Figures = dict[str, Any]
 FAILED = "failed"
@@ -217,7 +216,7 @@ def _start_worker(text: str, threads: int) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    from mlseg import yaml12
+    from mlseg.config import yaml12
 
     values, _ = yaml12.read(text, "config")
     _worker = parse(config.Tree(values))

@@ -11,7 +11,7 @@ from mlseg.comparison.cells import Figures
 from mlseg.comparison.phases import Measured, Results, Spread, of, spread
 from mlseg.comparison.settings import Comparison
 from mlseg.comparison.tables import MIB, score_name
-from mlseg.engines.recording import writing
+from mlseg.files import writing
 
 _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _MARKERS = "osD^vP*X<>hpd8"

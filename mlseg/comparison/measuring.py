@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mlseg.comparison import memory
-from mlseg.engines.recording import read_scalars
-from mlseg.problems.tasks.base import (
+from mlseg.comparison.tasks.base import (
     Aim,
     Conditions,
     Program,
@@ -24,6 +23,7 @@ from mlseg.problems.tasks.base import (
     aim_of,
     default_dtype,
 )
+from mlseg.engines.recording import read_scalars
 from mlseg.randomness import replayed, seed_everything
 
 Figures = dict[str, Any]

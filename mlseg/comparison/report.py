@@ -13,7 +13,7 @@ from mlseg.comparison import tables
 from mlseg.comparison.cells import Cell, Figures
 from mlseg.comparison.phases import Results, row
 from mlseg.comparison.settings import Comparison
-from mlseg.engines.recording import write_json, write_text
+from mlseg.files import write_json, write_text
 
 _IMPLICIT = """\
 The exact hypergradient of this task is the **implicit** one: the derivative of the upper loss at

@@ -14,9 +14,7 @@ A task or method that is set to null is left out, as on a command line: ``method
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -26,13 +24,13 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mlseg import config
-from mlseg.checkpoint import one_line
+from mlseg.comparison.tasks.base import Task, TaskSettings, load_task
 from mlseg.config import Settings
-from mlseg.config_errors import explain, quoted
-from mlseg.engines.settings import choose_device
+from mlseg.config.explaining import explain, quoted
+from mlseg.config.registry import run_imports
 from mlseg.errors import UserError
 from mlseg.hypergradients import Method, resolve
-from mlseg.problems.tasks.base import Task, TaskSettings, load_task
+from mlseg.machine import choose_device
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 Seeds = Annotated[list[NonNegativeInt], Field(min_length=1)]
@@ -80,10 +78,11 @@ class CompareSettings(Settings):
         tasks: by label; a mapping of ``name`` (the label by default) and that task's settings.
         methods: by label; a mapping of ``method`` (the label by default) and its settings, where a
             list of values makes one method of each.
-        imports: modules to import first, which register methods of the user's own.
+        imports: modules to import first, which register tasks and methods of the user's own.
         seeds: of every draw, one cell for each.
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
-        threads: of each process; more than one may change the last digits.
+        threads: of each process; the command also takes ``auto``: what the environment says, or 1.
+            More than one may change the last digits.
         accuracy: None skips the phase.
         training: None skips the phase.
     """
@@ -142,9 +141,8 @@ def parse(tree: config.Tree) -> Comparison:
     Raises:
         UserError: a key, task, method or setting is unknown or wrong.
     """
+    run_imports(tree)
     settings = config.parse(CompareSettings, tree)
-    for position, module in enumerate(settings.imports):
-        _import(module, ("imports", position), tree)
     tasks = {
         label: _task(label, values, tree)
         for label, values in settings.tasks.items()
@@ -175,15 +173,6 @@ def parse(tree: config.Tree) -> Comparison:
         trained = tuple(dict.fromkeys(wanted))
     device = str(choose_device(settings.device))
     return Comparison(settings, tasks, methods, groups, trained, device)
-
-
-def _import(module: str, path: tuple[str | int, ...], tree: config.Tree) -> None:
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a user's module beside the config, as with python -m
-    try:
-        importlib.import_module(module)
-    except (ImportError, ValueError) as error:
-        raise tree.error(path, f"can't import {module!r} ({one_line(error)})") from error
 
 
 def _task(label: str, values: Mapping[str, Any], tree: config.Tree) -> tuple[Task, TaskSettings]:

@@ -1,59 +1,58 @@
-"""Hypergradient methods: a file each, one registry.
+"""Hypergradient methods: a file each in ``methods/``, one registry.
 
-``register`` makes a method known by name, ``resolve`` finds it. ``Method`` is what to derive from,
-or one of its kinds: ``OneStep`` and ``Scaled`` (one step of descent), ``Implicit`` (a linear
-system). :mod:`mlseg.hypergradients.base` says what a method is given.
+``register`` makes a method known by name, ``resolve`` finds it, ``names`` lists all. ``Method`` is
+what to derive from, or one of its kinds: ``OneStep`` and ``Scaled`` (one step of descent),
+``Implicit`` (a linear system). :mod:`mlseg.hypergradients.base` says what a method is given.
+
+A method's class is an attribute of this module as well, found when it is asked for:
+``mlseg.hypergradients.ConjugateGradients``.
 """
 
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Interface, Method, Vector
-from mlseg.hypergradients.cg import ConjugateGradients
-from mlseg.hypergradients.evolution import Evolution
-from mlseg.hypergradients.exact import Exact
-from mlseg.hypergradients.finite_difference import FiniteDifference
-from mlseg.hypergradients.fixed_point import FixedPoint
-from mlseg.hypergradients.forward import Forward
-from mlseg.hypergradients.identity import Identity
-from mlseg.hypergradients.implicit import Hessian, Implicit, Krylov
-from mlseg.hypergradients.minres import MinimalResidual
-from mlseg.hypergradients.neumann import Neumann
-from mlseg.hypergradients.nystrom import Nystrom
+from typing import Any
+
+import mlseg._betty  # noqa: F401, its version is checked before anything is built on it
+from mlseg.hypergradients.base import (
+    Cotangents,
+    Diagnostics,
+    Hop,
+    Interface,
+    Level,
+    Method,
+    Stepping,
+    Vector,
+)
+from mlseg.hypergradients.implicit import Implicit, Krylov, System
 from mlseg.hypergradients.one_step import OneStep, Scaled
-from mlseg.hypergradients.penalty import Penalty
-from mlseg.hypergradients.registry import names, register, resolve
-from mlseg.hypergradients.sama import Sama
-from mlseg.hypergradients.stochastic import Stochastic
+from mlseg.hypergradients.registry import classes, names, register, resolve
+from mlseg.hypergradients.substitution import pointed_at
 from mlseg.hypergradients.trajectory import Keeps, Trajectory
-from mlseg.hypergradients.unrolled import Unrolled
 
 __all__ = [
-    "ConjugateGradients",
     "Cotangents",
     "Diagnostics",
-    "Evolution",
-    "Exact",
-    "FiniteDifference",
-    "FixedPoint",
-    "Forward",
-    "Hessian",
     "Hop",
-    "Identity",
     "Implicit",
     "Interface",
     "Keeps",
     "Krylov",
+    "Level",
     "Method",
-    "MinimalResidual",
-    "Neumann",
-    "Nystrom",
     "OneStep",
-    "Penalty",
-    "Sama",
     "Scaled",
-    "Stochastic",
+    "Stepping",
+    "System",
     "Trajectory",
-    "Unrolled",
     "Vector",
     "names",
+    "pointed_at",
     "register",
     "resolve",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("_"):
+        for cls in classes().values():
+            if cls.__name__ == name:
+                return cls
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

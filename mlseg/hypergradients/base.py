@@ -21,22 +21,21 @@ the hop is that of the present point.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import SerializerFunctionWrapHandler, model_serializer
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlseg.config import Settings
 from mlseg.hypergradients.diagnostics import Seconds
-from mlseg.hypergradients.trajectory import Keeps
-from mlseg.randomness import RandomState
-
-if TYPE_CHECKING:
-    from mlseg.problems.base import Problem
+from mlseg.hypergradients.substitution import pointed_at
+from mlseg.hypergradients.trajectory import Keeps, Trajectory
+from mlseg.hypergradients.vectors import filled
+from mlseg.randomness import RandomState, derived
 
 Vector = list[Tensor]
 """A vector in parameter space, one tensor per parameter."""
@@ -46,6 +45,17 @@ Cotangents = Sequence[Tensor | None]
 
 Diagnostics = dict[str, Any]
 """Figures of one hop: numbers, or scalars on the device, which nothing reads before the log."""
+
+BestResponse = Literal[
+    "one step of the optimizer",
+    "the last steps, as they were taken",
+    "the minimiser",
+    "the fixed point of the optimizer's map",
+]
+
+Point = Literal["after_step", "before_step"]
+"""Weights at which a level's loss is evaluated again: those it has now, or those that its last
+step started from."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +80,125 @@ class Interface:
     rest: Callable[[], Tensor] | None
 
 
+@dataclass(frozen=True)
+class Stepping:
+    """How a level takes a step.
+
+    Attributes:
+        optimizer: whose step it is.
+        clip: largest norm that the gradient is scaled down to; 0 for no clipping.
+        batches: accumulated for one step.
+        hooks: which of ``grad_callback``, ``param_callback`` and ``custom_optimizer_step`` the
+            level has: where it changes its steps by code of its own.
+        below: whether levels below add their hypergradients to its gradient.
+        learning_rates: gives the rate of each parameter group as a scalar with the graph behind
+            it; None where they don't depend on other problems.
+    """
+
+    optimizer: torch.optim.Optimizer
+    clip: float
+    batches: int
+    hooks: frozenset[str]
+    below: bool
+    learning_rates: Callable[[], Sequence[Tensor] | None]
+
+    @property
+    def changes_its_gradient(self) -> bool:
+        """Whether a step goes along anything but the gradient of one batch's loss."""
+        return self.batches > 1 or self.below or "grad_callback" in self.hooks
+
+
+class Again(Protocol):
+    """A level's loss, evaluated again in full precision.
+
+    Mixed precision is off: the differences that a method takes drown in bfloat16's rounding.
+    """
+
+    def untraced(self) -> AbstractContextManager[None]:
+        """A block whose evaluations leave no trace in buffers, random streams and by-products."""
+
+    def rewind(self, random_state: RandomState | None = None) -> None:
+        """Within :meth:`untraced`: buffers as they were; generators as given, or as at the start
+        of the last step."""
+
+    def last_loss(self) -> Tensor:
+        """Rewind, then the loss of the (last) batch of the last finished step."""
+
+    def loss(self, batch: Any, random_state: RandomState | None) -> Tensor:
+        """Rewind to ``random_state``, then the loss of ``batch``."""
+
+    def fresh_loss(self) -> Tensor:
+        """The loss of a batch in a stream apart from training's, with draws of its own."""
+
+    def modules(self) -> list[nn.Module]:
+        """Those of all problems, which the loss may compute with; the level's own first."""
+
+
+class Source(Protocol):
+    """A problem whose parameters enter a level's loss."""
+
+    @property
+    def name(self) -> str:
+        """As in its engine."""
+
+    def trainable_parameters(self) -> Vector:
+        """What a hop's gradient is with respect to."""
+
+
+class Level(Protocol):
+    """All that a method may ask of a level; :class:`mlseg.Problem` is one.
+
+    Attributes:
+        trajectory: the last steps, as far as the method keeps them.
+        interface: the tensors through which other problems entered the last step's loss, where
+            the level declares any; a hop uses it up.
+        hop_memory: what methods keep from one hop to the next, by the upper level's name.
+    """
+
+    trajectory: Trajectory
+    interface: Interface | None
+    hop_memory: dict[str, dict[str, Tensor]]
+
+    @property
+    def name(self) -> str:
+        """As in its engine; for messages."""
+
+    @property
+    def count(self) -> int:
+        """Batches taken so far."""
+
+    @property
+    def unroll_steps(self) -> int:
+        """Own steps per step of the level above."""
+
+    @property
+    def precision(self) -> str:
+        """Of its training steps: ``fp32`` or ``bf16``."""
+
+    @property
+    def stepping(self) -> Stepping:
+        """How it steps."""
+
+    @property
+    def again(self) -> Again:
+        """Its loss, evaluated again without a trace."""
+
+    def trainable_parameters(self) -> Vector:
+        """Those that its steps move."""
+
+    def meta_trainable_parameters(self) -> Vector:
+        """Those by which upper losses are differentiated: all the trainable ones, or some."""
+
+    def sources(self) -> Sequence[Source]:
+        """The problems to which a hypergradient goes on from here, on any path."""
+
+
 class Hop:
     """One reverse hop, from a level to the problems that its last step's loss depended on.
 
     Args:
-        level: the problem whose best response is differentiated.
-        sources: the problems whose parameters enter its loss, each a ``Problem`` of any kind.
+        level: whose best response is differentiated.
+        sources: the problems whose parameters enter its loss.
         upper: name of the problem whose gradient is carried; hops of different uppers over the same
             level keep separate memories.
 
@@ -88,7 +211,7 @@ class Hop:
             products, or both in one.
     """
 
-    def __init__(self, level: Problem, sources: Sequence[Problem], upper: str = "") -> None:
+    def __init__(self, level: Level, sources: Sequence[Source], upper: str = "") -> None:
         self.level = level
         self.sources = sources
         self.parameters: Vector = list(level.meta_trainable_parameters())
@@ -108,37 +231,78 @@ class Hop:
         self.level.interface = None
         return Hop(self.level, self.sources, self._upper)
 
-    @property
-    def memory(self) -> dict[str, Tensor]:
-        """What this hop's method keeps from one call to the next; saved with the run."""
-        return self.level.hop_memory.setdefault(self._upper, {})
+    # ------------------------------------------------------------------ evaluations
 
     @contextmanager
     def evaluation(self, whole: bool = False) -> Iterator[Callable[[], Tensor]]:
         """Give a function that evaluates the step's loss again, leaving no trace.
 
         Each call starts from the random state of the step and from the present buffers. The
-        generators and every buffer of every problem are put back at the end. Mixed precision is
-        off: the differences that a method takes drown in bfloat16's rounding.
+        generators and every buffer of every problem are put back at the end.
 
         Args:
             whole: the whole loss, for second derivatives by the level's own parameters; else the
                 part of it that depends on ``inputs`` is enough.
         """
-        interface, level = self._interface, self.level
+        interface, again = self._interface, self.level.again
 
         def loss() -> Tensor:
             self.evaluations += 1
-            level.restore_buffers()
             if interface is None:
-                level.restore_step_randomness()
-                return level.loss(level.step_batch)
-            level.restore_step_randomness(interface.random_state)
+                return again.last_loss()
+            again.rewind(interface.random_state)
             part = interface.loss(self.inputs)
             return part + interface.rest() if whole and interface.rest is not None else part
 
-        with level.revisiting():
+        with again.untraced():
             yield loss
+
+    def fresh_loss(self) -> Tensor:
+        """Within :meth:`evaluation`: the level's loss on a batch in a stream of its own."""
+        self.evaluations += 1
+        return self.level.again.fresh_loss()
+
+    def linearised(self, point: Point) -> AbstractContextManager[None]:
+        """A block in which the level has the weights of ``point``."""
+        if point == "after_step":
+            return nullcontext()
+        level = self.level
+        return pointed_at(level.trainable_parameters(), level.trajectory.steps[-1].weights)
+
+    def generator(self, seed: int, device: torch.device | str) -> torch.Generator:
+        """A generator on ``device`` for this hop's draws, which differ from step to step."""
+        name = f"{self.level.name}/{self.level.count}"
+        return torch.Generator(device).manual_seed(derived(seed, name))
+
+    # ----------------------------------------------------------------------- memory
+
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        """What this hop's method keeps from one call to the next; saved with the run."""
+        return self.level.hop_memory.setdefault(self._upper, {})
+
+    def remember(self, key: str, solution: Tensor) -> None:
+        """Keep a solution for :meth:`remembered`, but none with a NaN in it."""
+        self.memory[key] = torch.where(solution.isfinite().all(), solution, 0.0)
+
+    def remembered(self, key: str, like: Tensor) -> Tensor | None:
+        """The solution of the hop before; None if there is none of the shape of ``like``."""
+        known = self.memory.get(key)
+        return known if known is not None and known.shape == like.shape else None
+
+    # ---------------------------------------------------------------------- vectors
+
+    def spread(self, vector: Vector) -> Vector:
+        """A vector over ``parameters`` as one over all of the level's trainable ones."""
+        by_parameter = {id(p): v for p, v in zip(self.parameters, vector, strict=True)}
+        parameters = self.level.trainable_parameters()
+        return filled([by_parameter.get(id(p)) for p in parameters], parameters)
+
+    def gather(self, vector: Vector) -> Vector:
+        """The inverse of :meth:`spread`."""
+        parameters = self.level.trainable_parameters()
+        by_parameter = {id(p): v for p, v in zip(parameters, vector, strict=True)}
+        return [by_parameter[id(p)] for p in self.parameters]
 
     def pull_back(self, cotangents: Cotangents) -> list[Vector]:
         """Carry cotangents of ``inputs`` on to each source's trainable parameters.
@@ -161,10 +325,8 @@ class Hop:
             else:
                 grads = [None] * len(flat)
             self.level.interface = None
-        filled = iter(
-            torch.zeros_like(p) if g is None else g for p, g in zip(flat, grads, strict=True)
-        )
-        return [[next(filled) for _ in group] for group in self._source_parameters]
+        parts = iter(filled(grads, flat))
+        return [[next(parts) for _ in group] for group in self._source_parameters]
 
     def _flatten_sources(self) -> Vector:
         return [p for group in self._source_parameters for p in group]
@@ -193,6 +355,26 @@ class Method(Settings):
     """As in a config's ``method:``; ``register`` sets it."""
     through_interface: ClassVar[bool] = True
     """Whether a level's interface serves the method; else it sees the sources' own parameters."""
+
+    # What the tables of docs/how-to-choose.md say of the method, see mlseg.hypergradients.tables.
+    best_response: ClassVar[BestResponse] = "the minimiser"
+    """What it takes for the level's best response."""
+    situation: ClassVar[str] = ""
+    """When to take it."""
+    because: ClassVar[str] = ""
+    """Why then."""
+    cost: ClassVar[str] = ""
+    """Per hop, a formula such as ``1 E + (K + 1) H + 1 M``: ``E`` evaluations with a backward pass,
+    ``H`` Hessian-vector products, ``M`` mixed ones. ``T`` steps, ``n`` numbers in the sources,
+    ``N`` in the level; further letters are those of ``symbols``."""
+    symbols: ClassVar[Mapping[str, str]] = {}
+    """Settings by their letters in ``cost``."""
+    cost_note: ClassVar[str] = ""
+    """What the formula leaves out."""
+    memory: ClassVar[str] = ""
+    """Beside the graph of the loss; ``w`` is a copy of the level's weights."""
+    first_derivatives_alone: ClassVar[bool] = False
+    """Whether it takes no derivative of a gradient."""
 
     @model_serializer(mode="wrap")
     def _with_name(self, settings: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -223,11 +405,11 @@ class Method(Settings):
     def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         """``(dw*/d inputs)^T vector``, one tensor (or None for zero) per ``hop.inputs``."""
 
-    def keeps(self, level: Problem) -> Keeps:
+    def keeps(self, level: Level) -> Keeps:
         """What ``level`` has to remember of its last steps for this method."""
         return Keeps()
 
-    def check(self, level: Problem) -> None:
+    def check(self, level: Level) -> None:
         """Refuse a level that the method can't differentiate, before any work.
 
         Raises:

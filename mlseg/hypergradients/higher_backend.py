@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import higher
 import torch
@@ -12,39 +13,36 @@ from higher.optim import DifferentiableOptimizer
 from torch import Tensor
 
 from mlseg.errors import UserError
-from mlseg.hypergradients.base import Cotangents, Vector
-from mlseg.hypergradients.optimizer_maps import COUNT
+from mlseg.hypergradients.base import Cotangents, Level, Vector
+from mlseg.hypergradients.optimizers import COUNT
 from mlseg.hypergradients.replay import Replay
 from mlseg.hypergradients.substitution import check_none_left, substituted
 from mlseg.hypergradients.trajectory import Step
-
-if TYPE_CHECKING:
-    from mlseg.problems.base import Problem
-
 
 _HOOKS = ("param_callback", "grad_callback", "custom_optimizer_step")
 """Where a level changes its steps, which ``higher`` knows nothing of."""
 
 
-def check_differentiable(level: Problem, wants_graphs: bool) -> None:
+def check_differentiable(level: Level, wants_graphs: bool) -> None:
     """Refuse a level that ``higher`` would differentiate wrongly, or not at all.
 
     Raises:
         UserError: with the mend.
     """
-    why = None
+    stepping, why = level.stepping, None
+    optimizer = stepping.optimizer
     if wants_graphs:
         why = "builds graphs of its own: set store to weights"
-    elif type(level.optimizer) not in higher.optim._opt_mapping:
+    elif type(optimizer) not in higher.optim._opt_mapping:
         known = sorted(cls.__name__ for cls in higher.optim._opt_mapping)
-        why = f"doesn't know {type(level.optimizer).__name__}, only {', '.join(known)}"
-    elif any(group.get("maximize") for group in level.optimizer.param_groups):
+        why = f"doesn't know {type(optimizer).__name__}, only {', '.join(known)}"
+    elif any(group.get("maximize") for group in optimizer.param_groups):
         why = "doesn't know maximize: set backend to mlseg"
-    elif level.gas > 1 or level.gradient_clipping:
+    elif stepping.batches > 1 or stepping.clip:
         why = "takes one batch a step, unclipped, here: set backend to mlseg"
-    elif changed := [hook for hook in _HOOKS if level.is_implemented(hook)]:
+    elif changed := [hook for hook in _HOOKS if hook in stepping.hooks]:
         why = f"takes its steps again without {changed[0]}: set backend to mlseg, or leave it out"
-    elif level.paths:
+    elif stepping.below:
         why = "serves levels without lower ones here: set backend to mlseg"
     if why is not None:
         raise UserError(f"problem {level.name!r}: the backend higher {why}")
@@ -59,10 +57,10 @@ def backward_through(replay: Replay, vector: Vector, fresh: bool) -> Cotangents:
     level = replay.level
     optimizer = _optimizer(replay, fresh)
     weights: Sequence[Tensor] = [w.clone().requires_grad_() for w in replay.steps[0].weights]
-    with level.revisiting():
+    with level.again.untraced():
         for step in replay.steps:
             (loss,) = replay.losses(step)
-            with substituted(level.all_modules(), replay.parameters, weights):
+            with substituted(level.again.modules(), replay.parameters, weights):
                 value = loss()
             left = torch.autograd.grad(
                 value, replay.parameters, retain_graph=True, allow_unused=True
@@ -72,7 +70,7 @@ def backward_through(replay: Replay, vector: Vector, fresh: bool) -> Cotangents:
             replay.hop.products += 1
     pairs = [
         (w, v)
-        for w, v in zip(weights, level.spread(vector), strict=True)
+        for w, v in zip(weights, replay.hop.spread(vector), strict=True)
         if w.requires_grad and w.grad_fn is not None
     ]
     if not pairs:
@@ -84,13 +82,13 @@ def backward_through(replay: Replay, vector: Vector, fresh: bool) -> Cotangents:
 def _optimizer(replay: Replay, fresh: bool) -> DifferentiableOptimizer:
     first = replay.steps[0]
     # A stand-in for the level's optimizer as it was at the first step.
-    before = copy.copy(replay.level.optimizer)
+    before = copy.copy(replay.stepping.optimizer)
     trainable = {id(p) for p in replay.parameters}
     before.param_groups = [
         {**group, "params": [p for p in group["params"] if id(p) in trainable]}
         for group in before.param_groups
     ]
-    before.state = {}
+    before.state = defaultdict(dict)
     if not fresh:
         for p, moments in zip(replay.parameters, first.moments, strict=True):
             if moments:
@@ -105,7 +103,7 @@ def _rates(replay: Replay, step: Step) -> dict[str, list[Any]]:
     """The step's learning rate per parameter group."""
     if replay.rates is not None:
         return {"lr": list(replay.rates)}
-    rates = [group["lr"] for group in replay.level.optimizer.param_groups]
+    rates = [group["lr"] for group in replay.stepping.optimizer.param_groups]
     for settings in step.groups:
         if settings is not None:
             rates[settings["index"]] = settings["lr"]

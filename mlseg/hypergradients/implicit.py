@@ -14,6 +14,10 @@ the end is another one.
 Parameters that the loss doesn't use, or that the optimizer doesn't hold, don't respond, and have no
 part in the system.
 
+Solvers are functions of an operator and a vector that know nothing of a level:
+``solver(operator, v, *, settings) -> (solution, diagnostics)``, each in its method's file. What
+belongs to the level is wrapped around them here: the point of linearisation, damping, warm start.
+
 Source: Bengio: Gradient-based optimization of hyperparameters, Neural Computation 12, 2000;
 Lorraine, Vicol, Duvenaud: Optimizing millions of hyperparameters by implicit differentiation,
 AISTATS 2020.
@@ -23,38 +27,38 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Method, Vector
-from mlseg.hypergradients.second_order import pull_through
+from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Level, Method, Point, Vector
+from mlseg.hypergradients.optimizers import objective
+from mlseg.hypergradients.second_order.products import pull_through
 from mlseg.hypergradients.trajectory import Keeps
-from mlseg.hypergradients.update_rules import objective
 from mlseg.hypergradients.vectors import filled, flatten, unflatten
 
-if TYPE_CHECKING:
-    from mlseg.problems.base import Problem
+Operator = Callable[[Tensor], Tensor]
+"""A symmetric linear map of flat vectors, (n,) to (n,)."""
+Solution = tuple[Tensor, Diagnostics]
+"""What a solver gives: ``x``, and how it went (``residual``, ``iterations``, ``diverged``, ...)."""
 
 
 class Hessian:
-    """Products with the (damped) Hessian of a level's objective, from one graph of its gradient.
+    """Products with the Hessian of a level's objective, from one graph of its gradient.
 
     Vectors are flat: the parameters that respond, in a row.
 
     Args:
         loss: the whole loss, with its graph.
         hop: whose level it is the loss of.
-        damping: added to the diagonal.
     """
 
-    def __init__(self, loss: Tensor, hop: Hop, damping: float = 0.0) -> None:
+    def __init__(self, loss: Tensor, hop: Hop) -> None:
         self.hop = hop
-        self.damping = damping
         gradient = torch.autograd.grad(loss, hop.parameters, create_graph=True, allow_unused=True)
-        signs, decays = objective(hop.parameters, hop.level.optimizer)
+        signs, decays = objective(hop.parameters, hop.level.stepping.optimizer)
         self._respond = [
             g is not None and g.requires_grad and sign != 0
             for g, sign in zip(gradient, signs, strict=True)
@@ -70,18 +74,13 @@ class Hessian:
         if any(isinstance(decays[i], Tensor) or decays[i] for i in chosen):
             self._decay = flatten([torch.zeros_like(hop.parameters[i]) + decays[i] for i in chosen])
 
-    @property
-    def size(self) -> int:
-        """Parameters that respond."""
-        return sum(p.numel() for p in self.parameters)
-
     def restrict(self, vector: Vector) -> Tensor:
         """A vector over all of the hop's parameters, as a flat one over those that respond."""
         kept = [v for v, responds in zip(vector, self._respond, strict=True) if responds]
         return flatten(kept) if kept else torch.zeros(0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``(H + damping I) x``."""
+        """``H x``."""
         self.hop.products += 1
         product = pull_through(
             self.gradient, unflatten(x, self.parameters), self.parameters, retain_graph=True
@@ -89,7 +88,7 @@ class Hessian:
         result = flatten(filled(product, self.parameters))
         if self._decay is not None:
             result += self._decay * x
-        return result.add_(x, alpha=self.damping) if self.damping else result
+        return result
 
     def mixed(self, x: Tensor) -> Cotangents:
         """``(d2l / d(inputs) dw) x``; the last product, which frees the graph."""
@@ -97,8 +96,37 @@ class Hessian:
         return pull_through(self.gradient, unflatten(x, self.parameters), self.hop.inputs)
 
 
+class System:
+    """The linear system of a hop; as a function of ``x``, its left side ``(H + damping I) x``.
+
+    Args:
+        hessian: ``H``.
+        damping: added to its diagonal.
+        start: the last hop's solution, for a warm start; None: from zero.
+
+    Attributes:
+        hop: whose system it is.
+    """
+
+    def __init__(self, hessian: Hessian, damping: float = 0.0, start: Tensor | None = None) -> None:
+        self.hessian, self.damping, self.start = hessian, damping, start
+        self.hop = hessian.hop
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(H + damping I) x``."""
+        result = self.hessian(x)
+        return result.add_(x, alpha=self.damping) if self.damping else result
+
+    def on_fresh_batch(self) -> System:
+        """The same system with the Hessian on a batch of its own."""
+        return System(Hessian(self.hop.fresh_loss(), self.hop), self.damping)
+
+
 class Implicit(Method):
     """A hop over the level's minimiser. Subclass it and write :meth:`solve`.
+
+    A subclass with a setting ``warm_start`` finds the last hop's solution in ``system.start`` where
+    that is set.
 
     Attributes:
         linearise: the weights at which the loss is evaluated again: ``after_step``, those the level
@@ -107,29 +135,36 @@ class Implicit(Method):
             little curvature, at the price of a bias.
     """
 
-    linearise: Literal["after_step", "before_step"] = "after_step"
+    linearise: Point = "after_step"
     damping: NonNegativeFloat = 0.0
 
-    def keeps(self, level: Problem) -> Keeps:
+    best_response: ClassVar = "the minimiser"
+
+    def keeps(self, level: Level) -> Keeps:
         """The weights before the last step, to linearise there."""
         return Keeps(steps=int(self.linearise == "before_step"))
 
     def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         """Solve, then minus the mixed product of the solution."""
-        with hop.level.linearised(self.linearise), hop.evaluation(whole=True) as loss:
-            hessian = Hessian(loss(), hop, self.damping)
+        warm = getattr(self, "warm_start", False)
+        with hop.linearised(self.linearise), hop.evaluation(whole=True) as loss:
+            hessian = Hessian(loss(), hop)
             if not hessian.parameters:
                 return [None] * len(hop.inputs), {}
-            solution, diagnostics = self.solve(hessian, hessian.restrict(vector))
+            v = hessian.restrict(vector)
+            start = hop.remembered(self.name, v) if warm else None
+            solution, diagnostics = self.solve(System(hessian, self.damping, start), v)
+            if warm:
+                hop.remember(self.name, solution)
             product = hessian.mixed(solution)
         return [None if q is None else q.neg() for q in product], diagnostics
 
     @abstractmethod
-    def solve(self, hessian: Hessian, v: Tensor) -> tuple[Tensor, Diagnostics]:
-        """``x`` with ``hessian(x) = v``, as nearly as the settings ask.
+    def solve(self, system: System, v: Tensor) -> Solution:
+        """``x`` with ``system(x) = v``, as nearly as the settings ask.
 
         Args:
-            hessian: the damped Hessian, as a function of flat vectors.
+            system: the damped Hessian, as a function of flat vectors.
             v: (n,) the incoming vector.
         """
 
@@ -157,19 +192,8 @@ def finished(active: Tensor) -> bool:
     return active.device.type == "cpu" and not bool(active)
 
 
-def remember(hop: Hop, key: str, solution: Tensor) -> None:
-    """Keep a solution for :func:`remembered`, but none with a NaN in it."""
-    hop.memory[key] = torch.where(solution.isfinite().all(), solution, 0.0)
-
-
-def remembered(hop: Hop, key: str, like: Tensor, wanted: bool) -> Tensor | None:
-    """The solution of the hop before, for a warm start; None if there is none that fits."""
-    known = hop.memory.get(key) if wanted else None
-    return known if known is not None and known.shape == like.shape else None
-
-
-def largest_eigenvalue(hessian: Callable[[Tensor], Tensor], v: Tensor, iterations: int) -> Tensor:
-    """The Hessian's eigenvalue of largest modulus, from below, by power iteration.
+def largest_eigenvalue(operator: Operator, v: Tensor, iterations: int) -> Tensor:
+    """The operator's eigenvalue of largest modulus, from below, by power iteration.
 
     It starts from ``v``, where the solution lies, plus as much of a fixed random vector, so that no
     eigenvector is missed.
@@ -180,6 +204,6 @@ def largest_eigenvalue(hessian: Callable[[Tensor], Tensor], v: Tensor, iteration
     x = v / v.norm().clamp_min(smallest) + noise / noise.norm()
     size = x.norm()
     for _ in range(iterations):
-        x = hessian(x / size.clamp_min(smallest))
+        x = operator(x / size.clamp_min(smallest))
         size = x.norm()
     return size

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, Literal
 
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Method, Vector
+from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Level, Method, Point, Vector
+from mlseg.hypergradients.optimizers import check_known, objective, one_step_scale
 from mlseg.hypergradients.trajectory import Keeps
-from mlseg.hypergradients.update_rules import check_known, objective, one_step_scale
-
-if TYPE_CHECKING:
-    from mlseg.problems.base import Problem
 
 
 class OneStep(Method):
@@ -24,16 +21,18 @@ class OneStep(Method):
             for one step; one copy of the weights).
     """
 
-    linearise: Literal["after_step", "before_step"] = "after_step"
+    linearise: Point = "after_step"
 
-    def keeps(self, level: Problem) -> Keeps:
+    best_response: ClassVar = "one step of the optimizer"
+
+    def keeps(self, level: Level) -> Keeps:
         """The weights before the last step, to linearise there."""
         return Keeps(steps=int(self.linearise == "before_step"))
 
     def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         """Minus the mixed product of the scaled vector."""
         scaled = self.scaled(vector, hop)
-        with hop.level.linearised(self.linearise):
+        with hop.linearised(self.linearise):
             product, diagnostics = self.mixed_product(scaled, hop)
         return [None if q is None else q.neg() for q in product], diagnostics
 
@@ -60,16 +59,17 @@ class Scaled(OneStep):
 
     scale: Literal["learning_rate", "optimizer", "none"] = "learning_rate"
 
-    def check(self, level: Problem) -> None:
+    def check(self, level: Level) -> None:
         """Refuse an optimizer whose scale isn't known."""
         if self.scale == "optimizer":
-            check_known(level.optimizer)
+            check_known(level.stepping.optimizer)
 
     def scaled(self, vector: Vector, hop: Hop) -> Vector:
         """``P vector``."""
+        optimizer = hop.level.stepping.optimizer
         if self.scale == "none":
-            signs, _ = objective(hop.parameters, hop.level.optimizer)
+            signs, _ = objective(hop.parameters, optimizer)
             return [v if sign else v * 0.0 for v, sign in zip(vector, signs, strict=True)]
         return one_step_scale(
-            vector, hop.parameters, hop.level.optimizer, preconditioned=self.scale == "optimizer"
+            vector, hop.parameters, optimizer, preconditioned=self.scale == "optimizer"
         )

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from mlseg.hypergradients.base import Hop
-from mlseg.hypergradients.optimizer_maps import Moments, StepMap, rule_of
+from mlseg.hypergradients.optimizers import Moments, optimizer_of
+from mlseg.hypergradients.optimizers.step_map import StepMap
+from mlseg.hypergradients.substitution import pointed_at
 from mlseg.hypergradients.trajectory import Step
 from mlseg.hypergradients.vectors import accumulate
-
-if TYPE_CHECKING:
-    from mlseg.problems.base import Problem
-
-
-def gradient_is_changed(level: Problem) -> bool:
-    """Whether a level steps along anything but the gradient of one batch's loss."""
-    return level.gas > 1 or bool(level.paths) or level.is_implemented("grad_callback")
 
 
 class Replay:
@@ -38,20 +31,20 @@ class Replay:
     Attributes:
         steps: oldest first.
         parameters: the level's trainable ones.
+        rates: its learning rates, where they depend on the sources.
     """
 
     def __init__(self, hop: Hop, count: int) -> None:
         self.hop, self.level = hop, hop.level
+        self.stepping = self.level.stepping
         self.steps = list(self.level.trajectory.steps)[-count:]
         self.parameters = self.level.trainable_parameters()
         with torch.enable_grad():
-            self.rates = self.level.learning_rates()
+            self.rates = self.stepping.learning_rates()
 
-    @contextmanager
-    def at(self, weights: list[Tensor]) -> Iterator[None]:
-        """Within this block the level has these weights."""
-        with self.level.at_weights(weights):
-            yield
+    def at(self, weights: list[Tensor]) -> AbstractContextManager[None]:
+        """A block in which the level has these weights."""
+        return pointed_at(self.parameters, weights)
 
     def losses(self, step: Step) -> list[Callable[[], Tensor]]:
         """The step's losses, one per accumulated batch, divided by their number."""
@@ -61,9 +54,7 @@ class Replay:
 
             def loss() -> Tensor:
                 self.hop.evaluations += 1
-                self.level.restore_buffers()
-                self.level.restore_step_randomness(random_state)
-                return self.level.loss(batch) / len(step.seen)
+                return self.level.again.loss(batch, random_state) / len(step.seen)
 
             return loss
 
@@ -73,8 +64,7 @@ class Replay:
         """The step's loss's gradient at the level's present weights, without a graph."""
         total: list[Tensor | None] = [None] * len(self.parameters)
         for loss in self.losses(step):
-            found = torch.autograd.grad(loss(), self.parameters, allow_unused=True)
-            accumulate(total, found)
+            accumulate(total, torch.autograd.grad(loss(), self.parameters, allow_unused=True))
         return total
 
     def map(
@@ -92,6 +82,5 @@ class Replay:
                 groups=step.groups,
                 stepped=step.stepped,
             )
-        return StepMap(
-            rule_of(self.level), step, gradients, self.level.gradient_clipping, self.rates
-        )
+        rule = optimizer_of(self.level)
+        return StepMap(rule, step, gradients, self.stepping.clip, self.rates)

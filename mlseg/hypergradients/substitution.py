@@ -1,4 +1,4 @@
-"""Other tensors in the place of a module's parameters, for a while."""
+"""Other values, or other tensors, in the place of parameters, for a while."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from mlseg.errors import UserError
+
+
+@contextmanager
+def pointed_at(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """Within this block the parameters have these values.
+
+    They are pointed at other storage and back, so that they are afterwards bit for bit what they
+    were; adding and subtracting would leave rounding errors behind.
+    """
+    kept = [p.data for p in parameters]
+    try:
+        for p, value in zip(parameters, values, strict=True):
+            p.data = value
+        yield
+    finally:
+        for p, data in zip(parameters, kept, strict=True):
+            p.data = data
 
 
 @contextmanager

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from mlseg import checkpoint
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
+from mlseg.engines.hooks import Hooks
 from mlseg.engines.settings import EngineSettings, Stage
 from mlseg.errors import RunError, UserError
-from mlseg.problems.base import Problem
-from mlseg.problems.config import Config
+from mlseg.multilevel.config import Config
+from mlseg.multilevel.problem import Problem
 
 
 class Count(Problem):
@@ -183,9 +184,9 @@ def test_saved_where_and_when_it_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_read_without_running_code(tmp_path: Path) -> None:
-    tiny.build("e2eaug", {"gan.pretrain": 1, "engine.iterations": 1}, tmp_path).run()
+    tiny.build("supervised", {"engine.iterations": 1}, tmp_path).run()
     state = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
-    assert set(state["problems"]) == {"generator", "discriminator", "segmentor", "architecture"}
+    assert set(state["problems"]) == {"segmentor"}
     for problem in state["problems"].values():
         assert {"module", "optimizer", "count", "loaders"} <= problem.keys()
     assert {"torch", "numpy", "python"} <= state["random_state"].keys()
@@ -198,15 +199,19 @@ def test_a_checkpoint_is_read_without_running_code(tmp_path: Path) -> None:
 def test_stages_run_in_turn_each_with_its_own_problems(tmp_path: Path) -> None:
     a, b = count("a"), count("b")
     ended = []
-    stages = [
-        Stage("first", 2, [a], on_end=lambda: ended.append(a.module.weight.item())),
-        Stage("second", 3, [b]),
-    ]
-    made = engine([a, b], tmp_path, stages=stages, validation=lambda: {"score": 1.0})
+
+    class Ends(Hooks):
+        def stage_end(self, engine: Engine, stage: Stage) -> None:
+            ended.append((stage.name, a.module.weight.item()))
+
+    stages = [Stage("first", 2, [a]), Stage("second", 3, [b])]
+    made = engine(
+        [a, b], tmp_path, stages=stages, validation=lambda: {"score": 1.0}, hooks=[Ends()]
+    )
     assert made.total_iterations == 5
     made.run()
     assert (a.module.weight.item(), b.module.weight.item()) == (2.0, 3.0)
-    assert ended == [2.0]
+    assert ended == [("first", 2.0)]
     # Only the last stage is validated.
     assert events(tmp_path) == [
         ("stage_start", 0),
@@ -309,22 +314,32 @@ def test_nan_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_infinity_counts_as_nan(tmp_path: Path) -> None:
-    class Infinite(Count):
-        def training_step(self, batch: Any) -> Tensor:
-            return self.module.weight.sum() + float("inf")
+class Infinite(Count):
+    def training_step(self, batch: Any) -> Tensor:
+        return self.module.weight.sum() + float("inf")
 
+
+def infinite() -> Infinite:
     module = nn.Linear(1, 1)
-    problem = Infinite("big", module, torch.optim.SGD(module.parameters(), 1.0), [()])
+    return Infinite("big", module, torch.optim.SGD(module.parameters(), 1.0), [()])
+
+
+def test_infinity_counts_as_nan() -> None:
     with pytest.raises(RunError, match="'big' is not finite at step 1"):
-        engine([problem], validate_every=0, log_every=1).run()
+        engine([infinite()], validate_every=0, log_every=1).run()
 
 
-def test_a_nan_in_pretraining_ends_before_the_next_stage(tmp_path: Path) -> None:
-    made = tiny.build("e2eaug", {"gan.pretrain_lr": 1e30, "engine.log_every": 100}, tmp_path)
-    with pytest.raises(RunError, match=r"'(generator|discriminator)'"):
-        made.run()
-    assert not (tmp_path / "checkpoints" / "gan.pt").exists()
+def test_a_nan_in_a_stage_ends_before_the_next() -> None:
+    """Although nothing was to be logged there."""
+    ended: list[str] = []
+    first = infinite()
+    stages = [
+        Stage("first", 2, [first], on_end=lambda: ended.append("first")),
+        Stage("second", 2, [first]),
+    ]
+    with pytest.raises(RunError, match="'big' is not finite at step 1"):
+        engine([first], stages=stages, validate_every=0, log_every=100).run()
+    assert not ended
 
 
 def test_a_nan_metric_ends_the_run(tmp_path: Path) -> None:

@@ -8,25 +8,25 @@ import betty.engine
 import betty.problems
 import pytest
 import torch
-import toys
-import updates
 from torch import Tensor, nn
 from torch.nn import functional
-from toys import GRAPHS, Level, Oracle
 
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings
 from mlseg.errors import UserError
-from mlseg.problems.base import Problem
-from mlseg.problems.config import Config
+from mlseg.multilevel.config import Config
+from mlseg.multilevel.problem import Problem
+from mlseg.testing import programs, updates
+from mlseg.testing.exact import Taken, distance
+from mlseg.testing.programs import GRAPHS, Graph, Recorded
 
 EXPECTED = {"identity": 1e-9, "finite_difference": 1e-5}
 """Relative error; the finite difference's is that of its step, epsilon = 1e-4."""
 STEP: dict[str, dict[str, Any]] = {"identity": {}, "finite_difference": {"epsilon": 1e-4}}
-UPPERS = [(graph, upper) for graph, made in GRAPHS.items() for upper in made.hops]
+UPPERS = [(graph, upper) for graph, made in GRAPHS.items() for upper in made.u2l]
 
 
-def levels_after(engine: Any, iterations: int) -> dict[str, Level]:
+def levels_after(engine: Any, iterations: int) -> dict[str, Recorded]:
     for _ in range(iterations):
         engine.iterate()
     return {level.name: level for level in engine.problems}
@@ -37,18 +37,18 @@ def levels_after(engine: Any, iterations: int) -> dict[str, Level]:
 @pytest.mark.parametrize(("graph", "upper"), UPPERS)
 def test_one_step_of_descent(graph: str, upper: str, method: str, point: str) -> None:
     spec = {"method": method, "linearise": f"{point}_step", **STEP[method]}
-    engine = toys.program(GRAPHS[graph], spec)
+    engine = programs.small(GRAPHS[graph], spec)
     levels = levels_after(engine, 2)
-    true = Oracle(GRAPHS[graph], levels, point)(upper)
-    assert toys.distance(levels[upper].gradient, true) < EXPECTED[method]
+    true = Taken(GRAPHS[graph], levels, upper).one_step(point)
+    assert distance(levels[upper].gradient, true) < EXPECTED[method]
 
 
 @pytest.mark.parametrize(("graph", "upper"), UPPERS)
 def test_the_truth_is_not_the_direct_gradient(graph: str, upper: str) -> None:
     """The hypergradient is a part of the gradient that the tests above could not overlook."""
-    levels = levels_after(toys.program(GRAPHS[graph]), 2)
-    direct = Oracle(toys.Graph(GRAPHS[graph].losses, {}, {}, {upper: {}}), levels)(upper)
-    assert toys.distance(direct, Oracle(GRAPHS[graph], levels)(upper)) > 1e-3
+    levels = levels_after(programs.small(GRAPHS[graph]), 2)
+    direct = Taken(Graph(GRAPHS[graph].losses, {}, {}), levels, upper).one_step()
+    assert distance(direct, Taken(GRAPHS[graph], levels, upper).one_step()) > 1e-3
 
 
 # ------------------------------------------------------------------------ optimizers' scale
@@ -77,14 +77,14 @@ def test_the_optimizers_own_step(name: str, steps: int) -> None:
     """``scale: optimizer`` is double backward through its update, second moments held fixed."""
     update, cls, settings = OPTIMIZERS[name]
     spec = {"method": "identity", "linearise": "before_step", "scale": "optimizer"}
-    engine = toys.program(
+    engine = programs.small(
         GRAPHS["two paths"],
         spec,
         lambda params: cls(params, lr=0.02, **settings),
     )
     levels = levels_after(engine, steps)
-    true = Oracle(GRAPHS["two paths"], levels, update=update)("top")
-    assert toys.distance(levels["top"].gradient, true) < 1e-9
+    true = Taken(GRAPHS["two paths"], levels, "top").one_step(update=update)
+    assert distance(levels["top"].gradient, true) < 1e-9
 
 
 def test_each_parameter_group_has_its_own_rate() -> None:
@@ -100,15 +100,17 @@ def test_each_parameter_group_has_its_own_rate() -> None:
 
     spec = {"method": "identity", "linearise": "before_step"}
     graph = GRAPHS["two paths"]
-    engine = toys.program(graph, spec, two_groups)
+    engine = programs.small(graph, spec, two_groups)
     levels = levels_after(engine, 2)
-    assert toys.distance(levels["top"].gradient, Oracle(graph, levels, update=update)("top")) < 1e-9
+    assert (
+        distance(levels["top"].gradient, Taken(graph, levels, "top").one_step(update=update)) < 1e-9
+    )
 
 
 def test_an_unknown_optimizer_is_named() -> None:
     spec = {"method": "identity", "scale": "optimizer"}
     with pytest.raises(UserError, match="not Adadelta; set the hypergradient's scale to"):
-        toys.program(GRAPHS["two levels"], spec, lambda p: torch.optim.Adadelta(p))
+        programs.small(GRAPHS["two levels"], spec, lambda p: torch.optim.Adadelta(p))
 
 
 def test_without_scale_a_hop_lacks_the_learning_rate() -> None:
@@ -116,12 +118,12 @@ def test_without_scale_a_hop_lacks_the_learning_rate() -> None:
     gradients = {}
     for scale in ("none", "learning_rate"):
         spec = {"method": "identity", "scale": scale}
-        engine = toys.program(GRAPHS["long path"], spec)
+        engine = programs.small(GRAPHS["long path"], spec)
         levels = levels_after(engine, 1)
         gradients[scale] = levels["top"].gradient
     rate = 0.05
-    scaled = [rate**2 * g for g in gradients["none"]]
-    assert toys.distance(scaled, gradients["learning_rate"]) < 1e-9
+    scaled = rate**2 * gradients["none"]
+    assert distance(scaled, gradients["learning_rate"]) < 1e-9
 
 
 # ------------------------------------------------------------------------- Betty's convention
@@ -168,7 +170,7 @@ def _betty_gradient(method: str, **settings: Any) -> list[Tensor]:
             config,
             module,
             torch.optim.SGD(module.parameters(), 0.1),
-            train_data_loader=toys.batches(seed),
+            train_data_loader=programs.batches(seed),
         )
     low, top = made.values()
     dependencies = {"u2l": {top: [low]}, "l2u": {low: [top]}}
@@ -187,7 +189,7 @@ def test_scale_none_is_bettys_darts(method: str) -> None:
 
     spec = {"method": method, "scale": "none"}
     low, top = (
-        cls(name, module, torch.optim.SGD(module.parameters(), 0.1), toys.batches(seed), config)
+        cls(name, module, torch.optim.SGD(module.parameters(), 0.1), programs.batches(seed), config)
         for seed, (name, cls, module, config) in enumerate(
             [
                 ("low", Low, Weight(0), Config(hypergradient=spec)),
@@ -199,4 +201,4 @@ def test_scale_none_is_bettys_darts(method: str) -> None:
         [low, top], EngineSettings(), u2l={top: [low]}, l2u={low: [top]}, device="cpu", quiet=True
     )
     engine.iterate()
-    assert toys.distance(top.gradient, _betty_gradient("darts", darts_alpha=1e-4)) < 1e-6
+    assert distance(top.gradient, _betty_gradient("darts", darts_alpha=1e-4)) < 1e-6

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-import toys
 from pairs import (
     BEFORE,
     EVOLUTION,
@@ -17,12 +16,10 @@ from pairs import (
     Signs,
     Top,
     close,
-    engine,
     line,
     mlp,
     one_step,
     pair,
-    sgd,
     values,
     weighted,
 )
@@ -30,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, spectral_norm
 
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 from mlseg.errors import UserError
-from mlseg.problems.base import Problem
-from mlseg.problems.config import Config
+from mlseg.testing import programs
+from mlseg.testing.programs import Graph, Level
 
 # ----------------------------------------------------------------- what the step stepped along
 
@@ -50,7 +47,7 @@ def test_the_optimizer_is_differentiated_at_the_changed_gradient(method: Any) ->
     assert close(top.gradient, truth, 1e-5)
 
 
-class Both(Problem):
+class Both(Level):
     """Depends on ``a``; ``b`` only decides when it steps."""
 
     before: list[Tensor]
@@ -70,16 +67,28 @@ class Both(Problem):
 def test_an_upper_that_steps_while_a_lower_accumulates(method: Any) -> None:
     """``a`` has taken one step of two batches and has begun the next one."""
     nets = {"a": mlp(), "b": line()}
-    data = toys.batches(1)
-    a = Low(
-        "a", nets["a"], sgd(nets["a"]), data, Config(hypergradient=method, gradient_accumulation=2)
+    data = programs.batches(1)
+    program: Any = programs.build(
+        Graph(
+            {
+                "a": lambda nets, batch: weighted(nets["a"], nets["top"], batch),
+                "b": lambda nets, batch: weighted(nets["b"], nets["top"], batch),
+                "top": lambda nets, batch: torch.zeros(()),
+            },
+            {"a": ["top"], "b": ["top"]},
+            {"top": ["a", "b"]},
+        ),
+        {**nets, "top": line()},
+        {"a": data, "b": programs.batches(3), "top": programs.batches(2)},
+        method,
+        programs.sgd(RATE),
+        kinds={"a": Low, "b": Low, "top": Both},
+        configs={
+            "a": {"gradient_accumulation": 2},
+            "b": {"hypergradient": "identity", "unroll_steps": 3},
+        },
     )
-    b = Low(
-        "b", nets["b"], sgd(nets["b"]), toys.batches(3), Config(type="identity", unroll_steps=3)
-    )
-    upper = line()
-    top: Any = Both("top", upper, sgd(upper), toys.batches(2))
-    program = engine([a, b], top)
+    a, top = program.a, program.top
     start = values(nets["a"])
     for _ in range(3):
         program.iterate()

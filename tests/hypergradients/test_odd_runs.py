@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import pytest
 import tiny
 import torch
-import toys
 from pairs import (
     EVOLUTION,
     GRAPHS,
@@ -29,10 +28,11 @@ from pairs import (
 )
 from torch import Tensor, nn
 
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 from mlseg.errors import UserError
 from mlseg.hypergradients import Identity, Interface, names, register
-from mlseg.problems.config import Config
+from mlseg.multilevel.config import Config
+from mlseg.testing import programs
 
 # --------------------------------------------------------------------------- numbers that run away
 
@@ -61,7 +61,7 @@ class Declared(Between):
 
 def test_bfloat16_does_not_round_the_gradients_by_an_interface() -> None:
     """A difference of gradients in bfloat16 would be 3.5 % off."""
-    data = [(x.float(), y.float()) for x, y in toys.batches(1)]
+    data = [(x.float(), y.float()) for x, y in programs.batches(1)]
     found = []
     for low, precision in ((Declared, "bf16"), (Between, "fp32")):
         _, top, program = pair(
@@ -118,7 +118,6 @@ def test_a_step_too_large_for_a_sharper_hessian_shrinks() -> None:
     low, top, program = still([1.0, 1.0, 1.0])
     program.iterate()
     low.set_train_data_loader([torch.full((3,), 6.0, dtype=torch.float64)])
-    low._fresh = type(low._fresh)("low", "cpu")
     for _ in range(20):
         program.iterate()
     assert close(top.gradient[:3], torch.full((3,), -1.0 / 6.0, dtype=torch.float64), 1e-3)
@@ -167,7 +166,7 @@ def test_a_nan_in_the_incoming_vector_arrives(method: str) -> None:
 
 def test_fresh_batches_of_a_loader_that_passes_once_are_refused() -> None:
     """They would be missing in training."""
-    _, _, program = pair("stochastic", loader=itertools.cycle(toys.batches(1)))
+    _, _, program = pair("stochastic", loader=itertools.cycle(programs.batches(1)))
     with pytest.raises(UserError, match="walked through only once"):
         program.iterate()
 
@@ -196,7 +195,7 @@ class ByName(Low):
 @pytest.mark.parametrize("kind", [Pair, Record])
 def test_batches_keep_their_classes(kind: Any) -> None:
     """Within whatever they are nested in; their tensors go to the problem's device."""
-    data = [{"pairs": (kind(*batch), [batch[0]]), "name": "one"} for batch in toys.batches(1)]
+    data = [{"pairs": (kind(*batch), [batch[0]]), "name": "one"} for batch in programs.batches(1)]
     low, _, program = pair("identity", low=ByName, loader=data)
     program.iterate()
     assert low.seen is kind

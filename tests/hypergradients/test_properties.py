@@ -6,19 +6,20 @@ from typing import Any
 import pytest
 import tiny
 import torch
-import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import FAMILIES, SHAPES, Program
 from torch import Tensor, nn
-from toys import GRAPHS
 
 from mlseg import checkpoint
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings
-from mlseg.hypergradients import Hop, names, resolve
-from mlseg.problems.base import Problem
-from mlseg.problems.config import Config
+from mlseg.hypergradients import Hop, System, names, resolve
+from mlseg.multilevel.config import Config
+from mlseg.multilevel.problem import Problem
+from mlseg.testing import programs
+from mlseg.testing.exact import distance
+from mlseg.testing.families import Settled
+from mlseg.testing.programs import GRAPHS
 
 QUICK: dict[str, dict[str, Any]] = {
     "penalty": {"strength": 1e4, "iterations": 20},
@@ -44,8 +45,8 @@ class Carried:
     """A hop of the convolutional program that can be taken over and over."""
 
     def __init__(self, method: str) -> None:
-        made = Program(FAMILIES["logistic"](), SHAPES["two levels"])
-        engine = made.engine(spec(method), torch.float64, made.stable_rate(), 2)
+        made = Settled("logistic", "two levels")
+        engine = made.engine(spec(method), steps=2)
         engine.iterate()
         engine.iterate()
         self.low, self.top = engine.low, engine.top
@@ -113,7 +114,7 @@ class Judge(Problem):
 def judged(low: Problem, top_net: Pair, iterations: int) -> Tensor:
     """The gradient of a :class:`Judge` above ``low``, by its first parameter alone."""
     top_net.last.requires_grad_(False)
-    top = Judge("top", top_net, torch.optim.SGD([top_net.first], 0.1), toys.batches(1))
+    top = Judge("top", top_net, torch.optim.SGD([top_net.first], 0.1), programs.batches(1))
     engine = Engine(
         [low, top],
         EngineSettings(tensorboard=False),
@@ -135,11 +136,11 @@ def test_the_order_of_parameters_makes_no_difference(method: str) -> None:
         # Nyström's random columns: all of them.
         made = Config(hypergradient=spec(method), unroll_steps=2)
         low = Fit(
-            "low", low_net, torch.optim.Adam(low_net.parameters(), 0.05), toys.batches(0), made
+            "low", low_net, torch.optim.Adam(low_net.parameters(), 0.05), programs.batches(0), made
         )
         found.append(judged(low, top_net, iterations=2))
     allowed = {"stochastic": 1e-2, "neumann": 1e-3}.get(method, LOOSE.get(method, 1e-7))
-    assert toys.distance([found[0]], [found[1]]) < allowed
+    assert distance(found[0], found[1]) < allowed
 
 
 # ------------------------------------------------------------------ solvers by themselves
@@ -148,10 +149,10 @@ def test_the_order_of_parameters_makes_no_difference(method: str) -> None:
 class Matrix:
     """A Hessian in full, in the place of a level's."""
 
+    hop = None
+
     def __init__(self, matrix: Tensor) -> None:
-        self.matrix, self.damping, self.size = matrix, 0.0, len(matrix)
-        self.hop = Hop.__new__(Hop)
-        self.hop.products = 0
+        self.matrix = matrix
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.matrix @ x
@@ -166,7 +167,7 @@ def symmetric(spectrum: list[float]) -> Tensor:
 
 def solve(method: str, matrix: Tensor, v: Tensor, **given: Any) -> tuple[Tensor, dict[str, Any]]:
     made: Any = resolve({"method": method, **given})
-    return made.solve(Matrix(matrix), v)
+    return made.solve(System(Matrix(matrix)), v)
 
 
 @settings(max_examples=20)
@@ -234,7 +235,7 @@ def test_frozen_values_end_where_an_early_exit_would(monkeypatch: pytest.MonkeyP
     for method in ("cg", "minres", "neumann"):
         length = {"terms": 200} if method == "neumann" else {"iterations": 60}
         early, first = solve(method, matrix, v, **length)
-        monkeypatch.setattr(f"mlseg.hypergradients.{method}.finished", lambda active: False)
+        monkeypatch.setattr(f"mlseg.hypergradients.methods.{method}.finished", lambda active: False)
         late, second = solve(method, matrix, v, **length)
         torch.testing.assert_close(early, late, rtol=1e-12, atol=1e-14)
         assert float(first["iterations"]) == float(second["iterations"])
@@ -246,13 +247,13 @@ def test_frozen_values_end_where_an_early_exit_would(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("method", ["cg", "minres", "penalty", "stochastic"])
 def test_a_warm_start_goes_on(method: str) -> None:
     """A few iterations per hop reach over hops what they don't reach in one."""
-    made = Program(FAMILIES["quadratic"](), SHAPES["two levels"])
+    made = Settled("quadratic", "two levels")
     errors = []
     length = {"iterations": 3} if method in ("cg", "minres") else {"iterations": 20}
-    extra = {"step_size": made.stable_rate()} if method in ("stochastic", "penalty") else {}
+    extra = {"step_size": made.rate} if method in ("stochastic", "penalty") else {}
     extra |= {"strength": 1e4} if method == "penalty" else {}
     given = {"method": method, "warm_start": True, **length, **extra}
-    engine = made.engine(given, torch.float64, made.stable_rate(), 1)
+    engine = made.engine(given)
     for _ in range(8):
         engine.iterate()
         errors.append(float((engine.top.gradient - made.exact()).norm() / made.exact().norm()))
@@ -279,7 +280,7 @@ def test_resumed_within_a_window_bit_by_bit(
     """Records of steps, solutions and streams of fresh batches go on where they were."""
 
     def make() -> Any:
-        return toys.program(
+        return programs.small(
             GRAPHS["two paths"],
             method,
             lambda params: torch.optim.Adam(params, 0.02),
@@ -305,12 +306,12 @@ def test_fresh_batches_take_nothing_from_training() -> None:
 
     def trained(method: str) -> Any:
         def loader(seed: int) -> Any:
-            x, y = (torch.cat(t) for t in zip(*toys.batches(seed), strict=True))
+            x, y = (torch.cat(t) for t in zip(*programs.batches(seed), strict=True))
             own = torch.Generator().manual_seed(3) if seed else None
             data = torch.utils.data.TensorDataset(x, y)
             return torch.utils.data.DataLoader(data, 5, shuffle=True, generator=own)
 
-        engine = toys.program(GRAPHS["two levels"], method, loader=loader)
+        engine = programs.small(GRAPHS["two levels"], method, loader=loader)
         for group in engine.top.optimizer.param_groups:
             group["lr"] = 0.0  # so that what the hypergradient is makes no difference
         for _ in range(20):
@@ -321,7 +322,7 @@ def test_fresh_batches_take_nothing_from_training() -> None:
 
 
 def test_fresh_batches_are_fresh() -> None:
-    engine = toys.program(GRAPHS["two levels"], "stochastic")
+    engine = programs.small(GRAPHS["two levels"], "stochastic")
     engine.iterate()
     drawn = [engine.low.fresh_batch()[0] for _ in range(3)]
     assert not torch.equal(drawn[0], drawn[1])
@@ -330,7 +331,7 @@ def test_fresh_batches_are_fresh() -> None:
 
 def test_divergence_is_an_event(tmp_path: Path) -> None:
     """Said once for each hop, not at every step."""
-    engine = toys.program(
+    engine = programs.small(
         GRAPHS["two levels"],
         {"method": "neumann", "step_size": 50.0},
         settings=EngineSettings(iterations=6, log_every=1, tensorboard=False),
@@ -358,7 +359,7 @@ def test_weight_decay_belongs_to_the_objective() -> None:
         optimizer = torch.optim.SGD(
             low_net.parameters(), 0.01, weight_decay=0.0 if in_loss else 0.7
         )
-        low = Decayed("low", low_net, optimizer, toys.batches(0), Config(hypergradient="exact"))
+        low = Decayed("low", low_net, optimizer, programs.batches(0), Config(hypergradient="exact"))
         low.strength = 0.7 if in_loss else 0.0
         found.append(judged(low, top_net, iterations=1))
-    assert toys.distance([found[0]], [found[1]]) < 1e-9
+    assert distance(found[0], found[1]) < 1e-9

@@ -5,9 +5,7 @@ from typing import Any
 
 import betty.configs
 import pytest
-import toys
 from betty.hypergradient import jvp_fn_mapping
-from toys import GRAPHS
 
 from mlseg.hypergradients import (
     ConjugateGradients,
@@ -23,7 +21,9 @@ from mlseg.hypergradients import (
     resolve,
 )
 from mlseg.hypergradients.registry import _METHODS
-from mlseg.problems.config import Config, method_of
+from mlseg.multilevel.config import Config, method_of
+from mlseg.testing import programs
+from mlseg.testing.programs import GRAPHS
 
 
 def test_by_name_and_by_mapping() -> None:
@@ -66,9 +66,9 @@ def nothing() -> Iterator[None]:
 
 @pytest.mark.usefixtures("nothing")
 def test_a_users_own_method_runs_by_name_and_reports() -> None:
-    engine = toys.program(GRAPHS["two levels"], {"method": "nothing", "factor": 3.0})
+    engine = programs.small(GRAPHS["two levels"], {"method": "nothing", "factor": 3.0})
     engine.iterate()
-    assert all(not g.any() for g in engine.top.gradient)
+    assert not engine.top.gradient.any()
     assert "hypergradient/low_seen" in engine.top.metrics
 
 
@@ -78,7 +78,7 @@ def test_a_name_is_given_once() -> None:
 
 
 def test_the_log_gets_each_paths_norm_and_the_step() -> None:
-    engine = toys.program(GRAPHS["two paths"], "finite_difference")
+    engine = programs.small(GRAPHS["two paths"], "finite_difference")
     engine.iterate()
     reported = {k for k in engine.top.metrics if k.startswith("hypergradient/")}
     assert reported == {

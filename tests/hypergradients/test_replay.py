@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import tiny
 import torch
-import toys
 from torch import Tensor, nn
-from toys import GRAPHS
 
 from mlseg import randomness
-from mlseg.engines.base import Engine
+from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings
 from mlseg.hypergradients import Interface, names, resolve
-from mlseg.problems.base import Problem
-from mlseg.problems.config import Config
+from mlseg.multilevel.config import Config
+from mlseg.multilevel.problem import Problem
+from mlseg.testing import programs
+from mlseg.testing.exact import distance
+from mlseg.testing.programs import GRAPHS
 
 
 def snapshot(engine: Any) -> dict[str, Any]:
@@ -67,15 +68,15 @@ def test_no_trace_is_left(graph: str, method: str, point: str | None) -> None:
         spec["linearise"] = point
     if "limit" in takes:
         spec["limit"] = 5000
-    engine = toys.program(
+    engine = programs.small(
         GRAPHS[graph], spec, lambda params: torch.optim.RMSprop(params, 0.01, momentum=0.9)
     )
     seen: list[dict[str, Any]] = []
-    for name in GRAPHS[graph].hops:
+    for name in GRAPHS[graph].u2l:
         around_backward(getattr(engine, name), lambda: seen.append(snapshot(engine)))
     engine.iterate()
     engine.iterate()
-    assert len(seen) == 4 * len(GRAPHS[graph].hops)
+    assert len(seen) == 4 * len(GRAPHS[graph].u2l)
     for before, after in zip(seen[::2], seen[1::2], strict=True):
         assert tiny.same(before, after)
     assert not any(p.module.training is False or p.replaying for p in engine.problems)
@@ -165,17 +166,17 @@ def test_an_interface_gives_the_same_gradient(method: str) -> None:
         tiny.gradients_of(top, steps)
         engine.iterate()
         gradients.append(steps[0])
-    assert toys.distance(*gradients) < 1e-4
+    assert distance(*gradients) < 1e-4
     assert gradients[0][0].norm() > 1e-3
 
 
 def test_gradients_arrive_although_the_lower_is_frozen_in_part() -> None:
     """Frozen parameters stay out of every vector, and stay what they are."""
-    engine = toys.program(GRAPHS["two paths"], "identity")
+    engine = programs.small(GRAPHS["two paths"], "identity")
     middle = engine.middle
     middle.module.first.requires_grad_(False)
     frozen = middle.module.first.weight.clone()
     engine.iterate()
-    assert len(middle.gradient) == 4
+    assert len(middle.gradients[-1]) == 4
     assert torch.equal(middle.module.first.weight, frozen)
-    assert all(g.norm() > 0 for g in engine.top.gradient[-2:])
+    assert all(g.norm() > 0 for g in engine.top.gradients[-1][-2:])

@@ -10,8 +10,8 @@ from torch import nn
 
 from mlseg.errors import UserError
 from mlseg.hypergradients import FiniteDifference
-from mlseg.problems.settings import ProblemSettings
-from mlseg.problems.systems import load_system, system_names
+from mlseg.multilevel.settings import ProblemSettings
+from mlseg.problems.systems import SYSTEMS, load_system
 
 GAMES = '''
 from mlseg import Engine, Problem
@@ -33,12 +33,12 @@ def untyped(settings, out):
 
 
 def test_registered_systems_are_found_by_themselves() -> None:
-    assert {"e2eaug", "segan", "supervised"} <= set(system_names())
+    assert {"e2eaug", "segan", "supervised"} <= set(SYSTEMS.names())
     assert load_system("supervised").name == "supervised"
 
 
 def test_a_wrong_name_gets_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"there is no 'e2aug'; did you mean 'e2eaug'\?"):
+    with pytest.raises(UserError, match=r"no system 'e2aug'; did you mean 'e2eaug'\?"):
         load_system("e2aug")
 
 

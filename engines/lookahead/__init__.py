@@ -1,0 +1,1 @@
+"""LoAd's controller, and the part of an engine that obeys it."""

@@ -1,0 +1,145 @@
+"""Batches of label maps for LoAd's discriminator: the truth, and what models of the past made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlseg.engines.lookahead.map_buffer import MapBuffer
+from mlseg.segmentation.data import (
+    Augmentation,
+    AugmentationSettings,
+    Samples,
+    to_device,
+    to_float,
+)
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Images (B, C, H, W) in [-1, 1]; label maps (B, H, W) int64, real or fake, with the ignore index
+of the truth in both; 1 for real and 0 for fake, (B,); weights of the examples, (B,)."""
+
+
+class LabelMapBatches:
+    """Passes over |B| + 1 maps of every training image in random order.
+
+    They are the truth and each of the buffer's, with real maps weighted (|B| + 1) / 2 and fake ones
+    (|B| + 1) / (2 |B|), so that either side has half of the weight and a mean weight of one. An
+    image and its maps are flipped together. Where training cuts windows, the hold-out's are cut at
+    places that stay the same.
+
+    Args:
+        train, hold_out: examples; entries of ``buffer`` hold the maps of both, in this order.
+        buffer: label maps of former models.
+        batch_size: maps per step.
+        augmentation: of image and map together.
+        device: where batches go.
+        seed: of order and augmentation.
+    """
+
+    def __init__(
+        self,
+        train: Samples,
+        hold_out: Samples,
+        buffer: MapBuffer,
+        batch_size: int,
+        augmentation: Augmentation,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self._parts = {"train": (train, 0), "hold_out": (hold_out, len(train))}
+        self._buffer = buffer
+        self._batch_size = batch_size
+        self._augmentation = augmentation
+        # The hold-out is seen as training is, in windows of its images where there are such.
+        self._window = Augmentation(AugmentationSettings(window=augmentation.settings.window))
+        self._device = device
+        self._seed = seed
+        self._generator = torch.Generator().manual_seed(seed)
+        self._order = torch.empty(0, dtype=torch.int64)
+        self._position = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go."""
+        return self._device
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches of a pass, with the buffer as it is now."""
+        return max(1, self._maps("train") // self._size)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the pass is over."""
+        # Whole batches alone, as in every training here: a rest of one upsets batch statistics.
+        return self._position >= len(self._order) // self._size * self._size
+
+    @property
+    def held_out(self) -> int:
+        """Maps of the hold-out, real and fake."""
+        return self._maps("hold_out")
+
+    @property
+    def _size(self) -> int:
+        return min(self._batch_size, self._maps("train"))
+
+    def _maps(self, part: str) -> int:
+        return len(self._parts[part][0]) * (len(self._buffer) + 1)
+
+    def shuffle(self) -> None:
+        """Begin a pass."""
+        self._order = torch.randperm(self._maps("train"), generator=self._generator)
+        self._position = 0
+
+    def next(self) -> Batch:
+        """The next batch of the pass."""
+        chosen = self._order[self._position : self._position + self._size]
+        self._position += len(chosen)
+        return self._batch("train", chosen, self._augmentation, self._generator)
+
+    def of_hold_out(self) -> Iterator[Batch]:
+        """All maps of the hold-out, in the same windows every time."""
+        places = torch.Generator().manual_seed(self._seed)
+        for chosen in torch.arange(self.held_out).split(self._batch_size):
+            yield self._batch("hold_out", chosen, self._window, places)
+
+    def _batch(
+        self, part: str, chosen: Tensor, augmentation: Augmentation, generator: torch.Generator
+    ) -> Batch:
+        """Examples by number: of image i the truth, then its maps by each entry."""
+        samples, offset = self._parts[part]
+        sets = len(self._buffer) + 1
+        image_index, which = chosen // sets, chosen % sets
+        truth = samples.masks[image_index]
+        labels, fake = truth.clone(), which > 0
+        if fake.any():
+            maps = self._buffer.gather(which[fake] - 1, image_index[fake] + offset)
+            ignore = samples.spec.ignore_index
+            # Ignored pixels are ignored on both sides: they mustn't tell real from fake.
+            ignored = torch.zeros_like(maps, dtype=torch.bool)
+            if ignore is not None:
+                ignored = truth[fake] == ignore
+            labels[fake] = torch.where(ignored, truth[fake], maps)
+        real = (~fake).float()
+        weights = torch.where(fake, sets / (2 * max(sets - 1, 1)), sets / 2)
+        image = to_float(to_device(samples.images[image_index], self._device))
+        label = to_device(labels, self._device).to(torch.int64)
+        image, label = augmentation(image, label, generator)
+        return image, label, to_device(real, self._device), to_device(weights.float(), self._device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the pass is."""
+        return {
+            "order": self._order.clone(),
+            "position": self._position,
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._order = state["order"]
+        self._position = state["position"]
+        self._generator.set_state(state["generator"])

@@ -1,0 +1,9 @@
+"""Typed configs: YAML files that inherit, overrides, errors that name the key.
+
+:mod:`mlseg.config.loading` says how files, their bases and a command line are merged;
+:mod:`mlseg.config.registry` finds by name what a config names.
+"""
+
+from mlseg.config.loading import Settings, Tree, differences, dump, load, parse
+
+__all__ = ["Settings", "Tree", "differences", "dump", "load", "parse"]

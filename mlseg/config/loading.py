@@ -1,0 +1,267 @@
+"""Typed configs: YAML files that inherit, overrides, errors that name the key.
+
+    tree = load("configs/e2eaug_isic.yaml", ["engine.iterations=100"])
+    settings = parse(ExperimentSettings, tree)
+    Path("config.yaml").write_text(dump(settings))
+
+Three layers are merged, later ones over earlier: the file named by `base:` (and
+its own base, and so on), the file, the command line. Mappings merge key by key;
+lists and single values replace. One exception: **a mapping that changes its
+`name:` or `method:` replaces the inherited mapping as a whole**, since settings of
+one component (RMSprop's momentum) mean nothing to another (Adam). So
+`optimizer: {name: adam}` over `optimizer: {name: rmsprop, lr: 1e-5}` is Adam with
+Adam's defaults, and `data.name=ph2` on a command line starts from the defaults of
+data settings. All overrides of a command line are one layer: their order doesn't
+matter, unless the same key comes twice, where the last one holds.
+
+Values are those of YAML 1.2's core schema (`mlseg.config.yaml12`). What they may be, each
+component states in a `Settings` class next to its code.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+
+from mlseg.config import yaml12
+from mlseg.config.explaining import explain, quoted
+from mlseg.errors import UserError
+
+COMMAND_LINE = "command line"
+_COMPONENT_KEYS = ("name", "method")
+
+
+class Settings(pydantic.BaseModel):
+    """Base of every component's settings.
+
+    Strict (an integer is no string, a bool is no integer; an integer does for a
+    float), closed (an unknown key is an error), frozen, and finite (no NaN, no
+    infinity). Sequences of a YAML file are lists: annotate a tuple as
+    `Annotated[tuple[float, float], pydantic.Strict(False)]`.
+    """
+
+    model_config = pydantic.ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False
+    )
+
+    @classmethod
+    def fitting(cls, values: Any) -> type[pydantic.BaseModel]:
+        """The schema that `values` have to fit, where they name one among several."""
+        return cls
+
+
+S = TypeVar("S", bound=pydantic.BaseModel)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A config before it is checked: merged plain values, and where each was set.
+
+    Attributes:
+        values: nested dict with string keys, lists, str, int, float, bool, None.
+        origins: path of a value to the place that set it, "configs/x.yaml:12" or
+            "command line". A path is the tuple of keys and list indices from the top.
+        source: the config file as it was named.
+    """
+
+    values: dict[str, Any]
+    origins: dict[yaml12.Path, str] = field(default_factory=dict)
+    source: str = "config"
+
+    def where(self, key: str | yaml12.Path) -> str:
+        """The place that set `key`, dotted or a path; for a key not set, its parent's place."""
+        path = _path(key)
+        while path and path not in self.origins:
+            path = path[:-1]
+        return self.origins.get(path, self.source)
+
+    def error(self, key: str | yaml12.Path, text: str) -> UserError:
+        """A UserError about `key`: the place that set it, the key, `text`."""
+        path = _path(key)
+        dotted = f" {'.'.join(str(part) for part in path)}:" if path else ""
+        return UserError(f"{self.where(path)}:{dotted} {text}")
+
+    def text(self, key: str) -> str:
+        """The string at the dotted `key`, for what has to be known before the schema is.
+
+        Raises:
+            UserError: the key is missing or holds something else.
+        """
+        value: Any = self.values
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise self.error(key, "missing; it must be set to a string")
+            value = value[part]
+        if not isinstance(value, str):
+            raise self.error(key, f"expected a string, got {quoted(value)}")
+        return value
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
+    """Read a config file with the files it inherits from, and apply overrides.
+
+    Args:
+        path: a YAML file. Its top-level `base:` names another, relative to the file.
+        overrides: `KEY=VALUE` strings, KEY dotted (`engine.iterations=100`), VALUE read
+            as YAML (`1e-5`, `null`, `[ph2, dermis]`; nothing after the = is null).
+
+    Raises:
+        UserError: a file is missing or unreadable, isn't YAML, inherits from itself, or
+            an override isn't of that form.
+    """
+    source = os.path.normpath(Path(path).expanduser())
+    tree = _load_file(Path(source), (), None)
+    _merge(tree, _read_overrides(overrides))
+    return tree
+
+
+def parse(settings: type[S], tree: Tree) -> S:
+    """Check a config against its schema.
+
+    Raises:
+        UserError: one line that names the first faulty key, where it was set, what is
+            wrong and what is allowed, and how many more faults there are.
+    """
+    try:
+        return settings.model_validate(tree.values)
+    except pydantic.ValidationError as error:
+        path, text, more = explain(error, settings, tree.values)
+        suffix = f" (and {more} more)" if more else ""
+        raise tree.error(path, text + suffix) from None
+
+
+def dump(settings: pydantic.BaseModel) -> str:
+    """YAML of every setting, defaults included, that `load` and `parse` read back as equal."""
+    return yaml12.write(settings.model_dump())
+
+
+def differences(before: Any, now: Any, key: str = "") -> list[str]:
+    """Dotted keys at which two configs, as plain values, differ."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [] if before == now else [key]
+    return [
+        found
+        for name in {**before, **now}
+        for found in differences(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+    ]
+
+
+def _path(key: str | yaml12.Path) -> yaml12.Path:
+    if isinstance(key, tuple):
+        return key
+    return tuple(key.split(".")) if key else ()
+
+
+def _load_file(path: Path, below: tuple[Path, ...], named_by: str | None) -> Tree:
+    """One file over its base. `below`: the files that inherit from it, the nearest last."""
+    real = path.resolve()
+    if real in below:
+        chain = " -> ".join(os.path.relpath(file) for file in (*below[below.index(real) :], real))
+        raise UserError(f"{named_by}: base: a config can't inherit from itself ({chain})")
+    name = str(path)
+    values, lines = yaml12.read(_read_text(path, named_by), name)
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{name}: a config is a mapping of keys to values, not {quoted(values)}")
+    origins = {key: f"{name}:{line}" for key, line in lines.items() if key}
+    tree = Tree(values, origins, name)
+    if "base" not in values:
+        return tree
+    base = values.pop("base")
+    at_base = origins.pop(("base",))
+    if not isinstance(base, str):
+        raise UserError(f"{at_base}: base: expected a file's name, got {quoted(base)}")
+    base_path = Path(os.path.normpath(path.parent / Path(base).expanduser()))
+    merged = _load_file(base_path, (*below, real), at_base)
+    _merge(merged, tree)
+    return Tree(merged.values, merged.origins, name)
+
+
+def _read_text(path: Path, named_by: str | None) -> str:
+    prefix = "" if named_by is None else f"{named_by}: base: "
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{prefix}{path}: no such file{_nearest_files(path)}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{prefix}{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{prefix}{path}: can't be read: {error.strerror}") from None
+
+
+def _nearest_files(path: Path) -> str:
+    """'; did you mean ...?' with up to three YAML files of a like name, from there or configs/."""
+    folders = dict.fromkeys((path.parent, Path("configs")))
+    files = [file for folder in folders for file in sorted(folder.glob("*.y*ml"))]
+    by_stem = {file.stem: file for file in reversed(files)}
+    nearest = difflib.get_close_matches(path.stem, by_stem, n=3, cutoff=0.5)
+    if nearest:
+        return "; did you mean " + " or ".join(str(by_stem[stem]) for stem in nearest) + "?"
+    return f"; {path.parent} has {', '.join(f.name for f in files[:8])}" if files else ""
+
+
+def _read_overrides(overrides: Sequence[str]) -> Tree:
+    tree = Tree({}, {}, COMMAND_LINE)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise UserError(
+                f"{COMMAND_LINE}: '{override}' is no override; write KEY=VALUE with a dotted "
+                "key, as in engine.iterations=100"
+            )
+        if parts[0] == "base":
+            raise UserError(f"{COMMAND_LINE}: base: only a file can say what it inherits from")
+        value, paths = yaml12.read(text, f"{COMMAND_LINE}: {key.strip()}")
+        # As one layer: the rule about `name:` is for layers, not for keys side by side.
+        node = tree.values
+        for part in parts[:-1]:
+            if not isinstance(node.get(part), dict):
+                node[part] = {}
+            node = node[part]
+        node[parts[-1]] = value
+        path = tuple(parts)
+        tree.origins.update({path + below: COMMAND_LINE for below in paths} | {path: COMMAND_LINE})
+    return tree
+
+
+def _merge(into: Tree, over: Tree) -> None:
+    """Lay one tree over another, in place."""
+    _merge_mapping(into.values, over.values, (), into.origins, over.origins)
+
+
+def _merge_mapping(
+    into: dict[str, Any],
+    over: dict[str, Any],
+    path: yaml12.Path,
+    origins: dict[yaml12.Path, str],
+    over_origins: Mapping[yaml12.Path, str],
+) -> None:
+    for key, value in over.items():
+        here = (*path, key)
+        old = into.get(key)
+        merges = isinstance(old, dict) and isinstance(value, dict) and not _other(old, value)
+        if merges:
+            _merge_mapping(into[key], value, here, origins, over_origins)
+            origins[here] = over_origins.get(here, origins.get(here, COMMAND_LINE))
+        else:
+            into[key] = value
+            for stale in [place for place in origins if place[: len(here)] == here]:
+                del origins[stale]
+            origins.update(
+                (place, origin)
+                for place, origin in over_origins.items()
+                if place[: len(here)] == here
+            )
+            # An override's KEY makes the mappings above it without saying so.
+            origins.setdefault(here, COMMAND_LINE)
+
+
+def _other(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether `new` names another component than `old`."""
+    return any(key in old and key in new and old[key] != new[key] for key in _COMPONENT_KEYS)

@@ -1,0 +1,1 @@
+"""Hypergradient methods, a file each."""

@@ -1,0 +1,99 @@
+"""Identity inverse Hessian, the mixed second derivative by finite differences."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import PositiveFloat
+from torch import Tensor
+
+from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Vector
+from mlseg.hypergradients.one_step import Scaled
+from mlseg.hypergradients.registry import register
+from mlseg.hypergradients.substitution import pointed_at
+from mlseg.hypergradients.vectors import norm
+
+
+@register("finite_difference")
+class FiniteDifference(Scaled):
+    """Mixed second derivative along the incoming vector, by differences of gradients.
+
+    .. math::
+        q = \\frac{\\nabla_s l(w + h v, s) - \\nabla_s l(w - h v, s)}{2 h}, \\qquad
+        h = \\epsilon \\, \\lVert w \\rVert / \\lVert v \\rVert
+
+    The step is relative to the parameters' norm, so that one ``epsilon`` serves networks of any
+    size; DARTS takes the absolute step 0.01 / ||v||. ``forward`` differences save nothing here (the
+    unperturbed gradient with respect to ``s`` isn't at hand) and are one order less accurate; they
+    are offered for losses that may only be evaluated on one side.
+
+    Cost per hop: 2 forward and 2 backward passes of the level's loss, the backward to ``s`` only.
+    Memory: one perturbed copy of the level's parameters. Assumes a Hessian near a multiple of the
+    identity (or one step of descent, for which it is exact as epsilon goes to 0) and a loss that is
+    twice differentiable along ``v``. ReLU, max-pooling and L1 are not: their second derivative
+    lives in kinks, which a difference takes in as far as it steps over them. There a small epsilon
+    gives noise, and the default is large for that reason; for smooth losses in double precision
+    take 1e-5. ``benchmarks/secant_check.py`` measures what a trained network wants. ``detach()``
+    inside the loss is respected with regard to ``s`` but not to ``w``.
+
+    Source: Liu, Simonyan, Yang: DARTS, ICLR 2019, section 2.3, equations 7 and 8; Choe et al.:
+    Betty, 2022, section 3 for hops of any graph.
+
+    Attributes:
+        epsilon: step relative to the norm of the level's parameters.
+        scheme: ``central`` or ``forward``.
+    """
+
+    epsilon: PositiveFloat = 1e-2
+    scheme: Literal["central", "forward"] = "central"
+
+    situation = (
+        "the default: the levels alternate step by step, networks are large (neural "
+        "architecture search, learned data or weights) and kinked (ReLU), memory is short"
+    )
+    because = "two evaluations, nothing to converge, no graph of a gradient"
+    cost = "2 E"
+    cost_note = "backwards to ``s`` only"
+    memory = "1 w"
+    first_derivatives_alone = True
+
+    def mixed_product(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
+        """See the class."""
+        return difference(vector, hop, self.epsilon, self.scheme == "central")
+
+
+def difference(
+    vector: Vector, hop: Hop, epsilon: float, central: bool
+) -> tuple[Cotangents, Diagnostics]:
+    """:meth:`FiniteDifference.mixed_product`, for methods that share it."""
+    parameters = hop.parameters
+    with torch.no_grad():
+        size = norm(vector)
+        # An all-zero vector gives a huge step along nothing: the gradients agree, q is zero.
+        smallest = torch.finfo(size.dtype).tiny ** 0.5
+        step = epsilon * norm(parameters).clamp_min(1e-8) / size.clamp_min(smallest)
+    with hop.evaluation() as loss:
+        above = _gradient_at(parameters, vector, step, loss, hop.inputs)
+        below = _gradient_at(parameters, vector, -step if central else None, loss, hop.inputs)
+    width = 2.0 * step if central else step
+    product = [
+        None if a is None or b is None else (a - b) / width
+        for a, b in zip(above, below, strict=True)
+    ]
+    return product, {"step": step}
+
+
+def _gradient_at(
+    parameters: Vector,
+    vector: Vector,
+    step: Tensor | None,
+    loss: Callable[[], Tensor],
+    inputs: Vector,
+) -> Cotangents:
+    """``d loss / d inputs`` with ``step * vector`` (None: nothing) added to the parameters."""
+    moved = here = [p.data for p in parameters]
+    if step is not None:
+        moved = list(torch._foreach_mul(vector, step))
+        torch._foreach_add_(moved, here)
+    with pointed_at(parameters, moved):
+        return torch.autograd.grad(loss(), inputs, allow_unused=True)

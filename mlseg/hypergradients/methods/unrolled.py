@@ -1,0 +1,230 @@
+"""Unrolled differentiation: back through the level's last steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from mlseg.errors import UserError
+from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Level, Method, Vector
+from mlseg.hypergradients.optimizers import Moments, optimizer_of
+from mlseg.hypergradients.registry import register
+from mlseg.hypergradients.replay import Replay
+from mlseg.hypergradients.second_order.products import Mode, directional, pull_through
+from mlseg.hypergradients.trajectory import Keeps, Step
+from mlseg.hypergradients.vectors import accumulate
+
+
+@register("unrolled")
+class Unrolled(Method):
+    """The exact derivative through the last ``T`` steps of the level's optimizer.
+
+    A step maps weights and moments to the next ones, ``z' = U(z, g(w, s))``. From the last to the
+    first,
+
+    .. math::
+        \\bar z \\leftarrow \\left(\\frac{\\partial U}{\\partial z}
+            + \\frac{\\partial U}{\\partial g} \\frac{\\partial g}{\\partial z}\\right)^T \\bar z,
+        \\qquad
+        \\bar s \\leftarrow \\bar s + \\left(\\frac{\\partial U}{\\partial g}
+            \\frac{\\partial g}{\\partial s}\\right)^T \\bar z
+
+    starting from the incoming vector. Earlier steps are left out (truncation), as if the weights
+    then didn't depend on ``s``. The maps ``U`` are those of SGD (momentum, dampening, Nesterov),
+    Adam, AdamW, AMSGrad, RMSprop and Adagrad, with gradient clipping; where the learning rate
+    depends on ``s`` (:meth:`mlseg.Problem.learning_rates`), so does ``U``.
+
+    A level records its steps as it takes them: weights, moments, batches, random states, learning
+    rates. With ``store: weights`` each is evaluated again at its own weights, one at a time, from
+    the last to the first: the graphs of no two steps exist together. ``store: graphs`` keeps each
+    step's graph from training itself, so that nothing is evaluated twice.
+
+    Cost per hop: per step 1 forward, 1 backward pass and 1 Hessian-vector product, which gives the
+    share of ``s`` as well; with ``store: graphs`` the product alone, and a slower training step.
+    Memory: ``T`` copies of weights and moments and the graph of one gradient; of ``T`` gradients
+    with ``store: graphs``. ``mode: forward_over_reverse`` needs neither second graph.
+
+    A level with levels of its own below counts what their hypergradient added to its gradient as
+    constant. Its weights and gradients are those that training visited, so that whatever else
+    changed them (``param_callback``, ``grad_callback``) is taken as it was, though it isn't
+    differentiated.
+
+    Source: Maclaurin, Duvenaud, Adams: Gradient-based hyperparameter optimization through
+    reversible learning, ICML 2015; Franceschi et al.: Forward and reverse gradient-based
+    hyperparameter optimization, ICML 2017, section 3.1; truncation: Shaban et al.: Truncated
+    back-propagation for bilevel optimization, AISTATS 2019.
+
+    Diagnostics: ``steps`` differentiated.
+
+    Attributes:
+        steps: ``T``; None: the level's ``unroll_steps``.
+        store: what training keeps of each step, see above.
+        optimizer_state: ``carried``: moments are those that the first of the steps started from.
+            ``fresh``: the derivative is that of an optimizer that starts anew at the first step,
+            along the same weights and gradients.
+        mode: order of differentiation, see :data:`mlseg.hypergradients.second_order.products.Mode`.
+        backend: ``mlseg``, or ``higher``, which takes the steps again from the first on and keeps
+            all their graphs: a cross-check, and for optimizers that only it can differentiate
+            (Adadelta, Adamax, ASGD, Rprop).
+    """
+
+    steps: PositiveInt | None = None
+    store: Literal["weights", "graphs"] = "weights"
+    optimizer_state: Literal["carried", "fresh"] = "carried"
+    mode: Mode = "double_backward"
+    backend: Literal["mlseg", "higher"] = "mlseg"
+
+    through_interface: ClassVar[bool] = False  # each step has a graph of its own behind its loss
+
+    best_response = "the last steps, as they were taken"
+    situation = (
+        "a few inner steps from a fresh or changing start (meta-learning, dataset distillation)"
+    )
+    because = "exact for what the level did, whether it has converged or not"
+    cost = "T E + T H"
+    cost_note = "``store: graphs``: T H, and training steps that build graphs"
+    memory = "T weights and moments, graph of one gradient; ``graphs``: of T"
+
+    def keeps(self, level: Level) -> Keeps:
+        """``T`` steps; gradients where they can't be had as the last graph's value."""
+        gradient = (
+            level.stepping.changes_its_gradient
+            or self.optimizer_state == "fresh"
+            or self.mode == "forward_over_reverse"
+        )
+        return Keeps(
+            steps=self.steps or level.unroll_steps,
+            moments=self.optimizer_state == "carried",
+            gradient=gradient and self.backend == "mlseg",
+            graph=self.store == "graphs",
+        )
+
+    def check(self, level: Level) -> None:
+        """Refuse optimizers and combinations of settings that can't be differentiated."""
+        if self.backend == "higher":
+            from mlseg.hypergradients import higher_backend
+
+            higher_backend.check_differentiable(level, self.store == "graphs")
+            return
+        optimizer_of(level)
+        if self.store == "graphs" and level.precision == "bf16":
+            raise UserError(
+                f"problem {level.name!r}: store: graphs would keep graphs in bfloat16, too coarse "
+                "for second derivatives; set store to weights, or precision to fp32"
+            )
+        if self.store == "graphs" and self.mode == "forward_over_reverse":
+            raise UserError(
+                f"problem {level.name!r}: forward_over_reverse keeps no graphs; set store to "
+                "weights, or mode to double_backward"
+            )
+
+    def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
+        """See the class."""
+        replay = Replay(hop, self.steps or hop.level.unroll_steps)
+        if self.backend == "higher":
+            from mlseg.hypergradients import higher_backend
+
+            fresh = self.optimizer_state == "fresh"
+            through = higher_backend.backward_through(replay, vector, fresh)
+            return through, {"steps": len(replay.steps)}
+        moments = self._moments(replay)
+        weights_bar = hop.spread(vector)
+        moments_bar: list[Moments] = [{} for _ in weights_bar]
+        total: list[Tensor | None] = [None] * len(hop.inputs)
+        with hop.level.again.untraced():
+            for index in reversed(range(len(replay.steps))):
+                step = replay.steps[index]
+                back = _Back(replay, step, moments[index], self.mode)
+                weights_bar, moments_bar = back(weights_bar, moments_bar, total, index == 0)
+        return total, {"steps": len(replay.steps)}
+
+    def _moments(self, replay: Replay) -> list[list[Moments]]:
+        """Per step the moments that it starts from."""
+        if self.optimizer_state == "carried":
+            return [step.moments for step in replay.steps]
+        moments: list[Moments] = [{} for _ in replay.parameters]
+        before = []
+        for step in replay.steps:
+            before.append(moments)
+            _, moments = replay.map(step, step.gradient, moments=moments).value()
+        return before
+
+
+class _Back:
+    """One step backwards."""
+
+    def __init__(self, replay: Replay, step: Step, moments: list[Moments], mode: Mode) -> None:
+        self.replay, self.step, self.moments, self.mode = replay, step, moments, mode
+
+    def __call__(
+        self,
+        weights_bar: list[Tensor],
+        moments_bar: list[Moments],
+        total: list[Tensor | None],
+        first: bool,
+    ) -> tuple[list[Tensor], list[Moments]]:
+        """Cotangents before the step; those of the inputs are added to ``total``."""
+        replay, step, inputs = self.replay, self.step, self.replay.hop.inputs
+        with replay.at(step.weights):
+            kept = len(step.graphs) == len(step.seen)  # not where a resumed run lacks some
+            graphs: list[Sequence[Tensor | None]] = list(step.graphs) if kept else []
+            leaves = step.leaves if kept else replay.parameters
+            losses = replay.losses(step)
+            if not graphs and not step.gradient:
+                (loss,) = losses
+                graphs = [torch.autograd.grad(loss(), leaves, create_graph=True, allow_unused=True)]
+            values = step.gradient or [None if g is None else g.detach() for g in graphs[0]]
+            taken = replay.map(step, values, moments=self.moments)
+            before, along, moments_before, rates_bar = taken.pull_back(weights_bar, moments_bar)
+            # The weights that the first step started from depend on nothing any more.
+            targets = [*([] if first else leaves), *inputs]
+            for index, loss in enumerate(losses):
+                replay.hop.products += 1
+                if graphs:
+                    share = _through_kept(replay, graphs[index], along, targets, kept)
+                else:
+                    share = directional(
+                        loss, replay.level, replay.parameters, along, targets, self.mode
+                    )
+                if not first:
+                    accumulate(before, share[: len(leaves)])
+                accumulate(total, share[len(targets) - len(inputs) :])
+        if rates_bar and replay.rates is not None:
+            accumulate(total, _by_rates(replay.rates, rates_bar, inputs))
+        return before, moments_before
+
+
+def _through_kept(
+    replay: Replay,
+    gradient: Sequence[Tensor | None],
+    along: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    kept: bool,
+) -> Sequence[Tensor | None]:
+    try:
+        # A kept graph may be wanted by another upper level.
+        return pull_through(gradient, along, targets, retain_graph=kept)
+    except RuntimeError as error:
+        if kept and "modified by an inplace operation" in str(error):
+            raise UserError(
+                f"problem {replay.level.name!r}: another problem that its loss depends on has "
+                "stepped since, so that its graphs of earlier steps are void; set the "
+                "hypergradient's store to weights, or its steps to 1"
+            ) from error
+        raise
+
+
+def _by_rates(
+    rates: Sequence[Tensor], bars: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    pairs = [(r, bar) for r, bar in zip(rates, bars, strict=True) if r.requires_grad]
+    if not pairs:
+        return [None] * len(inputs)
+    outputs, along = zip(*pairs, strict=True)
+    return torch.autograd.grad(
+        outputs, inputs, grad_outputs=along, allow_unused=True, retain_graph=True
+    )

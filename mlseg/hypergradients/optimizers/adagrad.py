@@ -1,0 +1,54 @@
+"""Adagrad."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat
+from torch import Tensor
+
+from mlseg.hypergradients.optimizers.base import (
+    COUNT,
+    Hold,
+    Moments,
+    Optimizer,
+    count_of,
+    descent,
+    register,
+    safe_sqrt,
+    sign_of,
+)
+
+
+@register
+class Adagrad(Optimizer):
+    """``torch.optim.Adagrad``."""
+
+    name: Literal["adagrad"] = "adagrad"
+    lr_decay: NonNegativeFloat = 0.0
+    eps: PositiveFloat = 1e-10
+
+    torch_class = torch.optim.Adagrad
+
+    @staticmethod
+    def step(
+        w: Tensor, g: Tensor, moments: Moments, group: Mapping[str, Any], hold: Hold
+    ) -> tuple[Tensor, Moments]:
+        """Decay of the rate, initial accumulator, L2 weight decay."""
+        g = descent(w, g, group)
+        count = hold(COUNT, count_of(moments) + 1.0)
+        start = torch.full_like(w, group["initial_accumulator_value"])
+        total = hold("sum", moments.get("sum", start) + g * g)
+        rate = group["lr"] / (1.0 + (count - 1.0) * group["lr_decay"]).to(w.dtype)
+        return w - rate * g / (safe_sqrt(total) + group["eps"]), {COUNT: count, "sum": total}
+
+    @classmethod
+    def scaled(cls, v: Tensor, w: Tensor, moments: Moments, group: Mapping[str, Any]) -> Tensor:
+        """``eta / (1 + (t - 1) lr_decay) v / (sqrt(u) + eps)``, with ``u`` the second moment and
+        ``t`` the steps taken."""
+        rate = group["lr"] / (1.0 + (count_of(moments) - 1.0) * group["lr_decay"])
+        # In the denominator's own storage: these are passes over all of a network's parameters.
+        denominator = moments["sum"].sqrt().add_(group["eps"])
+        return torch.div(v, denominator, out=denominator).mul_(sign_of(group) * rate)

@@ -1,0 +1,66 @@
+"""RMSprop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat
+from torch import Tensor
+
+from mlseg.hypergradients.optimizers.base import (
+    COUNT,
+    Hold,
+    Moments,
+    Optimizer,
+    count_of,
+    descent,
+    register,
+    safe_sqrt,
+    sign_of,
+)
+
+
+@register
+class RmsProp(Optimizer):
+    """``torch.optim.RMSprop``."""
+
+    name: Literal["rmsprop"] = "rmsprop"
+    momentum: NonNegativeFloat = 0.0
+    alpha: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
+    eps: PositiveFloat = 1e-8
+
+    torch_class = torch.optim.RMSprop
+
+    @staticmethod
+    def step(
+        w: Tensor, g: Tensor, moments: Moments, group: Mapping[str, Any], hold: Hold
+    ) -> tuple[Tensor, Moments]:
+        """Centred or not, momentum, L2 weight decay."""
+        g = descent(w, g, group)
+        alpha, zero = group["alpha"], torch.zeros_like(w)
+        second = alpha * moments.get("square_avg", zero) + (1.0 - alpha) * g * g
+        second = hold("square_avg", second)
+        after: Moments = {COUNT: count_of(moments) + 1.0, "square_avg": second}
+        spread = second
+        if group["centered"]:
+            mean = hold("grad_avg", alpha * moments.get("grad_avg", zero) + (1.0 - alpha) * g)
+            after["grad_avg"] = mean
+            spread = second - mean * mean
+        direction = g / (safe_sqrt(spread) + group["eps"])
+        if group["momentum"]:
+            direction = group["momentum"] * moments.get("momentum_buffer", zero) + direction
+            after["momentum_buffer"] = direction
+        return w - group["lr"] * direction, after
+
+    @classmethod
+    def scaled(cls, v: Tensor, w: Tensor, moments: Moments, group: Mapping[str, Any]) -> Tensor:
+        """``eta v / (sqrt(u) + eps)``, with ``u`` the second moment, less the squared mean when
+        centred."""
+        second = moments["square_avg"]
+        if group["centered"]:
+            second = second - moments["grad_avg"] ** 2
+        # In the denominator's own storage: these are passes over all of a network's parameters.
+        denominator = second.sqrt().add_(group["eps"])
+        return torch.div(v, denominator, out=denominator).mul_(sign_of(group) * group["lr"])

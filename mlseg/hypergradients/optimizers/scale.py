@@ -1,0 +1,81 @@
+"""What one optimizer step makes of a gradient, and what it descends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlseg.hypergradients.optimizers.base import Optimizer, sign_of
+from mlseg.hypergradients.optimizers.finding import check_known, find
+
+
+@torch.no_grad()
+def one_step_scale(
+    vector: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+    preconditioned: bool,
+) -> list[Tensor]:
+    """Multiply ``vector`` by ``-d(step)/d(gradient)`` of the optimizer's last step.
+
+    Without ``preconditioned`` that is the learning rate of each parameter's group. With it, it is
+    the diagonal matrix of :meth:`~mlseg.hypergradients.optimizers.Optimizer.scaled`, in which
+    second moments are held at their present values (their own derivative, of higher order in the
+    gradient, is left out).
+
+    An optimizer that ascends (``maximize``) has the opposite sign. A parameter that the optimizer
+    has no state for (no step yet) or doesn't hold gets the plain learning rate, or zero.
+
+    Args:
+        vector: one tensor per parameter.
+        parameters: in the order of ``vector``.
+
+    Raises:
+        UserError: ``preconditioned``, and nothing is known of this optimizer.
+    """
+    kind = check_known(optimizer) if preconditioned else None
+    scaled = []
+    for v, p, group in zip(vector, parameters, _groups(parameters, optimizer), strict=True):
+        if group is None:
+            scaled.append(torch.zeros_like(v))  # nothing ever steps it
+            continue
+        state = optimizer.state.get(p, {})
+        if kind is not None and state:
+            scaled.append(kind.scaled(v, p, state, group))
+        else:
+            scaled.append(v * (sign_of(group) * group["lr"]))
+    return scaled
+
+
+@torch.no_grad()
+def objective(
+    parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
+) -> tuple[list[int], list[Tensor | float]]:
+    """What an optimizer descends, compared with the loss it is given.
+
+    That is the loss (its negative, when it maximises) plus half of its weight decay times the
+    squared norm, see :meth:`~mlseg.hypergradients.optimizers.Optimizer.decay`.
+
+    Returns:
+        per parameter the loss's sign (0: the optimizer doesn't hold it, nothing steps it), and the
+        diagonal that the decay adds to the Hessian.
+    """
+    kind = find(optimizer) or Optimizer
+    signs: list[int] = []
+    decays: list[Tensor | float] = []
+    for p, group in zip(parameters, _groups(parameters, optimizer), strict=True):
+        signs.append(0 if group is None else sign_of(group))
+        state = optimizer.state.get(p, {})
+        decays.append(0.0 if group is None else kind.decay(p, state, group))
+    return signs, decays
+
+
+def _groups(
+    parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
+) -> list[dict[str, Any] | None]:
+    """Each parameter's group; None for one that the optimizer doesn't hold."""
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    return [groups.get(id(p)) for p in parameters]

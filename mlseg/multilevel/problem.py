@@ -1,0 +1,410 @@
+"""Problem: what every level of a multilevel program shares."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import betty.configs
+import betty.problems
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from mlseg.errors import RunError, UserError
+from mlseg.hypergradients import Hop, Vector
+from mlseg.hypergradients.substitution import check_none_left, substituted
+from mlseg.multilevel import graph
+from mlseg.multilevel.betty_tables import carry_by_bettys
+from mlseg.multilevel.config import Config, SchedulerClock, method_of
+from mlseg.multilevel.loaders import FreshBatches, Place, Stream
+from mlseg.multilevel.outer_gradient import OuterGradient
+from mlseg.multilevel.revisiting import Revisitable
+
+
+class Problem(Revisitable):
+    """One level: a module, its optimizer, its data, and the loss in :meth:`training_step`.
+
+    Derive from it and write ``training_step(batch)``, which returns the loss, or a dict of ``loss``
+    and figures to log. The engine's other problems are attributes by their names, and are in
+    ``self.levels``. A problem written for Betty's ``ImplicitProblem`` works as it is when it
+    derives from this class instead.
+
+    What differs from Betty 0.2.1, and why:
+
+    * optimizer and scheduler objects are kept as they were given (Betty rebuilds both and loses
+      parameter groups and state), and a scheduler may step per epoch or validation;
+    * frozen parameters are left alone; losses may be dicts at every level;
+    * when a hypergradient evaluates a step again it sees the same random draw, and buffers
+      (BatchNorm statistics) are afterwards what they were;
+    * the outer gradient is accumulated over the whole graph at once, each level's hop once, however
+      many paths cross it (:mod:`mlseg.multilevel.outer_gradient`);
+    * nothing synchronises host and device within a step;
+    * ``bf16`` autocast works on the CPU as well.
+
+    Args:
+        name: under which the other problems and the engine see this one.
+        module: whose parameters are the level's variables.
+        optimizer: over (a part of) the module's parameters.
+        train_data_loader: any iterable of batches; None where :meth:`get_batch` is overridden.
+        config: defaults to ``Config()``.
+        scheduler: a learning-rate scheduler of ``optimizer``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        train_data_loader: Any = None,
+        config: betty.configs.Config | None = None,
+        scheduler: LRScheduler | None = None,
+        extra_config: Any = None,
+    ) -> None:
+        if isinstance(module, betty.configs.Config):
+            raise TypeError(f"problem {name!r}: pass config by keyword, Problem(..., config=...)")
+        super().__init__(
+            name,
+            config if config is not None else Config(),
+            module,
+            optimizer,
+            scheduler,
+            train_data_loader,
+            extra_config,
+        )
+        self._inner_loop_start: bool = True
+        if self.precision == "fp16":
+            raise ValueError(f"problem {name!r}: precision fp16; choose fp32 or bf16")
+        self.metrics: dict[str, Any] = {}
+        """Detached figures of the last step; the engine writes them when it logs."""
+        self._start_remembering(method_of(self._config))
+
+    @property
+    def revisits(self) -> str | None:
+        """The name of a problem whose last step this one evaluates again, beside those of paths."""
+        return None
+
+    # ------------------------------------------------------------------ one step
+
+    def one_step_descent(self, batch: Any = None) -> dict[str, Any]:
+        """Draw a batch, take the (hyper)gradient, step the optimizer."""
+        if batch is None:
+            self.cur_batch = self.get_batch()
+            batch = self.cur_batch
+        self._set_learning_rates()
+        if self._is_differentiated:
+            self._step_begins(batch)
+        metrics = self._take_gradient(batch)
+        if self.is_implemented("grad_callback"):
+            self.grad_callback()
+        if self.gradient_accumulation_boundary():
+            self._gradient_is_complete(batch)
+            self.optimizer_step()
+            if self.is_implemented("param_callback"):
+                self.param_callback()
+            self.zero_grad()
+        return metrics
+
+    def _take_gradient(self, batch: Any) -> dict[str, Any]:
+        """Evaluate the loss and accumulate its (hyper)gradient into ``.grad``."""
+        parameters = self.trainable_parameters()
+        keeps_graph = self.trajectory.is_open and self.trajectory.keeps.graph
+        # With a graph that is to outlive the step, the optimizer must not write into its leaves.
+        leaves = self.trajectory.leaves() if keeps_graph else parameters
+        with (
+            substituted(self.again.modules(), parameters, leaves) if keeps_graph else nullcontext()
+        ):
+            loss, metrics = self.get_loss(batch)
+            if keeps_graph:
+                both = torch.autograd.grad(
+                    loss, [*leaves, *parameters], create_graph=True, allow_unused=True
+                )
+                gradient, left = both[: len(leaves)], both[len(leaves) :]
+                check_none_left(self.name, left, "store to weights")
+                self.trajectory.add_graph(gradient)
+            if keeps_graph and not self._paths:
+                total: list[Any] = [None if g is None else g.detach() for g in gradient]
+            else:
+                metrics |= self.backward(
+                    loss=loss,
+                    params=leaves,
+                    paths=self._paths,
+                    retain_graph=self._retain_graph or keeps_graph,
+                    allow_unused=self._allow_unused,
+                )
+                total = [leaf.grad for leaf in leaves]
+        if keeps_graph:
+            for leaf in leaves:
+                leaf.grad = None
+            self.set_grads(parameters, total)
+        return metrics
+
+    def _set_learning_rates(self) -> None:
+        rates = self.learning_rates()
+        if rates is None:
+            return
+        groups = self.optimizer.param_groups
+        if len(rates) != len(groups):
+            raise UserError(
+                f"problem {self.name!r}: learning_rates gives {len(rates)}, its optimizer has "
+                f"{len(groups)} parameter groups; give one for each"
+            )
+        for group, rate in zip(groups, rates, strict=True):
+            # A device's number stays there; torch's optimizers take tensors.
+            on_host = rate.device.type == "cpu"
+            group["lr"] = float(rate.detach()) if on_host else rate.detach().clone()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Clip and step; Betty's ``custom_optimizer_step``, if there is one."""
+        if self.is_implemented("custom_optimizer_step"):
+            super().optimizer_step(*args, **kwargs)
+            return
+        if self.gradient_clipping > 0.0:
+            self.clip_grad()
+        self.optimizer.step()
+
+    def get_loss(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
+        """The loss, divided by the number of accumulated batches, and detached figures."""
+        result = self._evaluate(batch)
+        metrics = {
+            key: value.detach() if isinstance(value, Tensor) else value
+            for key, value in result.items()
+        }
+        loss = result["loss"]
+        return (loss / self.gas if self.gas > 1 else loss), metrics
+
+    def training_step_exec(self, batch: Any) -> Tensor:
+        """The loss alone, whatever ``training_step`` returns; Betty's methods call this."""
+        if self.replaying:
+            self.again.restore_randomness()
+        return self._evaluate(batch)["loss"]
+
+    def loss(self, batch: Any) -> Tensor:
+        """``training_step``'s loss in full precision, for a hypergradient's evaluations."""
+        return _as_dict(self.training_step(batch), self.name)["loss"]
+
+    def _evaluate(self, batch: Any) -> dict[str, Any]:
+        return _as_dict(self._in_precision(self.training_step, batch), self.name)
+
+    def _in_precision(self, function: Callable[..., Any], *args: Any) -> Any:
+        if self.precision != "bf16":
+            return function(*args)
+        with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16):
+            return function(*args)
+
+    def backward(
+        self,
+        loss: Tensor,
+        params: Sequence[Tensor],
+        paths: Sequence[Sequence[betty.problems.Problem]],
+        create_graph: bool = False,
+        retain_graph: bool = False,
+        allow_unused: bool = True,
+    ) -> dict[str, Tensor]:
+        """Accumulate the direct gradient and the hypergradient along ``paths`` into ``.grad``.
+
+        Returns:
+            the hypergradient's diagnostics: the norm over each hop and what its method reports.
+        """
+        if not paths or not self._config.first_order:
+            torch.autograd.backward(
+                loss, inputs=list(params), create_graph=create_graph, retain_graph=retain_graph
+            )
+            return {}
+        outer = OuterGradient(self, paths)
+        gradient, diagnostics = outer(loss, params, retain_graph=retain_graph)
+        self.set_grads(params, gradient)
+        return diagnostics
+
+    def hypergradient(self, vector: Vector, hop: Hop) -> tuple[list[Vector], dict[str, Tensor]]:
+        """Carry an outer gradient over ``hop``, which starts from this level, by its method."""
+        if self.method is not None:
+            return self.method(vector, hop)
+        with self.again.untraced():
+            return carry_by_bettys(vector, self, hop.sources), {}
+
+    # ------------------------------------------------------------- the step order
+
+    def step_normal(self, global_step: int | None = None) -> None:
+        """Step, then let the uppers step when this level has done its ``unroll_steps``."""
+        if not self.check_ready():
+            return
+        if self._inner_loop_start:
+            if self.is_implemented("on_inner_loop_start"):
+                self.on_inner_loop_start()
+            self._inner_loop_start = False
+            if self._roll_back:
+                self.cache_states()
+        if self._training:
+            self._count += 1
+        self.metrics = self.one_step_descent()
+        if self.log_step > 0 and self._count % self.log_step == 0 and self.is_rank_zero():
+            self.log(self.metrics, global_step)
+        if (
+            self._training
+            and self._count % (self._unroll_steps * self.gas) == 0
+            and self._count > self.warmup_steps
+        ):
+            for problem in self._parents:
+                problem.ready[problem.children.index(self)] = True
+                problem.step_normal(global_step=global_step)
+            self._inner_loop_start = True
+        if not self._roll_back and self.gradient_accumulation_boundary():
+            # After the uppers: a hypergradient carries the rate that this step was taken with.
+            self.step_scheduler("iteration")
+        self.ready = [False] * len(self._children)
+
+    def step_scheduler(self, clock: SchedulerClock, metric: float | None = None) -> None:
+        """Step the scheduler if this is the clock it goes by.
+
+        Args:
+            clock: what has just happened.
+            metric: the monitored validation metric, for ``ReduceLROnPlateau``.
+        """
+        when = getattr(self._config, "scheduler_step", "iteration")
+        if self.scheduler is None or clock != when:
+            return
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            if metric is None:
+                raise RunError(
+                    f"problem {self.name!r}: reduce_on_plateau needs a validation metric; "
+                    "set its step to 'validation' and validate"
+                )
+            self.scheduler.step(metric)
+        else:
+            with warnings.catch_warnings():
+                # At the first batch of an epoch a resumed run has not stepped its optimizer yet.
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                self.scheduler.step()
+
+    def epoch_callback_exec(self) -> None:
+        """One pass over the first loader is over."""
+        self.step_scheduler("epoch")
+        super().epoch_callback_exec()
+
+    # ------------------------------------------------------------------- wiring
+
+    def initialize(self) -> None:
+        """Set up loaders, module, optimizer and scheduler; the engine calls it once."""
+        super().initialize()
+        if self.optimizer is None and self.trainable_parameters():
+            raise ValueError(f"problem {self.name!r} has parameters but no optimizer")
+        self._stream = Stream(
+            [Place(loader, self.device) for loader in self.train_data_loader or ()],
+            self.train_data_iterator or [],
+            self.epoch_counter or [],
+        )
+        self._fresh = FreshBatches(self.name, self._stream, self.device)
+        self.connect()
+
+    def patch_optimizer(self) -> None:
+        """Keep the optimizer object; only its state follows the module to the device."""
+        if self._strategy not in (None, "default", "cpu", "gpu"):
+            super().patch_optimizer()
+        elif self.optimizer is not None:
+            _move_state(self.optimizer, self.device)
+
+    def patch_scheduler(self) -> None:
+        """Keep the scheduler object."""
+
+    def set_train_data_loader(self, loader: Any, idx: int = 0) -> None:
+        """Replace a loader; the next batch comes from the new one."""
+        super().set_train_data_loader(loader, idx)
+        self._stream.replace(idx, self.train_data_loader[idx])
+        self._fresh.restart()
+
+    def connect(self) -> None:
+        """Take note of the dependency graph; the engine calls it whenever the graph changes."""
+        self.ready = [False] * len(self._children)
+        self._inner_loop_start = True
+        everyone = self._everyone()
+        self._is_differentiated = graph.is_differentiated(self, everyone) or any(
+            isinstance(problem, Problem) and problem.revisits == self.name for problem in everyone
+        )
+        self._forget_steps()
+
+    # ------------------------------------------------------------- data and state
+
+    def get_batch_single_loader(self, idx: int) -> Any:
+        """The next batch of loader ``idx``, counted so that a resumed run finds its place."""
+        training = self._stream is self._fresh.training
+        at_end = self.epoch_callback_exec if idx == 0 and training else None
+        return _on(self.device, self._stream.next(idx, at_end))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        state = super().state_dict() if self.optimizer is not None else self._module_state()
+        state["count"] = self._count
+        state["inner_loop_start"] = self._inner_loop_start
+        state["ready"] = list(self.ready)
+        state["loaders"] = self._stream.state_dict()
+        # Figures that a later log is still to write.
+        state["metrics"] = {
+            k: v for k, v in self.metrics.items() if isinstance(v, (Tensor, int, float))
+        }
+        if not self.gradient_accumulation_boundary():
+            state["gradients"] = [p.grad for p in self.trainable_parameters()]
+        state |= self._remembered()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`; the loaders go on where they were."""
+        if self.optimizer is not None:
+            super().load_state_dict(state)
+        else:
+            self.module.load_state_dict(state["module"])
+        self._count = state["count"]
+        self._inner_loop_start = state["inner_loop_start"]
+        self.ready = list(state["ready"])
+        self._stream.load_state_dict(state["loaders"])
+        self.metrics = {
+            k: v.to(self.device) if isinstance(v, Tensor) else v
+            for k, v in state["metrics"].items()
+        }
+        if "gradients" in state:
+            for p, gradient in zip(self.trainable_parameters(), state["gradients"], strict=True):
+                p.grad = None if gradient is None else gradient.to(p.device)
+        if "last_step" in state:
+            last = state["last_step"]
+            batch = _on(self.device, last["batch"])
+            self.cur_batch = batch if batch is not None else self.cur_batch
+            self.again.load(batch, last["random_state"])
+        self._recall(state)
+
+    def _module_state(self) -> dict[str, Any]:
+        return {"module": self.module.state_dict()}
+
+
+def _as_dict(result: Any, name: str) -> dict[str, Any]:
+    values = dict(result) if isinstance(result, Mapping) else {"loss": result}
+    if not isinstance(values.get("loss"), Tensor):
+        raise TypeError(
+            f"problem {name!r}: training_step must return the loss, a tensor, or a dict with 'loss'"
+        )
+    return values
+
+
+def _on(device: torch.device | str, batch: Any) -> Any:
+    """A batch on ``device``: a tensor, or mappings, dataclasses and sequences of anything."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _on(device, value) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_on(device, value) for value in batch))
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.init}
+        return dataclasses.replace(batch, **_on(device, values))
+    if isinstance(batch, (list, tuple)):
+        return tuple(_on(device, value) for value in batch)
+    return batch
+
+
+def _move_state(optimizer: torch.optim.Optimizer, device: torch.device | str) -> None:
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and key != "step":
+                state[key] = value.to(device)

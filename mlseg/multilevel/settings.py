@@ -1,0 +1,173 @@
+"""What a config says about one problem: optimizer, scheduler, hypergradient, clipping."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+import torch
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    model_validator,
+)
+from torch.optim import lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
+
+from mlseg.config import Settings
+from mlseg.errors import UserError
+from mlseg.hypergradients import Method, optimizers, resolve
+from mlseg.multilevel.config import Config, SchedulerClock
+
+if TYPE_CHECKING:
+    OptimizerSettings = optimizers.Optimizer
+else:  # one of as many as there are
+    OptimizerSettings = Annotated[
+        Union[tuple(optimizers.known())],  # noqa: UP007
+        Field(discriminator="name"),
+    ]
+
+
+class _Scheduler(Settings):
+    """``step`` says when the rate may change: each iteration, epoch or validation."""
+
+    step: SchedulerClock = "iteration"
+
+
+class ReduceOnPlateau(_Scheduler):
+    """Multiply the rate by ``factor`` after ``patience`` validations without a better metric."""
+
+    name: Literal["reduce_on_plateau"] = "reduce_on_plateau"
+    step: Literal["validation"] = "validation"
+    factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    patience: PositiveInt = 10
+    threshold: NonNegativeFloat = 1e-4
+    min_lr: NonNegativeFloat = 0.0
+
+    def build(
+        self, optimizer: torch.optim.Optimizer, mode: Literal["max", "min"], steps: int | None
+    ) -> LRScheduler:
+        """The torch scheduler; ``mode`` is the engine's."""
+        values = self.model_dump(exclude={"name", "step"})
+        return lr_scheduler.ReduceLROnPlateau(optimizer, mode=mode, **values)
+
+
+class MultiStep(_Scheduler):
+    """Multiply the rate by ``factor`` at each of ``milestones``."""
+
+    name: Literal["multistep"] = "multistep"
+    milestones: list[PositiveInt]
+    factor: PositiveFloat = 0.1
+
+    def build(self, optimizer: torch.optim.Optimizer, mode: str, steps: int | None) -> LRScheduler:
+        """The torch scheduler."""
+        return lr_scheduler.MultiStepLR(optimizer, self.milestones, self.factor)
+
+
+class Exponential(_Scheduler):
+    """Multiply the rate by ``factor`` every time."""
+
+    name: Literal["exponential"] = "exponential"
+    factor: PositiveFloat
+
+    def build(self, optimizer: torch.optim.Optimizer, mode: str, steps: int | None) -> LRScheduler:
+        """The torch scheduler."""
+        return lr_scheduler.ExponentialLR(optimizer, self.factor)
+
+
+class Linear(_Scheduler):
+    """From the full rate to ``end`` times it over ``length`` steps, in a straight line.
+
+    Without a length it takes the whole of ``engine.iterations``.
+    """
+
+    name: Literal["linear"] = "linear"
+    length: PositiveInt | None = None
+    end: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+
+    @model_validator(mode="after")
+    def _check_length(self) -> "Linear":
+        if self.length is None and self.step != "iteration":
+            raise ValueError(f"length: how many steps of the clock {self.step!r} the decay takes")
+        return self
+
+    def build(self, optimizer: torch.optim.Optimizer, mode: str, steps: int | None) -> LRScheduler:
+        """The torch scheduler."""
+        length = self.length if self.length is not None else steps
+        if length is None:
+            raise UserError("scheduler.length: needed here; the number of steps of the decay")
+        return lr_scheduler.LinearLR(optimizer, 1.0, self.end, length)
+
+
+class Cosine(_Scheduler):
+    """Half a cosine from the full rate to ``min_lr`` over ``length`` steps."""
+
+    name: Literal["cosine"] = "cosine"
+    length: PositiveInt
+    min_lr: NonNegativeFloat = 0.0
+
+    def build(self, optimizer: torch.optim.Optimizer, mode: str, steps: int | None) -> LRScheduler:
+        """The torch scheduler."""
+        return lr_scheduler.CosineAnnealingLR(optimizer, self.length, self.min_lr)
+
+
+SchedulerSettings = Annotated[
+    ReduceOnPlateau | MultiStep | Exponential | Linear | Cosine, Field(discriminator="name")
+]
+
+
+def _method(value: Any) -> Any:
+    return resolve(value) if isinstance(value, (str, dict)) else value
+
+
+class ProblemSettings(Settings):
+    """One problem of a config.
+
+    Attributes:
+        optimizer: by name, with that optimizer's settings.
+        scheduler: of its learning rate; None keeps it.
+        batch_size: examples per step.
+        clip: largest gradient norm; 0 for no clipping.
+        accumulate: batches whose gradients are added up for one optimizer step.
+        unroll_steps: own steps per step of the level above.
+        hypergradient: how upper levels' gradients pass through this level: a method's name, or a
+            mapping of ``method`` and its settings. A level that no gradient passes doesn't use it.
+    """
+
+    optimizer: OptimizerSettings
+    scheduler: SchedulerSettings | None = None
+    batch_size: PositiveInt = 2
+    clip: NonNegativeFloat = 0.0
+    accumulate: PositiveInt = 1
+    unroll_steps: PositiveInt = 1
+    hypergradient: Annotated[SerializeAsAny[Method], BeforeValidator(_method)] = Field(
+        default_factory=lambda: resolve("finite_difference")
+    )
+
+    def config(self, precision: str) -> Config:
+        """The problem's ``Config``."""
+        return Config(
+            hypergradient=self.hypergradient,
+            unroll_steps=self.unroll_steps,
+            gradient_accumulation=self.accumulate,
+            gradient_clipping=self.clip,
+            precision=precision,
+            scheduler_step=self.scheduler.step if self.scheduler else "iteration",
+        )
+
+    def build(
+        self,
+        parameters: Iterable[torch.Tensor],
+        mode: Literal["max", "min"],
+        steps: int | None = None,
+    ) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
+        """Optimizer and scheduler over ``parameters``.
+
+        Args:
+            mode: the monitored metric's.
+            steps: iterations of the run, for a scheduler that goes by them.
+        """
+        optimizer = self.optimizer.build(parameters)
+        return optimizer, self.scheduler.build(optimizer, mode, steps) if self.scheduler else None

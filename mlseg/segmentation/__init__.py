@@ -1,0 +1,1 @@
+"""Image segmentation: data, networks, losses, metrics, scoring, trained models."""

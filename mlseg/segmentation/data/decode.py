@@ -1,0 +1,395 @@
+"""Files to uint8 arrays of one size, with every fault of a file told in one line.
+
+Images are resized by antialiased bilinear interpolation, masks by nearest neighbour, and a binary
+mask is cut at half its range *after* that: the other way round, or with an interpolating filter and
+truncation, it loses part of its foreground. Shapes are stretched or padded, never cropped.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from rich.console import Console
+from rich.progress import track
+
+from mlseg.errors import RunError, UserError
+from mlseg.segmentation.data.entry import Entry, Example, RawFormat
+from mlseg.segmentation.data.placement import PADDING, Fit, padded, placed
+from mlseg.segmentation.data.samples import DatasetSpec, Samples
+
+CACHE_FORMAT = 1
+_LOSSY = {"JPEG", "WEBP"}
+# Darkest grey that a lossy file may hold where the mask is empty.
+_NOISE = 32
+
+
+def read_image(
+    path: Path, channels: int, size: tuple[int, int] | None = None, raw: RawFormat | None = None
+) -> NDArray[np.uint8]:
+    """An image as (channels, H, W) uint8.
+
+    Grey files are repeated for three channels, colour is turned to grey (ITU-R BT.601) for one.
+    16-bit files are scaled by the smallest of 8, 10, 12, 14 and 16 bits that holds their values.
+    Turned upright where the file says how (EXIF).
+
+    Args:
+        path: of the file.
+        channels: 1 or 3.
+        size: (H, W) to resize to; None: the file's own.
+        raw: format of files without a header, where `path` has its suffix.
+
+    Raises:
+        UserError: the file isn't a readable image.
+    """
+    image = _open_image(path, raw).convert("L" if channels == 1 else "RGB")
+    if size is not None and image.size != size[::-1]:
+        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+    array = np.asarray(image, dtype=np.uint8)
+    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def read_mask(
+    path: Path,
+    kind: str,
+    num_classes: int,
+    ignore_index: int | None = None,
+    size: tuple[int, int] | None = None,
+    remap: Mapping[int, int] | None = None,
+) -> NDArray[np.uint8]:
+    """A mask as (H, W) uint8: class indices, or the ignore index.
+
+    A text file holds a row of integers per line (Stanford Background).
+
+    Args:
+        kind: "binary" (0 and 1, or 0 and 255 with a cut at half the range; 16 bits alike),
+            "nonzero" (above 0 is foreground), "index" (values, or a palette's indices).
+        size: (H, W) to resize to; None: the file's own.
+        remap: classes by the file's values, for "index"; others have the ignore index.
+
+    Raises:
+        UserError: the file isn't readable or holds values that aren't classes.
+    """
+    image = _load_text(path) if path.suffix.lower() == ".txt" else _load(path)
+    lossy = image.format in _LOSSY
+    if size is not None and image.size != size[::-1]:
+        image = image.resize(size[::-1], Image.Resampling.NEAREST)
+    values = _values(image, path, kind)
+    if kind == "nonzero":
+        return (values > 0).astype(np.uint8)
+    if kind == "binary":
+        return _cut(values, path, lossy)
+    if remap is not None:
+        return _remapped(values, remap, ignore_index)
+    known = list(range(num_classes)) + ([] if ignore_index is None else [ignore_index])
+    strange = np.setdiff1d(values, known)
+    if len(strange):
+        allowed = f"0 to {num_classes - 1}"
+        allowed += "" if ignore_index is None else f" and {ignore_index} (ignored)"
+        raise UserError(
+            f"{path}: mask value {strange[0]} is none of the {num_classes} classes ({allowed})"
+        )
+    return values.astype(np.uint8)
+
+
+def image_size(path: Path, raw: RawFormat | None = None) -> tuple[int, int]:
+    """(H, W) of an image file as it is shown, without decoding it.
+
+    Raises:
+        UserError: it isn't a readable image.
+    """
+    if _is_raw(path, raw):
+        assert raw is not None
+        return raw.height, raw.width
+    if path.suffix.lower() == ".txt":
+        width, height = _load_text(path).size
+        return height, width
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from None
+    return (width, height) if turned else (height, width)
+
+
+def decode(
+    examples: Sequence[Example],
+    entry: Entry,
+    spec: DatasetSpec,
+    size: tuple[int, int],
+    cache: Path | None = None,
+    fit: Fit = "stretch",
+) -> Samples:
+    """Decode all examples, in their order, on several threads.
+
+    Args:
+        size: (H, W) of the arrays.
+        fit: how images of other shapes get there; "pad" fills them with grey, and the masks with
+            the ignore index, which `spec` must have.
+        cache: a folder for memory-mapped files; what is there already and was made from the same
+            files is used. None: in memory.
+
+    Raises:
+        UserError: a file is unreadable, image and mask differ in size, a mask has wrong values.
+        RunError: the cache can't be written.
+    """
+    ids = [example.id for example in examples]
+
+    def native(index: int) -> torch.Tensor:
+        return torch.from_numpy(_read_masks(examples[index], entry, spec, None))
+
+    def samples(images: NDArray[np.uint8], masks: NDArray[np.uint8], mapped: bool) -> Samples:
+        tensors = torch.from_numpy(images), torch.from_numpy(masks)
+        return Samples(ids, *tensors, spec, mapped=mapped, fit=fit, native_mask=native)
+
+    fill = partial(_fill, examples, entry, spec, fit)
+    shapes = (len(ids), spec.channels, *size), (len(ids), *size)
+    if cache is None or not ids:
+        images, masks = (np.empty(shape, np.uint8) for shape in shapes)
+        fill(images, masks)
+        return samples(images, masks, mapped=False)
+    folder = cache / f"{spec.name}-{_key(examples, entry, spec, size, fit)}"
+    if not folder.is_dir():
+        try:
+            _write(folder, shapes, fill)
+        except OSError as error:
+            raise RunError(f"{cache}: can't keep decoded images here ({error})") from None
+    # Mode "c" gives writable pages that never reach the file; torch wants writable memory.
+    images, masks = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("images", "masks"))
+    return samples(images, masks, mapped=True)
+
+
+def _read_masks(
+    example: Example, entry: Entry, spec: DatasetSpec, size: tuple[int, int] | None
+) -> NDArray[np.uint8]:
+    """The union of an example's masks, at `size` or their own."""
+    parts = [
+        read_mask(path, entry.masks, spec.num_classes, spec.ignore_index, size, entry.remap)
+        for path in example.masks
+    ]
+    return np.maximum.reduce(parts)
+
+
+def _fill(
+    examples: Sequence[Example],
+    entry: Entry,
+    spec: DatasetSpec,
+    fit: Fit,
+    images: NDArray[np.uint8],
+    masks: NDArray[np.uint8],
+) -> None:
+    size = images.shape[2], images.shape[3]
+
+    def one(position: int) -> None:
+        example = examples[position]
+        part = placed(_native_size(example, entry), size, fit)
+        image = read_image(example.image, spec.channels, part, entry.raw)
+        images[position] = padded(image, size, PADDING)
+        masks[position] = padded(_read_masks(example, entry, spec, part), size, spec.ignore_index)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        done: Iterable[None] = pool.map(one, range(len(examples)))
+        try:
+            console = Console(file=sys.stderr)
+            for _ in track(
+                done,
+                f"decoding {spec.name}",
+                len(examples),
+                console=console,
+                transient=True,
+                disable=not console.is_terminal,
+            ):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _native_size(example: Example, entry: Entry) -> tuple[int, int]:
+    """(H, W) of an example's image; a UserError if its masks don't fit it."""
+    height, width = image_size(example.image, entry.raw)
+    for path in example.masks:
+        mask_height, mask_width = image_size(path)
+        if entry.same_size:
+            fits = (height, width) == (mask_height, mask_width)
+        else:  # the same shape, up to rounding
+            fits = abs(height * mask_width - width * mask_height) <= max(height, width)
+        if not fits:
+            raise UserError(
+                f"{path}: mask of {mask_width}x{mask_height} pixels for the image "
+                f"{example.image.name} of {width}x{height}; they must be of one size"
+            )
+    return height, width
+
+
+def _write(
+    folder: Path,
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    fill: Callable[[NDArray[np.uint8], NDArray[np.uint8]], None],
+) -> None:
+    """Decode into files; the folder appears under its name only when it is complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        images, masks = (
+            np.lib.format.open_memmap(work / f"{name}.npy", "w+", np.uint8, shape)
+            for name, shape in zip(("images", "masks"), shapes, strict=True)
+        )
+        fill(images, masks)
+        images.flush()
+        masks.flush()
+        del images, masks
+        try:
+            os.replace(work, folder)
+        except OSError:
+            if not folder.is_dir():  # else another run has just made the same
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _key(
+    examples: Sequence[Example],
+    entry: Entry,
+    spec: DatasetSpec,
+    size: tuple[int, int],
+    fit: Fit,
+) -> str:
+    """Changes with anything that changes the decoded arrays."""
+    files = []
+    for example in examples:
+        for path in (example.image, *example.masks):
+            state = path.stat()
+            files.append([example.id, str(path.resolve()), state.st_size, state.st_mtime_ns])
+    remap = sorted((entry.remap or {}).items())
+    what = [
+        CACHE_FORMAT,
+        files,
+        entry.masks,
+        remap,
+        spec.channels,
+        spec.num_classes,
+        spec.ignore_index,
+    ]
+    return hashlib.sha256(json.dumps([what, size, fit]).encode()).hexdigest()[:20]
+
+
+def _open_image(path: Path, raw: RawFormat | None) -> Image.Image:
+    """Upright, of 8 bits a channel."""
+    if _is_raw(path, raw):
+        assert raw is not None
+        return Image.fromarray(_read_raw(path, raw))
+    image = _load(path)
+    if image.mode.startswith("I"):
+        return Image.fromarray(_to_8_bits(np.asarray(image).astype(np.int64)))
+    if image.mode == "F":
+        raise UserError(f"{path}: an image of floating-point values; 8 or 16 bits are expected")
+    return ImageOps.exif_transpose(image)
+
+
+def _load(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _load_text(path: Path) -> Image.Image:
+    """A text file of integers, a row per line, as an image of 32 bits."""
+    try:
+        values = np.loadtxt(path, dtype=np.int32, ndmin=2)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+    if not values.size:
+        raise UserError(f"{path}: no labels in it")
+    return Image.fromarray(values)
+
+
+def _remapped(
+    values: NDArray[np.int64], remap: Mapping[int, int], ignore_index: int | None
+) -> NDArray[np.uint8]:
+    assert ignore_index is not None, "a set with remapped labels has an ignore index"
+    found = np.full(values.shape, ignore_index, np.uint8)
+    for value, index in remap.items():
+        found[values == value] = index
+    return found
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).replace(repr(str(path)), "the file").split())
+    return UserError(f"{path}: not a readable image ({reason or type(error).__name__})")
+
+
+def _is_raw(path: Path, raw: RawFormat | None) -> bool:
+    return raw is not None and path.suffix.lower() == f".{raw.suffix.lower()}"
+
+
+def _read_raw(path: Path, raw: RawFormat) -> NDArray[np.uint8]:
+    try:
+        values = np.fromfile(path, dtype=">u2")
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if values.size != raw.height * raw.width:
+        raise UserError(
+            f"{path}: {values.size * 2} bytes, but {raw.height}x{raw.width} pixels of 16 bits are "
+            f"{raw.height * raw.width * 2}"
+        )
+    top = 2**raw.bits - 1
+    grey = np.minimum(values.reshape(raw.height, raw.width), top).astype(np.float64) / top
+    return np.rint(255 * (1 - grey if raw.white_is_zero else grey)).astype(np.uint8)
+
+
+def _to_8_bits(values: NDArray[np.int64]) -> NDArray[np.uint8]:
+    values = np.maximum(values, 0)
+    highest = int(values.max(initial=0))
+    top = next((2**bits - 1 for bits in (8, 10, 12, 14, 16) if highest < 2**bits), highest)
+    return np.rint(values * (255 / top)).astype(np.uint8)
+
+
+def _values(image: Image.Image, path: Path, kind: str) -> NDArray[np.int64]:
+    """(H, W) values of a mask file; of a palette the indices, unless it is a scale of greys."""
+    if image.mode == "P":
+        palette = np.array(image.getpalette("RGB") or [], dtype=int).reshape(-1, 3)
+        if kind != "index" and len(palette) and (palette == palette[:, :1]).all():
+            image = image.convert("L")
+    if image.mode in ("LA", "La"):
+        image = image.convert("L")
+    elif image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+        image = image.convert("RGB")
+    array: NDArray[Any] = np.asarray(image).astype(np.int64)
+    if image.mode == "1" and kind != "index":
+        array = array * 255
+    if array.ndim == 3:
+        if kind == "index" and not (array == array[..., :1]).all():
+            raise UserError(f"{path}: a colour picture; a mask of several classes holds indices")
+        array = array.max(-1)
+    return array
+
+
+def _cut(values: NDArray[np.int64], path: Path, lossy: bool) -> NDArray[np.uint8]:
+    """Cut at half the range: 1, 255 or 65535, the smallest that holds the values."""
+    highest = int(values.max(initial=0))
+    if highest <= 1:
+        return values.astype(np.uint8)
+    top = 255 if highest <= 255 else 65535
+    foreground = values > top / 2
+    if not foreground.any() and not (lossy and highest <= _NOISE):
+        raise UserError(
+            f"{path}: mask value {highest} is neither background nor foreground; a binary mask "
+            f"holds 0 and 1, or 0 and {top}"
+        )
+    return foreground.astype(np.uint8)

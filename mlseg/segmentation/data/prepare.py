@@ -1,0 +1,335 @@
+"""From settings to data: find or replace, split, decode."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mlseg.errors import UserError
+from mlseg.segmentation.data import splits
+from mlseg.segmentation.data.decode import decode
+from mlseg.segmentation.data.entry import Entry, Example, data_set
+from mlseg.segmentation.data.fetch import fetch, incomplete
+from mlseg.segmentation.data.layout import find_examples
+from mlseg.segmentation.data.placement import Fit
+from mlseg.segmentation.data.samples import DatasetSpec, Samples
+from mlseg.segmentation.data.scenes import synthetic_scenes
+from mlseg.segmentation.data.settings import OWN_DATA, DataSettings, check_fit, resolve_root
+from mlseg.segmentation.data.synthetic import synthetic_lesions
+
+Provenance = Literal["real", "synthetic"]
+
+# Synthetic examples are drawn, as others are, from a set of ids: the same for every run.
+SYNTHETIC_POOL = 10_000
+SYNTHETIC_COUNTS = {"train": 160, "val": 40, "test": 200}
+
+
+@dataclass(frozen=True)
+class SegmentationData:
+    """What a run trains and tests on.
+
+    Attributes:
+        train, val, test: disjoint; val and test may be empty.
+        out_of_distribution: test-only sets by name.
+        spec: of train, val and test.
+        provenance: "real", or "synthetic" for stand-ins.
+        manifest: what ``splits.json`` holds; see `mlseg.segmentation.data.splits.manifest`.
+        notice: a line that a command must show at the start and at the end, or None.
+    """
+
+    train: Samples
+    val: Samples
+    test: Samples
+    out_of_distribution: dict[str, Samples]
+    spec: DatasetSpec
+    provenance: Provenance
+    manifest: dict[str, Any]
+    notice: str | None = None
+
+
+def load_data(settings: DataSettings) -> SegmentationData:
+    """Load, or make, the data that `settings` name.
+
+    Raises:
+        UserError: data are missing, bad, or fewer than asked for; one line that names the file.
+        RunError: a download or the cache failed.
+    """
+    entry = settings.entry
+    root = resolve_root(entry.spec.name, settings.root)
+    if entry.synthetic or not _available(entry, root, settings):
+        return _synthetic(entry, root, settings)
+
+    parts = find_examples(entry, root)
+    split, how = _split(entry, parts, settings, root)
+    chosen = {(e.id): e for examples in _of(parts, how).values() for e in examples}
+    others, left_out = _others(entry, split, settings)
+    wanted: dict[str, tuple[Entry, list[Example]]] = {
+        name: (entry, [chosen[id] for id in ids]) for name, ids in split.as_dict().items()
+    }
+    wanted |= {f"other {name}": found for name, found in others.items()}
+    number = sum(len(examples) for _, examples in wanted.values())
+    height, width = settings.size
+    mib = number * (entry.spec.channels + 1) * height * width / 2**20
+    cache = _cache(settings, mib)
+
+    def decoded(key: str) -> Samples:
+        of, examples = wanted[key]
+        return decode(examples, of, of.spec, settings.size, cache, settings.fit)
+
+    return SegmentationData(
+        train=decoded("train"),
+        val=decoded("val"),
+        test=decoded("test"),
+        out_of_distribution={name: decoded(f"other {name}") for name in others},
+        spec=entry.spec,
+        provenance="real",
+        manifest=splits.manifest(
+            split,
+            dataset=settings.name,
+            how=how,
+            seed=settings.split_seed,
+            provenance="real",
+            out_of_distribution={n: [e.id for e in found] for n, (_, found) in others.items()},
+        ),
+        notice=(f"Not tested on, because missing: {'; '.join(left_out)}." if left_out else None),
+    )
+
+
+def load_examples(
+    name: str,
+    root: str | None,
+    size: tuple[int, int],
+    spec: DatasetSpec,
+    fit: Fit = "stretch",
+) -> Samples:
+    """All examples of a data set, for scoring a trained model on it.
+
+    Args:
+        name: registered, or a dotted path. Of a set with official parts the test part, or else the
+            training part; the validation part where the test part's labels are not public.
+        root: as `DataSettings.root`.
+        size: (H, W) in pixels.
+        spec: of the data the model was trained on; classes and channels must fit.
+        fit: as `DataSettings.fit`.
+
+    Raises:
+        UserError: data are missing, bad, of other classes, or can't be padded.
+    """
+    try:
+        entry = _fitting(_as_trained(data_set(name), spec), spec)
+        check_fit(fit, entry, "a model of padded images can only be scored on sets that have one")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    folder = resolve_root(entry.spec.name, root)
+    if entry.synthetic:
+        ids = _synthetic_ids(SYNTHETIC_COUNTS["test"])
+        return _draw_synthetic(entry.spec, ids, size, fit, 0)
+    if _absent(folder):
+        raise _missing(entry, folder)
+    examples = _whole(entry, find_examples(entry, folder))
+    return decode(examples, entry, entry.spec, size, fit=fit)
+
+
+def _absent(root: Path) -> bool:
+    return not root.exists() or (root.is_dir() and not any(root.iterdir()))
+
+
+def _available(entry: Entry, root: Path, settings: DataSettings) -> bool:
+    """Whether the data are there, after a download where that is wanted."""
+    if settings.when_missing == "download" and (_absent(root) or incomplete(root)):
+        fetch(entry, root, parts=_needed(entry, settings))
+    elif incomplete(root):
+        raise UserError(
+            f"{root}: a download was interrupted; finish it with: "
+            f"python -m mlseg.data {entry.spec.name} --root {root}"
+        )
+    if not _absent(root):
+        return True
+    if settings.when_missing == "error":
+        raise _missing(entry, root)
+    return False
+
+
+def _needed(entry: Entry, settings: DataSettings) -> tuple[str, ...] | None:
+    if settings.splits == "official":
+        return tuple({archive.part: None for archive in entry.archives})
+    return None
+
+
+def _missing(entry: Entry, root: Path) -> UserError:
+    expected = ", ".join(entry.expected) or "a CSV file with the columns image and mask"
+    return UserError(
+        f"{root}: no data of {entry.spec.name} here; get them from {entry.source}, laid out as "
+        f"{expected}, or set data.root, or data.when_missing to synthetic or download"
+    )
+
+
+def _of(parts: dict[str, list[Example]], how: str) -> dict[str, list[Example]]:
+    """The parts that a split is made from."""
+    if how == "official":
+        return parts
+    return {"all": parts["all"] if "all" in parts else parts.get("train", [])}
+
+
+def _split(
+    entry: Entry, parts: dict[str, list[Example]], settings: DataSettings, root: Path
+) -> tuple[splits.Split, str]:
+    """The split and how it was made, "drawn" or "official"."""
+    name = f"{entry.spec.name} in {root}"
+    by_default = entry.official or (entry.spec.name == "pairs" and "all" not in parts)
+    how = settings.splits or ("official" if by_default else "drawn")
+    counts = settings.train, settings.val, settings.test, settings.split_seed
+    if how == "official":
+        if "all" in parts:
+            raise UserError(f"{name}: comes without an official split; set data.splits to drawn")
+        ids = {part: [e.id for e in examples] for part, examples in parts.items()}
+        if entry.withheld_test:
+            if settings.test:
+                raise UserError(
+                    f"data.test: the test labels of {entry.spec.name} are not public; set it to 0 "
+                    "or leave it out, and test on the validation split or the benchmark's server"
+                )
+            ids = {part: found for part, found in ids.items() if part != "test"} | {"test": []}
+        return splits.official(ids, *counts, name), how
+    (pool,) = _of(parts, how).values()
+    if not pool:
+        raise UserError(f"{name}: the training part is missing; expected {entry.expected[0]}")
+    return splits.draw([e.id for e in pool], *counts, name), how
+
+
+def _others(
+    entry: Entry, split: splits.Split, settings: DataSettings
+) -> tuple[dict[str, tuple[Entry, list[Example]]], list[str]]:
+    """Examples of the test-only sets, and those that are missing and left out."""
+    found: dict[str, tuple[Entry, list[Example]]] = {}
+    left_out = []
+    for name in settings.out_of_distribution:
+        if name == settings.name:
+            raise UserError(f"data.out_of_distribution: {name!r} is what is trained on")
+        other = _fitting(data_set(name), entry.spec)
+        root = resolve_root(other.spec.name, settings.out_of_distribution_roots.get(name))
+        if other.synthetic:
+            raise UserError(
+                f"data.out_of_distribution: {name!r} is no test of a model of real data"
+            )
+        if not _available(other, root, settings):
+            # A drawn stand-in would say nothing about a model that has seen real images.
+            left_out.append(f"{name} ({root}; get it from {other.source})")
+            continue
+        examples = _whole(other, find_examples(other, root))
+        shared = {e.id for e in examples} & set(split.train + split.val + split.test)
+        if shared and other.ids == entry.ids:
+            raise UserError(
+                f"{root}: {min(shared)} of {name} is in {settings.name} too ({len(shared)} such "
+                f"ids); it can't be an out-of-distribution test"
+            )
+        found[name] = other, examples
+    return found, left_out
+
+
+def _whole(entry: Entry, parts: dict[str, list[Example]]) -> list[Example]:
+    order = ("val", "train") if entry.withheld_test else ("all", "test", "train", "val")
+    return next(parts[part] for part in order if part in parts)
+
+
+def _as_trained(entry: Entry, spec: DatasetSpec) -> Entry:
+    """Own data have the classes of the data that the model was trained on."""
+    if entry.spec.name not in OWN_DATA:
+        return entry
+    binary = spec.num_classes == 2 and spec.ignore_index is None
+    own = replace(spec, name=entry.spec.name)
+    return replace(entry, spec=own, masks="binary" if binary else "index")
+
+
+def _fitting(entry: Entry, spec: DatasetSpec) -> Entry:
+    """The entry with the channels of the data trained on; its classes must be as many."""
+    if entry.spec.num_classes != spec.num_classes:
+        raise UserError(
+            f"{entry.spec.name} has {entry.spec.num_classes} classes and can't test a model of "
+            f"{spec.num_classes} ({spec.name})"
+        )
+    return replace(entry, spec=replace(entry.spec, channels=spec.channels))
+
+
+def _cache(settings: DataSettings, mib: float) -> Path | None:
+    if settings.cache_dir is not None:
+        return Path(settings.cache_dir).expanduser()
+    if mib <= settings.memory_limit_mib:
+        return None
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mlseg"
+
+
+def _synthetic(entry: Entry, root: Path, settings: DataSettings) -> SegmentationData:
+    """A stand-in, or a synthetic set asked for by its name."""
+    counts = {key: getattr(settings, key) for key in SYNTHETIC_COUNTS}
+    counts = {k: SYNTHETIC_COUNTS[k] if v is None else v for k, v in counts.items()}
+    name = entry.spec.name
+    split = splits.draw(
+        _synthetic_ids(SYNTHETIC_POOL), **counts, seed=settings.split_seed, name=f"synthetic {name}"
+    )
+    train, val, test = (
+        _draw_synthetic(entry.spec, ids, settings.size, settings.fit, 0)
+        for ids in split.as_dict().values()
+    )
+    others = {}
+    for number, other in enumerate(settings.out_of_distribution, 1):
+        spec = _fitting(data_set(other), entry.spec).spec
+        ids = _synthetic_ids(SYNTHETIC_COUNTS["test"])
+        drawn = _draw_synthetic(spec, ids, settings.size, settings.fit, number)
+        others[other] = _shifted(drawn)
+    if entry.synthetic:
+        notice = f"SYNTHETIC DATA: {name} is drawn by mlseg"
+    else:
+        notice = (
+            f"SYNTHETIC DATA: no data of {name} in {root}, so images drawn by mlseg stand in for "
+            f"them (real ones: {entry.source})"
+        )
+    return SegmentationData(
+        train,
+        val,
+        test,
+        others,
+        entry.spec,
+        "synthetic",
+        splits.manifest(
+            split,
+            dataset=settings.name,
+            how="drawn",
+            seed=settings.split_seed,
+            provenance="synthetic",
+            out_of_distribution={name: samples.ids for name, samples in others.items()},
+        ),
+        notice + ". Its figures can't be compared with published ones.",
+    )
+
+
+def _synthetic_ids(number: int) -> list[str]:
+    return [f"synthetic-{index:05d}" for index in range(number)]
+
+
+def _draw_synthetic(
+    spec: DatasetSpec, ids: Sequence[str], size: tuple[int, int], fit: Fit, seed: int
+) -> Samples:
+    """Lesions for two classes, scenes for more, with the channels of `spec`."""
+    numbers = [int(name.rpartition("-")[2]) for name in ids]
+    if spec.num_classes == 2 and spec.ignore_index is None:
+        images, masks = synthetic_lesions(numbers, size, seed, spec.channels)
+    else:
+        images, masks = synthetic_scenes(
+            numbers, size, spec.classes, spec.ignore_index, seed, spec.channels
+        )
+    return Samples(list(ids), images, masks, spec, fit=fit)
+
+
+def _shifted(samples: Samples) -> Samples:
+    """A cast and a contrast of its own, so that a stand-in is another distribution."""
+    digest = hashlib.sha256(samples.spec.name.encode()).digest()
+    gain = torch.tensor([0.75 + digest[c] / 1024 for c in range(samples.spec.channels)])
+    images = 20 + samples.images.float() * gain[:, None, None]
+    images = images.round().clamp(0, 255).to(torch.uint8)
+    return replace(samples, images=images)

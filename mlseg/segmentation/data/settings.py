@@ -1,0 +1,184 @@
+"""Settings of the data, and where a data set's folder is."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from mlseg.config import Settings
+from mlseg.segmentation.data.entry import DATA_SETS, Entry, data_set
+from mlseg.segmentation.data.palettes import spread_palette
+from mlseg.segmentation.data.placement import Fit
+
+OWN_DATA = ("folder", "pairs")
+Count = Annotated[int, pydantic.Field(ge=0)]
+
+
+class DataSettings(Settings):
+    """Which data set, which examples of it, at which size.
+
+    Attributes:
+        name: a registered data set (`python -m mlseg.data` lists them), or a dotted path to a
+            `mlseg.segmentation.data.Entry` or a function that makes one; "folder" (images/ and
+            masks/) and "pairs" (a CSV file) are a user's own data.
+        options: keywords of that function.
+        root: the data set's folder (for "pairs" the CSV file or its folder). A relative path
+            starts at $MLSEG_DATA where that is set, and a leading "data/" stands for it; otherwise
+            at the working directory. Not given: data/<name>.
+        when_missing: what to do if the folder isn't there or is empty: stop, take a synthetic
+            stand-in of the same number of channels and classes, or download.
+        image_size: pixels, one number or [height, width].
+        fit: how images get there. "stretch" gives them its shape. "pad" keeps theirs: what is
+            larger is shrunk, nothing is enlarged; they lie at the top left, the rest is grey and,
+            in the masks, ignored. Only for sets with an ignore index; drawn images have the size
+            already.
+        train, val, test: number of examples; not given: see `mlseg.segmentation.data.splits`.
+        split_seed: another seed, another draw of the examples.
+        splits: "official" takes the split that the set comes with, "drawn" draws from its
+            examples (from its training part where it comes split). Not given: the set's default.
+        out_of_distribution: names of data sets that are only tested on, whole.
+        out_of_distribution_roots: their folders by name, where they aren't data/<name>.
+        classes: names of the classes, for own data; two without an ignore index mean a binary mask
+            (0 and 255, or 0 and 1), otherwise the mask's values are class indices.
+        ignore_index: mask value that doesn't count, for own data.
+        channels: 1 or 3, for own data. Default 3.
+        metric: headline metric, for own data. Default jaccard.
+        memory_limit_mib: decoded examples beyond this many MiB are kept in memory-mapped files.
+        cache_dir: where those files are; if given, every data set is kept there, so that the next
+            run doesn't decode. Default: the user's cache folder, used only beyond the limit.
+    """
+
+    name: str
+    options: Annotated[dict[str, Any], pydantic.Field(validate_default=True)] = {}
+    root: str | None = None
+    when_missing: Literal["error", "synthetic", "download"] = "error"
+    image_size: int | list[int] = 256
+    fit: Fit = "stretch"
+    train: Annotated[int, pydantic.Field(ge=1)] | None = None
+    val: Count | None = None
+    test: Count | None = None
+    split_seed: int = 0
+    splits: Literal["drawn", "official"] | None = None
+    out_of_distribution: list[str] = []
+    out_of_distribution_roots: dict[str, str] = {}
+    classes: list[str] | None = None
+    ignore_index: Annotated[int, pydantic.Field(ge=0, le=255)] | None = None
+    channels: Literal[1, 3] | None = None
+    metric: Literal["jaccard", "dice"] | None = None
+    memory_limit_mib: Count = 4096
+    cache_dir: str | None = None
+
+    @pydantic.field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        DATA_SETS.get(name)
+        return name
+
+    @pydantic.field_validator("options")
+    @classmethod
+    def _taken(cls, options: dict[str, Any], info: pydantic.ValidationInfo) -> dict[str, Any]:
+        if "name" in info.data:
+            data_set(info.data["name"], options)
+        return options
+
+    @pydantic.field_validator("out_of_distribution")
+    @classmethod
+    def _known_and_once(cls, names: list[str]) -> list[str]:
+        for name in names:
+            DATA_SETS.get(name)
+            if name in OWN_DATA:
+                raise ValueError(f"{name!r} can't be tested on by name; it is for training data")
+        if len(set(names)) < len(names):
+            raise ValueError("a data set is named twice")
+        return names
+
+    @pydantic.field_validator("image_size")
+    @classmethod
+    def _positive(cls, size: int | list[int]) -> int | list[int]:
+        numbers = [size] if isinstance(size, int) else size
+        if len(numbers) not in (1, 2) or min(numbers) < 1:
+            raise ValueError("a number of pixels, or [height, width], each at least 1")
+        return size
+
+    @pydantic.field_validator("classes")
+    @classmethod
+    def _at_least_two(cls, names: list[str] | None) -> list[str] | None:
+        if names is not None and not 2 <= len(set(names)) == len(names) <= 255:
+            raise ValueError("two to 255 names, no name twice, the background first")
+        return names
+
+    @pydantic.model_validator(mode="after")
+    def _own_data_only(self) -> "DataSettings":
+        if self.name not in OWN_DATA:
+            for key in ("classes", "ignore_index", "channels", "metric"):
+                if getattr(self, key) is not None:
+                    raise ValueError(
+                        f"{key} is for own data (name: {' or '.join(OWN_DATA)}); "
+                        f"{self.name!r} states its own"
+                    )
+        unused = sorted(set(self.out_of_distribution_roots) - set(self.out_of_distribution))
+        if unused:
+            raise ValueError(f"out_of_distribution_roots: {unused[0]!r} isn't tested on")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _can_pad(self) -> "DataSettings":
+        stretch = "set data.fit to stretch"
+        mend = f"set data.ignore_index, or {stretch[4:]}" if self.name in OWN_DATA else stretch
+        check_fit(self.fit, self.entry, mend)
+        for name in self.out_of_distribution:
+            check_fit(self.fit, data_set(name), stretch)
+        return self
+
+    @property
+    def entry(self) -> Entry:
+        """The data set; own data have the classes that are said here."""
+        entry = data_set(self.name, self.options)
+        if self.name not in OWN_DATA:
+            return entry
+        classes = tuple(self.classes or entry.spec.classes)
+        spec = replace(
+            entry.spec,
+            channels=self.channels or 3,
+            classes=classes,
+            ignore_index=self.ignore_index,
+            metric=self.metric or "jaccard",
+            palette=spread_palette(len(classes)),
+        )
+        binary = len(classes) == 2 and self.ignore_index is None
+        return replace(entry, spec=spec, masks="binary" if binary else "index")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        if isinstance(self.image_size, int):
+            return self.image_size, self.image_size
+        return self.image_size[0], self.image_size[-1]
+
+
+def check_fit(fit: Fit, entry: Entry, mend: str) -> None:
+    """Check that a data set's images can be padded, if they are to be.
+
+    Args:
+        mend: what else to do, for the message.
+
+    Raises:
+        ValueError: its masks have no value for what is padded.
+    """
+    if fit == "pad" and entry.spec.ignore_index is None and not entry.synthetic:
+        raise ValueError(
+            f"data.fit: pad gives padding the ignore index, and {entry.spec.name!r} has none; "
+            f"{mend}"
+        )
+
+
+def resolve_root(name: str, root: str | None) -> Path:
+    """The folder of a data set; see `DataSettings.root`."""
+    path = Path(root).expanduser() if root is not None else Path("data") / name
+    base = os.environ.get("MLSEG_DATA")
+    if path.is_absolute() or not base:
+        return path
+    parts = path.parts[1:] if path.parts[:1] == ("data",) else path.parts
+    return Path(base).expanduser().joinpath(*parts)

@@ -1,0 +1,144 @@
+"""Predictions counted against masks, at the network's size or at each mask's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mlseg.precision import full
+from mlseg.segmentation.data import Fit, Samples, placed, to_float
+from mlseg.segmentation.metrics import SegmentationMetrics
+from mlseg.segmentation.nets import decide
+
+SCORING_BATCH = 16
+
+Predict = Callable[[Tensor], Tensor]
+"""(B, C, H, W) images in [-1, 1] to (B, K, H, W) class probabilities."""
+
+
+@torch.no_grad()
+def predict_logits(
+    segmentor: nn.Module,
+    image_BCHW: Tensor,
+    window: tuple[int, int] | None = None,
+    autocast: bool = False,
+) -> Tensor:
+    """Logits by a network as it is, (B, K, H, W), in float32 or wider.
+
+    A network that was trained on windows of its images has only ever seen that size, and does badly
+    on another. Larger images pass in as few windows as cover
+    them, evenly spaced; where these overlap, their logits are averaged.
+
+    Args:
+        image_BCHW: in [-1, 1].
+        window: (h, w) in pixels, no larger than the image; None: the whole image at once.
+        autocast: run in bfloat16 where that is safe.
+    """
+
+    def passed(part: Tensor) -> Tensor:
+        with torch.autocast(part.device.type, torch.bfloat16, enabled=autocast):
+            logits = segmentor(part)
+        return full(logits)
+
+    height, width = image_BCHW.shape[-2:]
+    if window is None or window == (height, width):
+        return passed(image_BCHW)
+    total: Tensor | None = None
+    number = torch.zeros(height, width, device=image_BCHW.device)
+    for top in _starts(height, window[0]):
+        for left in _starts(width, window[1]):
+            rows, columns = slice(top, top + window[0]), slice(left, left + window[1])
+            logits = passed(image_BCHW[..., rows, columns])
+            if total is None:
+                total = logits.new_zeros(*logits.shape[:2], height, width)
+            total[..., rows, columns] += logits
+            number[rows, columns] += 1
+    assert total is not None
+    return total / number
+
+
+def _starts(side: int, window: int) -> list[int]:
+    """First pixels of the fewest windows that cover a side."""
+    last = -(-side // window) - 1
+    return [round(index * (side - window) / max(last, 1)) for index in range(last + 1)]
+
+
+@contextmanager
+def evaluating(segmentor: nn.Module) -> Iterator[None]:
+    """Within this block the network is in evaluation mode; its mode is put back."""
+    mode = segmentor.training
+    segmentor.eval()
+    try:
+        yield
+    finally:
+        segmentor.train(mode)
+
+
+def at_native(probabilities_BKHW: Tensor, native: tuple[int, int], fit: Fit) -> Tensor:
+    """Class probabilities at an image's own size: before a decision, not after.
+
+    What predicts padding is cut away first; the rest is resized bilinearly.
+
+    Args:
+        native: (H', W') in pixels, of the image or its mask.
+        fit: how the image was brought to the size of the probabilities.
+
+    Returns:
+        (B, K, H', W').
+    """
+    size = probabilities_BKHW.shape[-2], probabilities_BKHW.shape[-1]
+    height, width = placed(native, size, fit)
+    found = probabilities_BKHW[..., :height, :width]
+    if (height, width) == native:
+        return found
+    return functional.interpolate(found, native, mode="bilinear", align_corners=False)
+
+
+def predictions(
+    by: Predict, samples: Samples, device: torch.device, batch_size: int = SCORING_BATCH
+) -> Iterator[tuple[slice, Tensor]]:
+    """Class probabilities of all samples at their size, batch by batch, and which they are of."""
+    for start in range(0, len(samples), batch_size):
+        span = slice(start, start + batch_size)
+        yield span, by(to_float(samples.images[span].to(device)))
+
+
+@torch.no_grad()
+def score(
+    by: Predict,
+    samples: Samples,
+    device: torch.device | str,
+    *,
+    threshold: float = 0.5,
+    native: bool = False,
+    distances: bool = False,
+    batch_size: int = SCORING_BATCH,
+) -> SegmentationMetrics:
+    """Count predictions over ``samples``.
+
+    Args:
+        by: what predicts.
+        samples: at least one example.
+        threshold: of the foreground's probability; see ``decide``.
+        native: count at the size of each mask's file: probabilities are upsampled, then decided.
+            Otherwise at the samples' size, against masks resized to it.
+        distances: measure HD95 too, in pixels of the size that is counted at.
+    """
+    device = torch.device(device)
+    spec = samples.spec
+    metrics = SegmentationMetrics(spec.num_classes, spec.ignore_index, spec.classes, distances)
+    masks = samples.native_masks() if native and samples.native_mask is not None else None
+    for span, found in predictions(by, samples, device, batch_size):
+        ids = samples.ids[span]
+        if masks is None:
+            metrics.update(decide(found, threshold), samples.masks[span].to(device), ids)
+            continue
+        for name, own in zip(ids, found, strict=True):
+            mask = next(masks).to(device)
+            upsampled = at_native(own[None], (mask.shape[0], mask.shape[1]), samples.fit)
+            metrics.update(decide(upsampled, threshold), mask[None], [name])
+    return metrics

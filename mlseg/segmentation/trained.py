@@ -1,0 +1,201 @@
+"""Runs' segmentors, rebuilt from their checkpoints alone, by themselves or as an ensemble."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mlseg import checkpoint
+from mlseg.errors import UserError
+from mlseg.segmentation.data import DatasetSpec, Fit
+from mlseg.segmentation.nets import (
+    build_segmentor,
+    class_probabilities,
+    described,
+    temperature,
+)
+from mlseg.segmentation.scoring import at_native, predict_logits
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained segmentor and what is known of it.
+
+    Attributes:
+        run: its run directory.
+        module: (B, C, H, W) in [-1, 1] to (B, K, H, W) logits, in evaluation mode.
+        spec: what its training data were.
+        image_size: (H, W) it was trained at, pixels.
+        fit: how images were brought to that size; see ``DataSettings``.
+        window: (H, W) of the windows that it was trained on; None: whole images.
+        step: at which the weights were taken.
+        autocast: whether the run computed in bfloat16.
+        threshold: of the foreground's probability, as the run's config has it.
+        scoring: the size at which the run's config counts scores.
+        digest: SHA-256 of the checkpoint file, by which a calibration knows its runs.
+        temperature: k, in place of the network's own; see :attr:`k`.
+    """
+
+    run: Path
+    module: nn.Module
+    spec: DatasetSpec
+    image_size: tuple[int, int]
+    fit: Fit
+    window: tuple[int, int] | None
+    step: int
+    autocast: bool
+    threshold: float
+    scoring: Literal["native", "trained"]
+    digest: str
+    temperature: float | None = None
+
+    @property
+    def own_k(self) -> float:
+        """The network's own temperature; 1 for a network without one."""
+        return temperature(self.module)
+
+    @property
+    def k(self) -> float:
+        """The temperature of :meth:`probabilities`: the one chosen, or else the network's own."""
+        return self.own_k if self.temperature is None else self.temperature
+
+    def logits(self, image_BCHW: Tensor) -> Tensor:
+        """(B, K, H, W) float32, divided by the network's own temperature."""
+        return predict_logits(self.module, image_BCHW, self.window, self.autocast)
+
+    def probabilities(self, image_BCHW: Tensor) -> Tensor:
+        """Class probabilities of images in [-1, 1], at their size and the temperature :attr:`k`."""
+        logits = self.logits(image_BCHW)
+        if self.temperature is not None:
+            logits = logits * (self.own_k / self.temperature)
+        return class_probabilities(self.module, logits)
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """One or more trained segmentors whose class probabilities are averaged.
+
+    Attributes:
+        members: of one kind of data, one image size and one fit.
+        threshold: of the mean probability.
+    """
+
+    members: tuple[Trained, ...]
+    threshold: float
+
+    @property
+    def first(self) -> Trained:
+        """Any member: what they have in common."""
+        return self.members[0]
+
+    def with_choice(self, k: float | None, threshold: float | None) -> "Ensemble":
+        """The same networks at another temperature k or threshold; None keeps what is there."""
+        members = self.members
+        if k is not None:
+            members = tuple(replace(member, temperature=k) for member in members)
+        return Ensemble(members, self.threshold if threshold is None else threshold)
+
+    def __call__(self, image_BCHW: Tensor) -> Tensor:
+        """(B, C, H, W) images in [-1, 1] to (B, K, H, W) class probabilities."""
+        return self.probabilities(image_BCHW)
+
+    @torch.no_grad()
+    def probabilities(self, image_BCHW: Tensor, native: tuple[int, int] | None = None) -> Tensor:
+        """Mean class probabilities of images, at the size given or that of their file.
+
+        Args:
+            image_BCHW: in [-1, 1], brought to the networks' size as they were in training.
+            native: (H', W') to bring the probabilities back to; None: (H, W) as they are.
+
+        Returns:
+            (B, K, H', W').
+        """
+        total = self.members[0].probabilities(image_BCHW)
+        for member in self.members[1:]:
+            total = total + member.probabilities(image_BCHW)
+        mean = total / len(self.members)
+        return mean if native is None else at_native(mean, native, self.first.fit)
+
+
+def load_runs(runs: Sequence[Path], device: torch.device, weights: str = "best") -> Ensemble:
+    """The segmentors of one or more run directories, with the first one's threshold.
+
+    Args:
+        runs: the directories.
+        weights: ``best`` (chosen on validation data) or ``last``.
+
+    Raises:
+        UserError: a run can't be loaded, or the runs don't fit together.
+    """
+    members = tuple(load_trained(run, device, weights) for run in runs)
+    first = members[0]
+    for other in members[1:]:
+        for what, mine, its in (
+            ("classes", ", ".join(first.spec.classes), ", ".join(other.spec.classes)),
+            ("channels", first.spec.channels, other.spec.channels),
+            ("ignore_index", first.spec.ignore_index, other.spec.ignore_index),
+            ("image_size", first.image_size, other.image_size),
+            ("fit", first.fit, other.fit),
+        ):
+            if mine != its:
+                raise UserError(
+                    f"{other.run}: its {what} are {its}, those of {first.run} {mine}; an ensemble "
+                    "needs runs of the same kind of data"
+                )
+    return Ensemble(members, first.threshold)
+
+
+def load_trained(run: Path, device: torch.device, weights: str = "best") -> Trained:
+    """The segmentor of a run directory.
+
+    Args:
+        run: the directory.
+        weights: ``best`` (chosen on validation data) or ``last``.
+
+    Raises:
+        UserError: no such run, no such checkpoint, or one of a run without a segmentor.
+    """
+    if not run.is_dir():
+        raise UserError(f"{run}: no such run directory")
+    path = run / "checkpoints" / f"{weights}.pt"
+    state = checkpoint.load(path)
+    found: dict[str, Any] | None = state.get("segmentor")
+    if found is None:
+        raise UserError(f"{path}: this run has no segmentor to load")
+    settings = described(found, str(path))
+    module = build_segmentor(settings, found["in_channels"], found["num_classes"])
+    try:
+        module.load_state_dict(state["problems"][found["problem"]]["module"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{path}: its weights don't fit {settings.name!r} as it is now ({reason})"
+        ) from None
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    height, width = found["image_size"]
+    window = found.get("window")
+    return Trained(
+        run=run,
+        module=module.to(device).eval(),
+        spec=DatasetSpec(
+            name=state["data"],
+            channels=found["in_channels"],
+            classes=tuple(found["classes"]),
+            ignore_index=found["ignore_index"],
+            metric=found["metric"],
+            palette=tuple((r, g, b) for r, g, b in found["palette"]),
+        ),
+        image_size=(height, width),
+        fit=found.get("fit", "stretch"),
+        window=None if window is None else (window[0], window[1]),
+        step=state["engine"]["global_step"],
+        autocast=found["precision"] == "bf16",
+        threshold=found.get("threshold", 0.5),
+        scoring=found.get("scoring", "native"),
+        digest=digest,
+    )

@@ -1,0 +1,245 @@
+"""E2EAug: end-to-end data augmentation for segmentation, three levels deep.
+
+    min_A  L_seg(D_val; W*)                                                   architecture
+    s.t.   W* = argmin_W L_seg(D_tr; W) + lambda L_seg(D_aug(D_tr; G*, A); W) segmentor
+           G*, E* = argmin_G max_E L_gan(D_gan; G, A, E)                      generator, critic
+
+A mask-to-image GAN turns augmented masks into synthetic training pairs; the segmentor learns from
+real and synthetic pairs; the architecture of the generator is learned from how well the segmentor
+then does on validation data. One gradient step per level and iteration. The validation gradient
+reaches the alphas ``A`` on two paths: through the synthetic image directly, W -> A, and through the
+generator's weights, W -> G -> A.
+
+Passes over a batch per iteration, counted in ``tests/problems/e2eaug/test_passes.py``:
+
+=============  =====================================================================  ==========
+network        for                                                                    passes
+=============  =====================================================================  ==========
+generator      its own step; the synthetic batch, whose one backward pass serves       4 F, 4 B
+               both paths; the finite difference of the hop G -> A (two)
+discriminator  its own step (real and fake); judging the fake in the generator's       5 F, 5 B
+               step and in the two evaluations of the hop
+segmentor      real and synthetic half once, validation once; the synthetic half       5 F, 5 B
+               twice, backward to the image only, for the hop W -> (G, A)
+=============  =====================================================================  ==========
+
+Where this departs from the paper, and why:
+
+* The generator steps before its discriminator, which then judges the same fake image: one generator
+  pass instead of two. Over iterations it is the same alternation.
+* The segmentor sees validation images in evaluation mode, so that its BatchNorm statistics come
+  from training images alone.
+* The paper gives no learning rate for ``A``; see ``docs/results.md`` for how ours was chosen.
+
+Source: E2EAug, sections 3.1 to 3.3, equations 1 to 4.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mlseg.hypergradients import Interface
+from mlseg.multilevel.problem import Problem
+from mlseg.precision import full
+from mlseg.problems.building import Setup
+from mlseg.problems.e2eaug.losses import gan_loss
+from mlseg.segmentation.data import Augmentation
+from mlseg.segmentation.losses import Criterion
+
+
+class Generator(Problem):
+    """Level 1: mask to image, against the discriminator. Adversarial + ``l1`` * L1 (pix2pix).
+
+    Attributes:
+        pair: label, image and fake of the last step, for the discriminator.
+    """
+
+    pair: tuple[Tensor, Tensor, Tensor]
+
+    def __init__(self, setup: Setup, *, l1: float, num_classes: int) -> None:
+        super().__init__(*setup)
+        self.l1, self.num_classes = l1, num_classes
+
+    def training_step(self, batch: Any) -> dict[str, Tensor]:
+        """Loss on a batch of real pairs, image and mask swapped (D_gan)."""
+        image, mask = batch
+        label = encode(mask, self.num_classes)
+        fake = self(label)
+        if not self.replaying:
+            self.pair = (label, image, fake.detach())
+        adversarial = gan_loss(self.discriminator(label, fake), real=True)
+        reconstruction = functional.l1_loss(fake, image)
+        return {
+            "loss": adversarial + self.l1 * reconstruction,
+            "adversarial": adversarial,
+            "reconstruction": reconstruction,
+        }
+
+    def forward(self, label: Tensor) -> Tensor:
+        """(B, C, H, W) encoded label map to an image in [-1, 1], with the present architecture."""
+        return full(self.module(label, self.selection()))
+
+    def selection(self) -> Tensor | None:
+        """(cells, 3) selection weights; None for a generator without cells."""
+        return self.architecture() if self.module.num_cells else None
+
+    def export(self) -> nn.Module:
+        """The generator as it is now, merged into plain operators, for weights that stay fixed."""
+        with torch.no_grad():
+            return self.module.merged(self.selection())
+
+
+class Discriminator(Problem):
+    """Level 1, the critic: tells real from generated images, given the label map."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(*setup)
+
+    def get_batch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The pair of the generator's last step: the same fake, at no further pass."""
+        return self.generator.pair
+
+    def training_step(self, batch: Any) -> Tensor:
+        """Vanilla GAN loss; real and fake pass separately, each by its own BatchNorm statistics."""
+        label, image, fake = batch
+        real = gan_loss(self(label, image), real=True)
+        return 0.5 * (real + gan_loss(self(label, fake), real=False))
+
+    def forward(self, label: Tensor, image: Tensor) -> Tensor:
+        """Patch logits of a pair."""
+        return self.module(torch.cat([label, image], dim=1))
+
+
+class Segmentor(Problem):
+    """Level 2: learns from real pairs, and from augmented masks with the images made of them.
+
+    Args:
+        criterion: L_seg.
+        synthetic_weight: lambda.
+        mask_augmentation, mask_seed: what the synthetic half's masks go through, and of its draws.
+        frozen_generator: the generator no longer changes.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        criterion: Criterion,
+        num_classes: int,
+        synthetic_weight: float,
+        mask_augmentation: Augmentation,
+        mask_seed: int,
+        frozen_generator: bool = False,
+    ) -> None:
+        super().__init__(*setup)
+        self.criterion, self.num_classes = criterion, num_classes
+        self.synthetic_weight = synthetic_weight
+        self.mask_augmentation = mask_augmentation
+        self.mask_generator = torch.Generator().manual_seed(mask_seed)
+        self.frozen_generator = frozen_generator
+        self._exported: nn.Module | None = None
+
+    def get_batch(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Real images and masks, and the masks augmented: the draw is part of the batch."""
+        image, mask = super().get_batch()
+        if not self.synthetic_weight:
+            return image, mask, None
+        _, augmented = self.mask_augmentation(None, mask, self.mask_generator)
+        return image, mask, augmented
+
+    def training_step(self, batch: Any) -> dict[str, Tensor]:
+        """``L_seg(real) + lambda L_seg(synthetic)``, each half its own pass over the network.
+
+        The halves keep separate BatchNorm statistics: only so does the real half not depend on the
+        generator, and have no part in a hypergradient.
+        """
+        image, mask, augmented = batch
+        if augmented is None:
+            return {"loss": self.criterion(self(image), mask)}
+        synthetic = self.synthesise(augmented)
+        if self.is_differentiated and not self.replaying:
+            self.interface = Interface(
+                [synthetic],
+                lambda tensors: self.synthetic_loss(tensors[0], augmented),
+                self.random_state(),
+                rest=lambda: self.criterion(self(image), mask),
+            )
+        synthetic_loss = self.synthetic_loss(synthetic, augmented)
+        real_loss = self.criterion(self(image), mask)
+        return {
+            "loss": real_loss + synthetic_loss,
+            "real": real_loss,
+            "synthetic": synthetic_loss / self.synthetic_weight,
+        }
+
+    def synthesise(self, mask: Tensor) -> Tensor:
+        """Images of ``mask`` (B, H, W) by the present generator, differentiable when A learns."""
+        label = encode(mask, self.num_classes)
+        if self.frozen_generator:
+            if self._exported is None:
+                self._exported = self.generator.export()
+            with torch.no_grad():
+                return full(self._exported(label))
+        with torch.set_grad_enabled(self.is_differentiated and torch.is_grad_enabled()):
+            return self.generator(label)
+
+    def synthetic_loss(self, image: Tensor, mask: Tensor) -> Tensor:
+        """``lambda L_seg`` on a synthetic batch."""
+        return self.synthetic_weight * self.criterion(self(image), mask)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Betty's, and the generator of mask augmentations."""
+        return {**super().state_dict(), "mask_generator": self.mask_generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        super().load_state_dict(state)
+        self.mask_generator.set_state(state["mask_generator"])
+
+
+class Architecture(Problem):
+    """Level 3: the alphas, by the segmentor's loss on validation data."""
+
+    def __init__(self, setup: Setup, *, criterion: Criterion) -> None:
+        super().__init__(*setup)
+        self.criterion = criterion
+
+    def training_step(self, batch: Any) -> Tensor:
+        """``L_seg(D_val; W)``."""
+        image, mask = batch
+        segmentor = self.segmentor.module
+        segmentor.eval()
+        loss = self.criterion(self.segmentor(image), mask)
+        segmentor.train()
+        return loss
+
+    def forward(self) -> Tensor:
+        """(cells, 3) selection weights."""
+        return self.module()
+
+
+def label_channels(num_classes: int) -> int:
+    """Channels of an encoded label map of K classes."""
+    return 1 if num_classes == 2 else num_classes
+
+
+def encode(mask: Tensor, num_classes: int) -> Tensor:
+    """A label map as the generator's input.
+
+    Args:
+        mask: (B, H, W) class indices; any other value (an ignore index) belongs to no class.
+        num_classes: K.
+
+    Returns:
+        (B, 1, H, W) for two classes, else one channel per class; 1 inside, -1 outside.
+    """
+    if num_classes == 2:
+        inside = (mask == 1).unsqueeze(1)
+    else:
+        classes = torch.arange(num_classes, device=mask.device).view(1, -1, 1, 1)
+        inside = mask.unsqueeze(1) == classes
+    return inside.to(torch.get_default_dtype()) * 2.0 - 1.0

@@ -1,0 +1,1 @@
+"""E2EAug's networks: generator with its cells, discriminator, architecture."""

@@ -1,0 +1,42 @@
+"""The architecture A of E2EAug: the alphas, as a module of their own."""
+
+import torch
+from torch import Tensor, nn
+
+from mlseg.problems.e2eaug.networks.cells import CANDIDATES
+
+
+class Architecture(nn.Module):
+    """Selection weights of a searchable generator: softmax of free parameters, cell by cell.
+
+    Args:
+        num_cells: number of cells, `SearchableGenerator.num_cells`.
+        scale: standard deviation of the initial alphas. The default 1e-3 (the public code's) starts
+            every candidate at 1/3; larger values draw a random architecture.
+        generator: random generator for the initial alphas.
+
+    `alphas` (num_cells, 3) is its only parameter, so this problem's optimizer holds nothing else.
+    """
+
+    def __init__(
+        self, num_cells: int, scale: float = 1e-3, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        alphas = scale * torch.randn(num_cells, len(CANDIDATES), generator=generator)
+        self.alphas = nn.Parameter(alphas)
+
+    def forward(self) -> Tensor:
+        """(cells, 3) selection weights in [0, 1], each row summing to 1."""
+        return self.alphas.softmax(1)
+
+    def entropy(self) -> Tensor:
+        """(cells,) entropy of each cell's weights in nats: log 3 if undecided, 0 if decided."""
+        log_weights = self.alphas.log_softmax(1)
+        return -(log_weights.exp() * log_weights).sum(1)
+
+    def choices(self) -> list[str]:
+        """The strongest candidate of each cell by name ("4-2-1", "6-2-2", "8-2-3").
+
+        Reads from the device; not for use inside a training step.
+        """
+        return [CANDIDATES[index] for index in self.alphas.argmax(1).tolist()]

@@ -1,0 +1,239 @@
+"""What a run of E2EAug keeps beside every run's records: the GAN, the alphas, synthetic pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from mlseg import checkpoint
+from mlseg.engines.engine import Engine
+from mlseg.engines.hooks import Hooks
+from mlseg.engines.settings import Stage
+from mlseg.errors import UserError
+from mlseg.files import write_json
+from mlseg.multilevel.problem import Problem
+from mlseg.problems.e2eaug.levels import encode
+from mlseg.problems.e2eaug.networks.cells import CANDIDATES
+from mlseg.problems.e2eaug.settings import E2EAugSettings
+from mlseg.segmentation.data import SegmentationData, to_uint8
+from mlseg.segmentation.pictures import colour, tiles, to_rgb
+
+PRETRAINING = "pretraining"
+PICTURED = 4
+
+
+class Pretraining(Hooks):
+    """Pre-training of the GAN: its learning rate, its end, and the file that makes it reusable.
+
+    ``checkpoints/gan.pt`` holds generator, discriminator and alphas as they were when pre-training
+    ended, with the settings they were built from. Once made, the GAN is a pre-trained one, or has
+    the rate of pre-training.
+
+    Raises:
+        UserError: the file of a pre-trained one is missing, damaged, or of another shape.
+    """
+
+    def __init__(
+        self,
+        settings: E2EAugSettings,
+        generator: Problem,
+        discriminator: Problem,
+        architecture: Problem | None,
+        out: Path | None,
+    ) -> None:
+        self._settings = settings
+        self._players = (generator, discriminator)
+        parts = {"generator": generator, "discriminator": discriminator}
+        self._parts = {**parts, "architecture": architecture} if architecture else parts
+        self._channels = (generator.module.in_channels, generator.module.out_channels)
+        gan = settings.gan
+        if out is not None and (out / "checkpoints" / "last.pt").exists():
+            return  # a resumed run, whose checkpoint holds all of it
+        if gan.pretrained is not None:
+            self._load(Path(gan.pretrained))
+        elif gan.pretrain:
+            self._set_rates(gan.pretrain_lr)
+
+    @property
+    def _shape(self) -> dict[str, Any]:
+        settings = self._settings
+        return {
+            "generator": settings.generator.model_dump(mode="json"),
+            "discriminator": settings.discriminator.model_dump(mode="json"),
+            "image_size": settings.data.image_size,
+            "channels": list(self._channels),
+            "alphas": "random" if settings.architecture.mode == "random" else "uniform",
+        }
+
+    def stage_end(self, engine: Engine, stage: Stage) -> None:
+        """End pre-training: write ``gan.pt``; the optimizers start afresh at their own rates."""
+        if stage.name != PRETRAINING:
+            return
+        if engine.recorder.directory is not None:
+            state = {name: part.module.state_dict() for name, part in self._parts.items()}
+            checkpoint.save(engine.checkpoint_path("gan"), {**state, "shape": self._shape})
+        for player in self._players:
+            player.optimizer.state.clear()
+        self._set_rates(None)
+
+    def _set_rates(self, rate: float | None) -> None:
+        for player in self._players:
+            own = getattr(self._settings.problems, player.name).optimizer.lr
+            for group in player.optimizer.param_groups:
+                group["lr"] = own if rate is None else rate
+
+    def _load(self, path: Path) -> None:
+        state = checkpoint.load(path)
+        if "shape" not in state:
+            raise UserError(f"gan.pretrained: {path} is no GAN; name a run's checkpoints/gan.pt")
+        for key, value in self._shape.items():
+            found = state["shape"].get(key, value)
+            if found != value:
+                raise UserError(
+                    f"gan.pretrained: {path} has {key} {found}, this config {value}; use the same, "
+                    "or pre-train anew (gan.pretrained=null)"
+                )
+        for name, part in self._parts.items():
+            if name in state and not (
+                name == "architecture" and self._settings.architecture.mode == "learned"
+            ):
+                part.module.load_state_dict(state[name])
+
+
+class ArchitectureRecord(Hooks):
+    """The alphas over time, in ``architecture.json``, written at each validation.
+
+    The history is saved with the run, so that a resumed one goes on with it.
+    """
+
+    name = "architecture"
+
+    def __init__(self, generator: Problem, architecture: Problem) -> None:
+        self._generator = generator
+        self._architecture = architecture
+        self.history: list[dict[str, Any]] = []
+        self._note(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history so far."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.history = list(state["history"])
+
+    def validated(self, engine: Engine, figures: Mapping[str, float]) -> None:
+        """Note the present alphas."""
+        self._note(engine.global_step)
+        self.write(engine)
+
+    def results(self, engine: Engine, report: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the file once more, also where nothing was validated."""
+        self.write(engine)
+        return {}
+
+    def _note(self, step: int) -> None:
+        if self.history and self.history[-1]["step"] >= step:
+            return
+        module = self._architecture.module
+        with torch.no_grad():
+            self.history.append(
+                {
+                    "step": step,
+                    "alphas": module.alphas.tolist(),
+                    "weights": module().tolist(),
+                    "entropy": module.entropy().tolist(),
+                }
+            )
+
+    def write(self, engine: Engine) -> None:
+        """Write the file; does nothing for a run without directory."""
+        directory = engine.recorder.directory
+        if directory is None:
+            return
+        first, last = self.history[0], self.history[-1]
+        moved = [
+            [abs(a - b) for a, b in zip(new, old, strict=True)]
+            for new, old in zip(last["weights"], first["weights"], strict=True)
+        ]
+        write_json(
+            directory / "architecture.json",
+            {
+                "cells": self._generator.module.cell_names,
+                "candidates": list(CANDIDATES),
+                "choice": self._architecture.module.choices(),
+                "entropy": sum(last["entropy"]) / len(last["entropy"]),
+                "entropy_unit": f"nats, mean over cells; undecided is log 3 = {math.log(3):.4f}",
+                "moved": moved,
+                "history": self.history,
+            },
+        )
+
+    def summary(self, engine: Engine) -> Table:
+        """The final weights, cell by cell."""
+        table = Table("cell", *CANDIDATES, "choice", title="Architecture: selection weights")
+        weights = self.history[-1]["weights"]
+        names = self._generator.module.cell_names
+        for name, row, choice in zip(
+            names, weights, self._architecture.module.choices(), strict=True
+        ):
+            table.add_row(name, *(f"{value:.3f}" for value in row), choice)
+        return table
+
+
+class SyntheticPictures(Hooks):
+    """Augmented masks and the images made of them, at each validation."""
+
+    def __init__(self, data: SegmentationData, generator: Problem, segmentor: Problem) -> None:
+        self._data = data
+        self._generator = generator
+        self._segmentor = segmentor
+
+    @torch.no_grad()
+    def validated(self, engine: Engine, figures: Mapping[str, float]) -> None:
+        """Write a row of pairs: real image, its mask, the mask augmented, the image made of it."""
+        segmentor, spec = self._segmentor, self._data.spec
+        data = self._data.train
+        count = min(PICTURED, engine.settings.samples, len(data))
+        if count == 0 or engine.recorder.directory is None or not segmentor.synthetic_weight:
+            return
+        masks = data.masks[:count].to(engine.device).long()
+        draw = torch.Generator().manual_seed(0)  # the same augmentations in every picture
+        _, augmented = segmentor.mask_augmentation(None, masks, draw)
+        with self._generator.again.untraced():
+            made = self._generator(encode(augmented, spec.num_classes))
+        palette = spec.palette
+        rows = [
+            [
+                to_rgb(data.images[i]),
+                colour(data.masks[i].numpy(), palette),
+                colour(augmented[i].to("cpu", torch.uint8).numpy(), palette),
+                to_rgb(to_uint8(made[i])),
+            ]
+            for i in range(count)
+        ]
+        engine.recorder.picture("synthetic", engine.global_step, tiles(rows))
+
+
+class ExportedGenerator(Hooks):
+    """The generator, merged into plain operators, in ``checkpoints/generator.pt``."""
+
+    def __init__(self, generator: Problem) -> None:
+        self._generator = generator
+
+    def results(self, engine: Engine, report: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the file."""
+        if engine.recorder.directory is not None:
+            plain = self._generator.export()
+            names = ("in_channels", "out_channels", "levels", "channels", "dropout", "kernels")
+            shape = {name: getattr(plain, name) for name in names}
+            checkpoint.save(
+                engine.checkpoint_path("generator"),
+                {"settings": shape, "module": plain.state_dict()},
+            )
+        return {}

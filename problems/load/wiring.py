@@ -1,0 +1,174 @@
+"""LoAd's wiring: data, networks, the three problems, the controller, and the engine around them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlseg.engines.engine import Engine
+from mlseg.engines.lookahead.controller import Controller, Lookahead, StraightAhead
+from mlseg.engines.lookahead.discriminator_training import DiscriminatorTraining
+from mlseg.engines.lookahead.hold_out import HoldOut, hold_out_indices, require_every_class
+from mlseg.engines.lookahead.label_maps import LabelMapBatches
+from mlseg.engines.lookahead.loop import LOOKAHEAD, LookaheadLoop
+from mlseg.engines.lookahead.map_buffer import MapBuffer
+from mlseg.engines.segmentation import Segmentation, require_validation
+from mlseg.engines.settings import Stage
+from mlseg.problems.building import Builder
+from mlseg.problems.load.levels import Discriminator, Generator, Pretraining
+from mlseg.problems.load.networks import Discriminator as DiscriminatorNetwork
+from mlseg.problems.load.networks import require_input_size
+from mlseg.problems.load.records import LoadRecords
+from mlseg.problems.load.settings import LoadSettings
+from mlseg.problems.load.start import go_on, load_start, training_state
+from mlseg.problems.systems import system
+from mlseg.randomness import derived, seeded
+from mlseg.segmentation.data import (
+    Augmentation,
+    Samples,
+    SegmentationData,
+    load_data,
+)
+
+
+@system("load", LoadSettings, "a segmentor against a discriminator, with lookahead and rollback")
+def build(settings: LoadSettings, out: Path | None) -> Engine:
+    """The engine of a config; its run directory is ``out``."""
+    data = load_data(settings.data)
+    require_validation(data)
+    held = hold_out(settings, data)
+    spec, levels = data.spec, settings.problems
+    make = Builder(settings, spec)
+
+    network = make.segmentor()
+    start = start_of(settings, network, spec.num_classes, out)
+    with seeded(settings.seed, "discriminator"):
+        judge = DiscriminatorNetwork(settings.discriminator, spec.channels, spec.num_classes)
+    judge.to(memory_format=torch.channels_last)
+    size = settings.augmentation.output_size(data.train.image_size)
+    require_input_size(settings.discriminator, size)
+
+    buffer = batches = None
+    if settings.control is None:
+        buffer = MapBuffer(
+            (len(data.train) + len(held), *data.train.image_size),
+            settings.lookahead.buffer_size,
+            None if out is None else out / "buffer",
+            settings.buffer_limit_mib,
+        )
+        batches = LabelMapBatches(
+            data.train,
+            held,
+            buffer,
+            levels.discriminator.batch_size,
+            Augmentation(settings.augmentation, spec.ignore_index),
+            make.device,
+            derived(settings.seed, "label maps"),
+        )
+
+    loader = make.loader("pretraining", levels.pretraining, data.train, settings.augmentation)
+    epoch = len(loader)
+    weighted = settings.pretraining.weighted_epochs * epoch if settings.start is None else 0
+    pretraining = Pretraining(
+        make.level("pretraining", levels.pretraining, network, loader, more_steps=None),
+        ignore_index=spec.ignore_index,
+        weighted_steps=weighted,
+        mean_pixels=mean_pixels(data.train, size).to(make.device),
+    )
+    loader = make.loader("generator", levels.generator, data.train, settings.augmentation)
+    generator = Generator(
+        make.level("generator", levels.generator, network, loader, more_steps=None),
+        adversarial=settings.adversarial,
+        ignore_index=spec.ignore_index,
+    )
+    discriminator = Discriminator(
+        make.level("discriminator", levels.discriminator, judge, more_steps=None),
+        num_classes=spec.num_classes,
+        batches=batches,
+    )
+
+    training = None
+    controller: Controller
+    if settings.control is not None:
+        controller, players = StraightAhead(settings.control), [pretraining]
+        go_on(pretraining, start)
+    else:
+        assert batches is not None
+        controller, players = Lookahead(settings.lookahead), [generator, discriminator]
+        training = DiscriminatorTraining(discriminator, batches, settings.discriminator_training)
+    stages = [
+        Stage(LOOKAHEAD, settings.engine.iterations, players, validate=False, open_ended=True)
+    ]
+    if settings.start is None:
+        length = weighted + settings.pretraining.epochs * epoch
+        stages.insert(0, Stage("cross_entropy", length, [pretraining]))
+
+    ids = set(held.ids)
+    segmentation = Segmentation(
+        generator,
+        settings.segmentor,
+        data,
+        scored=("start", "best"),
+        # The model is chosen on the one; the other, like the test split, it has never met.
+        parts={
+            "val_hold_out": ("val", ids),
+            "val_rest": ("val", set(data.val.ids) - ids),
+        },
+    )
+    loop = LookaheadLoop(
+        controller,
+        players[0],
+        data.train,
+        HoldOut(held, make.device, settings.hold_out.batch_size, settings.precision == "bf16"),
+        buffer,
+        training,
+        start_state=lambda: {"pretraining": training_state(pretraining)},
+    )
+    return Engine(
+        [pretraining, generator, discriminator],
+        settings.engine.for_engine(),
+        stages=stages,
+        device=make.device,
+        out=out,
+        hooks=[segmentation, loop, LoadRecords(segmentation, loop, settings.pictures)],
+    )
+
+
+def hold_out(settings: LoadSettings, data: SegmentationData) -> Samples:
+    """The validation images that decide.
+
+    Raises:
+        UserError: they don't show every class.
+    """
+    chosen = hold_out_indices(data.val.ids, settings.hold_out.fraction, settings.hold_out.seed)
+    held = data.val.subset(chosen)
+    require_every_class(held, "hold_out.fraction")
+    return held
+
+
+def start_of(
+    settings: LoadSettings, network: nn.Module, num_classes: int, out: Path | None
+) -> dict[str, Any]:
+    """Load the config's start model, if it names one, into ``network``; returns its checkpoint."""
+    if settings.start is None:
+        return {}
+    path = Path(settings.start)
+    # A run that goes on has it in its own checkpoint.
+    resumed = out is not None and (out / "checkpoints" / "last.pt").exists()
+    return load_start(network, path, num_classes) if path.exists() or not resumed else {}
+
+
+def mean_pixels(samples: Samples, size: tuple[int, int]) -> Tensor:
+    """(K,) float: pixels of each class in an image, mean over all images.
+
+    Args:
+        size: (h, w) of what training sees of an image: all of it, or a window, which on average
+            shows its share.
+    """
+    counts = torch.bincount(samples.masks.flatten(), minlength=256)
+    share = math.prod(size) / math.prod(samples.image_size)
+    return counts[: samples.spec.num_classes].float() * share / len(samples)

@@ -1,0 +1,1 @@
+"""SegAN's networks: segmentor and critic."""

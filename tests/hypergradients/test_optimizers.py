@@ -1,0 +1,115 @@
+"""What is known of an optimizer: a class in a file, from which the rest follows."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from mlseg.hypergradients import optimizers
+from mlseg.hypergradients.optimizers import Optimizer, find, known, one_step_scale
+from mlseg.hypergradients.optimizers.base import registered
+
+MADE: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "sgd momentum": {"momentum": 0.9, "weight_decay": 1e-2},
+    "sgd dampening": {"momentum": 0.9, "dampening": 0.3},
+    "sgd nesterov": {"momentum": 0.9, "nesterov": True},
+    "sgd ascent": {"momentum": 0.9, "maximize": True},
+    "adam": {"betas": (0.5, 0.9), "weight_decay": 1e-2},
+    "adam amsgrad": {"betas": (0.5, 0.2), "amsgrad": True},
+    "adam ascent": {"maximize": True},
+    "adamw": {"weight_decay": 0.1},
+    "rmsprop": {"momentum": 0.9},
+    "rmsprop centred": {"alpha": 0.9, "centered": True},
+    "adagrad": {"lr_decay": 0.1},
+}
+"""Optimizers of torch, by what is known of them."""
+
+
+def stepped(cls: Any, **settings: Any) -> tuple[torch.optim.Optimizer, Tensor]:
+    """An optimizer after three steps along random gradients, and what it steps."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(50, generator=generator, dtype=torch.float64))
+    optimizer = cls([p], lr=0.05, **settings)
+    for _ in range(3):
+        p.grad = torch.randn(50, generator=generator, dtype=torch.float64)
+        optimizer.step()
+    return optimizer, p
+
+
+def by_name(name: str) -> type[Optimizer]:
+    (cls,) = (c for c in known() if c.model_fields["name"].default == name)
+    return cls
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_diagonals_formula_is_what_follows_from_the_map(name: str) -> None:
+    """Both round some ten times."""
+    cls = by_name(name.split()[0])
+    optimizer, p = stepped(cls.torch_class, **MADE[name])
+    v = torch.linspace(-2.0, 3.0, 50, dtype=torch.float64)
+    state, group = optimizer.state[p], optimizer.param_groups[0]
+    derived = Optimizer.scaled.__func__(cls, v, p, state, group)  # type: ignore[attr-defined]
+    formula = cls.scaled(v, p, state, group)
+    torch.testing.assert_close(formula, derived, rtol=32 * torch.finfo(v.dtype).eps, atol=0.0)
+    assert not torch.allclose(formula, v)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_map_is_torchs_step(name: str) -> None:
+    cls = by_name(name.split()[0])
+    optimizer, p = stepped(cls.torch_class, **MADE[name])
+    before = p.detach().clone()
+    moments = {k: v.clone() for k, v in optimizer.state[p].items() if isinstance(v, Tensor)}
+    p.grad = torch.linspace(-1.0, 1.0, 50, dtype=torch.float64)
+    after, left = cls.step(before, p.grad, moments, optimizer.param_groups[0], lambda k, v: v)
+    optimizer.step()
+    torch.testing.assert_close(after, p.detach(), rtol=1e-13, atol=1e-15)
+    for key, value in left.items():
+        theirs = optimizer.state[p][key].to(value.dtype)
+        torch.testing.assert_close(value, theirs, rtol=1e-13, atol=0.0)
+
+
+def test_every_file_is_found() -> None:
+    folder = Path(optimizers.__file__).parent
+    files = {path.stem for path in folder.glob("*.py") if "@register" in path.read_text()}
+    files -= {"base"}
+    assert {cls.__module__.rsplit(".", 1)[1] for cls in known()} == files
+
+
+def test_an_optimizer_is_known_by_the_nearest_class() -> None:
+    class Own(torch.optim.AdamW):
+        pass
+
+    optimizer, _ = stepped(Own)
+    assert find(optimizer) is by_name("adamw")
+    assert find(stepped(torch.optim.Adadelta)[0]) is None
+
+
+def test_an_optimizer_of_ones_own_is_one_class() -> None:
+    """A settings class with a map: its diagonal follows."""
+
+    class Signed(torch.optim.SGD):
+        pass
+
+    @optimizers.register
+    class Softsign(Optimizer):
+        """Descent along ``g / (1 + |g|)``, at the gradient zero of slope one."""
+
+        name: Literal["softsign"] = "softsign"  # type: ignore[assignment]
+
+        torch_class = Signed
+
+        @staticmethod
+        def step(w: Tensor, g: Tensor, moments: Any, group: Any, hold: Any) -> Any:
+            return w - group["lr"] * g / (1.0 + g.abs()), {}
+
+    try:
+        assert Softsign in known()
+        optimizer, p = stepped(Signed, momentum=0.5)
+        (scaled,) = one_step_scale([torch.ones_like(p)], [p], optimizer, preconditioned=True)
+        torch.testing.assert_close(scaled, torch.full_like(p, 0.05))
+    finally:
+        del registered()[Signed]

@@ -1,0 +1,32 @@
+"""E2EAug, interrupted in each of its stages, is the uninterrupted run."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+from resuming import check
+
+
+# Steps 1 to 3 are pre-training, 4 to 7 the search.
+@pytest.mark.parametrize("how", ["saved", "killed"])
+@pytest.mark.parametrize("stops", [[1, 3, 5, 7], [2, 4, 6]])
+def test_e2eaug_in_each_stage(tmp_path: Path, stops: list[int], how: str) -> None:
+    changes = {"engine.checkpoint_every": 2, "engine.log_every": 2}
+    check(lambda out: tiny.build("e2eaug", changes, out), tmp_path, stops, how)
+
+
+def test_e2eaug_unrolled_with_schedulers(tmp_path: Path) -> None:
+    changes = {
+        "engine.iterations": 6,
+        "engine.log_every": 3,
+        "problems.segmentor.unroll_steps": 2,
+        "problems.segmentor.accumulate": 1,
+        "problems.segmentor.scheduler": {"name": "cosine", "length": 6, "step": "epoch"},
+    }
+    check(lambda out: tiny.build("e2eaug", changes, out), tmp_path, [6, 8], "saved")
+
+
+@pytest.mark.parametrize("row", ["frozen", "decoder"])
+def test_rows_of_e2eaug(tmp_path: Path, row: str) -> None:
+    changes = {"frozen": {"gan.frozen": True}, "decoder": {"generator.search": "decoder"}}[row]
+    check(lambda out: tiny.build("e2eaug", changes, out), tmp_path, [5], "saved")

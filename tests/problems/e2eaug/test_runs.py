@@ -1,0 +1,94 @@
+"""E2EAug as a user runs it: what it leaves, what it says, and which mistakes it names."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+from mlseg import checkpoint, run
+from mlseg.errors import RunError
+
+
+def train(tmp_path: Path, *overrides: str) -> Path:
+    """A tiny run by command; its directory."""
+    config = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug", {"engine.samples": 1})
+    out = tmp_path / "run"
+    assert run.main([str(config), *overrides, "--out", str(out)]) == 0
+    return out
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What a failed command said: a single line on stderr."""
+    said = capsys.readouterr().err.strip()
+    assert said.count("\n") == 0, said
+    return said
+
+
+def test_a_run_leaves_gan_pairs_and_architecture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = train(tmp_path)
+    for name in ("last", "best", "gan", "generator"):
+        assert (out / "checkpoints" / f"{name}.pt").exists(), name
+    pictures = {p.name.partition("_")[0] for p in (out / "samples").iterdir()}
+    assert pictures == {"validation", "synthetic"}
+    architecture = json.loads((out / "architecture.json").read_text())
+    assert len(architecture["cells"]) == len(architecture["choice"]) == 6
+    assert [entry["step"] for entry in architecture["history"]] == [0, 5, 7]
+    assert min(max(row) for row in architecture["moved"]) > 0, "every cell's weights have moved"
+    assert json.loads((out / "results.json").read_text())["steps"] == 7
+    assert "encoder.0" in capsys.readouterr().out
+
+
+def test_a_dry_run_shows_the_path_of_each_hypergradient(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug")
+    assert run.main([str(config), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "architecture → segmentor → generator → architecture" in said
+    assert "stage pretraining, 3 iterations" in said
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("gan.pretrained=nowhere.pt", "nowhere.pt"),
+        ("discriminator.layers=5", "discriminator.layers"),
+        ("generator.search=none", "no architecture to learn"),
+        ("augmentation.window=16", "the generator makes images of one size"),
+        ("data.val=0", "data.val"),
+    ],
+)
+def test_mistakes_are_one_line(
+    override: str, names: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug")
+    out = tmp_path / "run"
+    assert run.main([str(config), override, "--out", str(out)]) == 2
+    assert names in one_line(capsys)
+    assert not out.exists(), "nothing was done"
+
+
+def test_lambda_zero_trains_no_gan(tmp_path: Path) -> None:
+    out = train(tmp_path, "synthetic_weight=0")
+    assert json.loads((out / "results.json").read_text())["steps"] == 4
+    assert not (out / "checkpoints" / "gan.pt").exists()
+
+
+def test_best_holds_the_segmentor_alone(tmp_path: Path) -> None:
+    out = train(tmp_path)
+    state = checkpoint.load(out / "checkpoints" / "best.pt")
+    assert list(state["problems"]) == ["segmentor"]
+    assert list(state["problems"]["segmentor"]) == ["module"]
+    everything = checkpoint.load(out / "checkpoints" / "last.pt")
+    names = {"generator", "discriminator", "segmentor", "architecture"}
+    assert set(everything["problems"]) == names
+
+
+def test_a_nan_in_pretraining_ends_before_the_next_stage(tmp_path: Path) -> None:
+    made = tiny.build("e2eaug", {"gan.pretrain_lr": 1e30, "engine.log_every": 100}, tmp_path)
+    with pytest.raises(RunError, match=r"'(generator|discriminator)'"):
+        made.run()
+    assert not (tmp_path / "checkpoints" / "gan.pt").exists()

@@ -1,0 +1,337 @@
+"""Every data set's layout, as its official archive unpacks: names only, a few pixels each."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_files import half_mask, write_image
+
+from mlseg.errors import UserError
+from mlseg.segmentation.data import DataSettings, load_data
+from mlseg.segmentation.data.decode import decode, read_mask
+from mlseg.segmentation.data.entry import DATA_SETS, data_set
+from mlseg.segmentation.data.layout import find_examples
+
+_FPD = "Fetoscopy Placenta Dataset"
+OFFICIAL: dict[str, tuple[list[str], dict[str, str]]] = {
+    "isic2018": (
+        [
+            "ISIC2018_Task1-2_{Part}_Input/ISIC_{n:07d}.jpg",
+            "ISIC2018_Task1_{Part}_GroundTruth/ISIC_{n:07d}_segmentation.png",
+            "ISIC2018_Task1-2_{Part}_Input/LICENSE.txt",
+            "ISIC2018_Task1-2_{Part}_Input/ATTRIBUTION.txt",
+        ],
+        {"train": "Training", "val": "Validation", "test": "Test"},
+    ),
+    "isic2017": (
+        [
+            "ISIC-2017_{Part}_Data/ISIC_{n:07d}.jpg",
+            "ISIC-2017_{Part}_Data/ISIC_{n:07d}_superpixels.png",
+            "ISIC-2017_{Part}_Part1_GroundTruth/ISIC_{n:07d}_segmentation.png",
+        ],
+        {"train": "Training", "val": "Validation", "test": "Test_v2"},
+    ),
+    "camvid": (
+        ["{Part}/0001TP_{n:06d}.png", "{Part}annot/0001TP_{n:06d}.png"],
+        {"train": "train", "val": "val", "test": "test"},
+    ),
+    "ph2": (
+        [
+            "PH2Dataset/PH2 Dataset images/IMD{n:03d}/IMD{n:03d}_Dermoscopic_Image/IMD{n:03d}.bmp",
+            "PH2Dataset/PH2 Dataset images/IMD{n:03d}/IMD{n:03d}_lesion/IMD{n:03d}_lesion.bmp",
+            "PH2Dataset/PH2 Dataset images/IMD{n:03d}/IMD{n:03d}_roi/IMD{n:03d}_R1_Label3.bmp",
+        ],
+        {"all": ""},
+    ),
+    "dermis": (
+        [
+            "Skin Image Data Set-1/skin_data/melanoma/dermis/{n}_orig.jpg",
+            "Skin Image Data Set-1/skin_data/melanoma/dermis/{n}_contour.png",
+            "Skin Image Data Set-2/skin_data/notmelanoma/dermquest/D{n}_orig.jpg",
+        ],
+        {"all": ""},
+    ),
+    "jsrt": (
+        [
+            "All247images/JPCLN{n:03d}.IMG",
+            "scratch/fold1/masks/left lung/JPCLN{n:03d}.gif",
+            "scratch/fold1/masks/right lung/JPCLN{n:03d}.gif",
+            "scratch/fold1/masks/heart/JPCLN{n:03d}.gif",
+        ],
+        {"all": ""},
+    ),
+    "nlm_mc": (
+        [
+            "MontgomerySet/CXR_png/MCUCXR_{n:04d}_0.png",
+            "MontgomerySet/ManualMask/leftMask/MCUCXR_{n:04d}_0.png",
+            "MontgomerySet/ManualMask/rightMask/MCUCXR_{n:04d}_0.png",
+        ],
+        {"all": ""},
+    ),
+    "nlm_sz": (
+        ["ChinaSet_AllFiles/CXR_png/CHNCXR_{n:04d}_0.png", "mask/CHNCXR_{n:04d}_0_mask.png"],
+        {"all": ""},
+    ),
+    "busi": (
+        [
+            "Dataset_BUSI_with_GT/benign/benign ({n}).png",
+            "Dataset_BUSI_with_GT/benign/benign ({n})_mask.png",
+            "Dataset_BUSI_with_GT/normal/normal ({n}).png",
+        ],
+        {"all": ""},
+    ),
+    "fpd": (
+        [
+            f"{_FPD}/Vessel_segmentation_annotations/video01/images/anon001_{{n:05d}}.png",
+            f"{_FPD}/Vessel_segmentation_annotations/video01/masks_gt/anon001_{{n:05d}}_mask.png",
+            f"{_FPD}/Vessel_registration_unannotated_clips/video01/images/anon001_9{{n:04d}}.png",
+        ],
+        {"all": ""},
+    ),
+    "kvasir": (["Kvasir-SEG/images/cju{n}.jpg", "Kvasir-SEG/masks/cju{n}.jpg"], {"all": ""}),
+    "voc2012": (
+        [
+            "VOCdevkit/VOC2012/JPEGImages/2007_{n:06d}.jpg",
+            "VOCdevkit/VOC2012/SegmentationClass/2007_{n:06d}.png",
+            "VOCdevkit/VOC2012/SegmentationObject/2007_{n:06d}.png",
+            "VOCdevkit/VOC2012/JPEGImages/2008_9{n:05d}.jpg",
+            "VOCdevkit/VOC2012/ImageSets/Segmentation/{Part}.txt",
+        ],
+        {"train": "train", "val": "val"},
+    ),
+    "cityscapes": (
+        [
+            "leftImg8bit/{Part}/ulm/ulm_{n:06d}_000019_leftImg8bit.png",
+            "gtFine/{Part}/ulm/ulm_{n:06d}_000019_gtFine_labelIds.png",
+            "gtFine/{Part}/ulm/ulm_{n:06d}_000019_gtFine_instanceIds.png",
+            "gtFine/{Part}/ulm/ulm_{n:06d}_000019_gtFine_color.png",
+        ],
+        {"train": "train", "val": "val"},
+    ),
+    "stanford_background": (
+        [
+            "iccv09Data/images/60{n:05d}.jpg",
+            "iccv09Data/labels/60{n:05d}.regions.txt",
+            "iccv09Data/labels/60{n:05d}.layers.txt",
+        ],
+        {"all": ""},
+    ),
+    "folder": (["images/a {n}.tif", "masks/a {n}.png"], {"all": ""}),
+}
+
+ENTRIES = {name: data_set(name) for name in DATA_SETS.names()}
+
+
+def write(root: Path, name: str, numbers: Sequence[int] = (1, 2, 3)) -> dict[str, str]:
+    """A tiny copy; the numbers of a later part go on from those of the one before."""
+    templates, parts = OFFICIAL[name]
+    for step, (part, folder) in enumerate(parts.items()):
+        for number in numbers:
+            for template in templates:
+                path = root / template.format(n=number + 10 * step, Part=folder)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if path.name in ("train.txt", "val.txt"):
+                    with path.open("a", encoding="utf-8") as file:
+                        file.write(f"2007_{number + 10 * step:06d}\n")
+                elif path.name.endswith(".regions.txt"):
+                    labels = np.where(half_mask((64, 64)) > 0, 1, -1)
+                    np.savetxt(path, labels, fmt="%d")
+                elif name == "cityscapes" and path.suffix == ".png" and "gtFine" in path.name:
+                    write_image(path, half_mask((64, 64), 8))  # 8: sidewalk, class 1; 0: ignored
+                elif name == "voc2012" and "SegmentationClass" in str(path):
+                    write_image(path, half_mask((64, 64), 1), "P")
+                elif path.suffix == ".txt":
+                    path.write_text("terms")
+                elif path.suffix == ".IMG":
+                    np.full((2048, 2048), 1000, ">u2").tofile(path)
+                elif "right" in str(path):
+                    write_image(path, half_mask((64, 64))[:, ::-1].copy())
+                elif path.suffix in (".jpg", ".tif") and "mask" not in str(path):
+                    write_image(path, np.full((64, 64), 90, np.uint8), "RGB")
+                elif part in ("train", "val", "test") and name == "camvid":
+                    write_image(path, half_mask((64, 64), 11))
+                else:
+                    write_image(path, half_mask((64, 64)))
+    return parts
+
+
+def test_the_table_above_has_every_set_of_files() -> None:
+    of_files = {name for name, entry in ENTRIES.items() if entry.layouts}
+    assert of_files == set(OFFICIAL)
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_layouts(name: str, tmp_path: Path) -> None:
+    parts = write(tmp_path, name)
+    entry = data_set(name)
+    found = find_examples(entry, tmp_path)
+    assert {part: len(examples) for part, examples in found.items()} == dict.fromkeys(parts, 3)
+    examples = next(iter(found.values()))
+    samples = decode(examples, entry, entry.spec, (32, 32))
+    assert samples.images.shape == (3, entry.spec.channels, 32, 32)
+    united = len(entry.layouts[0][next(iter(parts))].masks) == 2  # left and right lung
+    foreground = 11 if name == "camvid" else 1
+    assert (samples.masks == foreground).float().mean() == (1.0 if united else 0.5)
+
+
+def test_a_nested_folder_is_no_obstacle_where_archives_bring_one(tmp_path: Path) -> None:
+    write(tmp_path / "download" / "unpacked", "kvasir")
+    assert len(find_examples(data_set("kvasir"), tmp_path)["all"]) == 3
+
+
+def test_other_layouts_of_the_lungs(tmp_path: Path) -> None:
+    write_image(tmp_path / "images" / "MCUCXR_0001_0.png", 90)
+    write_image(tmp_path / "masks" / "MCUCXR_0001_0.png", half_mask())
+    assert len(find_examples(data_set("nlm_mc"), tmp_path)["all"]) == 1
+
+
+def test_several_masks_of_one_image_are_united(tmp_path: Path) -> None:
+    write(tmp_path, "busi", (1,))
+    base = tmp_path / "Dataset_BUSI_with_GT" / "benign"
+    write_image(base / "benign (1)_mask_1.png", half_mask((64, 64))[:, ::-1].copy())
+    entry = data_set("busi")
+    (example,) = find_examples(entry, tmp_path)["all"]
+    assert len(example.masks) == 2
+    assert decode([example], entry, entry.spec, (16, 16)).masks.min() == 1
+
+
+def test_images_without_a_mask_are_left_out_only_where_the_set_has_such(tmp_path: Path) -> None:
+    write(tmp_path, "nlm_sz")
+    (tmp_path / "mask" / "CHNCXR_0002_0_mask.png").unlink()
+    assert [e.id for e in find_examples(data_set("nlm_sz"), tmp_path)["all"]] == [
+        "CHNCXR_0001_0",
+        "CHNCXR_0003_0",
+    ]
+    write(tmp_path, "nlm_mc")
+    (tmp_path / "MontgomerySet/ManualMask/leftMask/MCUCXR_0002_0.png").unlink()
+    with pytest.raises(UserError, match=r"MCUCXR_0002_0\.png: image without a mask"):
+        find_examples(data_set("nlm_mc"), tmp_path)
+
+
+def test_a_mask_without_an_image(folder: Path) -> None:
+    (folder / "images" / "p03.png").unlink()
+    with pytest.raises(
+        UserError, match=r"masks.p03\.png: mask without an image; expected images/p03"
+    ):
+        find_examples(data_set("folder"), folder)
+
+
+def test_an_image_without_a_mask(folder: Path) -> None:
+    (folder / "masks" / "p03.png").unlink()
+    with pytest.raises(UserError, match=r"images.p03\.png: image without.* expected masks/p03"):
+        find_examples(data_set("folder"), folder)
+
+
+def test_two_images_of_one_name(folder: Path) -> None:
+    write_image(folder / "images" / "p03.jpg", 5)
+    with pytest.raises(UserError, match=r"p03\.jpg: a second image of that name, .*p03\.png"):
+        find_examples(data_set("folder"), folder)
+
+
+def test_a_folder_of_something_else(tmp_path: Path) -> None:
+    write_image(tmp_path / "pictures" / "a.png", 5)
+    with pytest.raises(UserError, match="no image of isic2018 found; expected ISIC2018_Task1-2_Tr"):
+        find_examples(data_set("isic2018"), tmp_path)
+
+
+def test_hidden_files_are_no_data(folder: Path) -> None:
+    (folder / "images" / "._p03.png").write_bytes(b"what macOS leaves")
+    (folder / ".cache" / "images").mkdir(parents=True)
+    assert len(find_examples(data_set("folder"), folder)["all"]) == 12
+
+
+def pairs(folder: Path, *lines: str) -> Path:
+    path = folder / "pairs.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_pairs(folder: Path) -> None:
+    path = pairs(
+        folder,
+        "mask,image,split",
+        "masks/p01.png,images/p01.png,train",
+        "masks/p02.png,images/p02.png,test",
+    )
+    for root in (path, folder):
+        found = find_examples(data_set("pairs"), root)
+        assert {part: [e.id for e in examples] for part, examples in found.items()} == {
+            "train": ["p01"],
+            "test": ["p02"],
+        }
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["image,label"], r"pairs\.csv: no column 'mask'"),
+        (["image,mask"], r"pairs\.csv: no pairs"),
+        (["image,mask", "images/p01.png,"], r"pairs\.csv:2: a pair needs"),
+        (["image,mask", "images/p99.png,masks/p01.png"], r"pairs\.csv:2: no file .*p99\.png"),
+        (
+            [
+                "image,mask,split",
+                "images/p01.png,masks/p01.png,train",
+                "images/p01.png,masks/p01.png,test",
+            ],
+            r"pairs\.csv:3: id 'p01' is that of line 2 already",
+        ),
+        (
+            ["image,mask,split", "images/p01.png,masks/p01.png,dev"],
+            r"pairs\.csv:2: split 'dev'; there are",
+        ),
+        (
+            [
+                "image,mask,split",
+                "images/p01.png,masks/p01.png,train",
+                "images/p02.png,masks/p02.png,",
+            ],
+            r"missing for others",
+        ),
+    ],
+)
+def test_faults_in_pairs(folder: Path, lines: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find_examples(data_set("pairs"), pairs(folder, *lines))
+
+
+def test_no_csv_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"pairs\.csv: not a readable CSV file"):
+        find_examples(data_set("pairs"), tmp_path)
+
+
+def test_voc_is_what_its_lists_say(tmp_path: Path) -> None:
+    write(tmp_path, "voc2012")
+    entry = data_set("voc2012")
+    found = find_examples(entry, tmp_path)
+    assert [e.id for e in found["val"]] == ["2007_000011", "2007_000012", "2007_000013"]
+    lists = tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation"
+    (lists / "val.txt").write_text("2007_000999\n")
+    with pytest.raises(UserError, match="2007_000999 is listed for the part val, but there is no"):
+        find_examples(entry, tmp_path)
+    (lists / "val.txt").unlink()
+    with pytest.raises(UserError, match=r"no ImageSets/Segmentation/val\.txt, which lists"):
+        find_examples(entry, tmp_path)
+
+
+def test_labels_that_are_no_class_are_ignored(tmp_path: Path) -> None:
+    for name in ("cityscapes", "stanford_background"):
+        write(tmp_path / name, name)
+        entry = data_set(name)
+        (example, *_) = next(iter(find_examples(entry, tmp_path / name).values()))
+        masks = decode([example], entry, entry.spec, (64, 64)).masks
+        assert masks[0, 0, 0] == 1
+        assert masks[0, 0, -1] == entry.spec.ignore_index
+    (tmp_path / "broken.regions.txt").write_text("1 2\n3 x\n")
+    with pytest.raises(UserError, match=r"broken\.regions\.txt: not a readable image"):
+        read_mask(tmp_path / "broken.regions.txt", "index", 8, 255)
+
+
+def test_sets_whose_test_labels_are_kept_back(tmp_path: Path) -> None:
+    write(tmp_path, "voc2012")
+    settings = {"name": "voc2012", "root": str(tmp_path), "image_size": 32}
+    data = load_data(DataSettings.model_validate(settings))
+    assert (len(data.train), len(data.val), len(data.test)) == (3, 3, 0)
+    with pytest.raises(UserError, match="test labels of voc2012 are not public"):
+        load_data(DataSettings.model_validate(settings | {"test": 2}))
