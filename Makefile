@@ -82,11 +82,13 @@ format: $(STAMP)
 
 # mypy can't follow package_dir, so it checks links that stand as the installed package
 # does; sed turns its paths back into the repository's.
+CHECKED := benchmarks examples tests
 types: $(STAMP)
 	@rm -rf build/types && mkdir -p build/types/mlseg
 	@ln -s $(CURDIR)/mlseg/* $(CURDIR)/problems $(CURDIR)/engines build/types/mlseg
+	@ln -s $(CHECKED:%=$(CURDIR)/%) build/types
 	@cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
-		--cache-dir $(CURDIR)/.mypy_cache mlseg >report; status=$$?; \
+		--cache-dir $(CURDIR)/.mypy_cache mlseg $(CHECKED) >report; status=$$?; \
 	sed -e 's#^mlseg/problems/#problems/#' -e 's#^mlseg/engines/#engines/#' report; exit $$status
 
 check: lint types test
@@ -98,7 +100,10 @@ clean:
 # uv, not pip: pip heeds betty-ml's "Python below 3.11" and falls back to a broken 0.1.1.
 # The import at the end checks the result and leaves it compiled, also where Python is
 # told to write no bytecode: each of the tests' processes would compile torch anew.
+#
+# A distribution "mlseg" is an old install of this one or, on the public index, a stranger's.
 $(STAMP): setup.py setup.cfg pyproject.toml constraints.txt $(BIN)/uv
+	@$(BIN)/uv pip uninstall --quiet --python $(BIN)/python mlseg && rm -rf mlseg.egg-info
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt \
 		--build-constraints constraints.txt --editable '.[dev]'
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -W ignore -c \

@@ -8,12 +8,10 @@ the graph of each way keeps besides its inputs. `MERGE_FROM` of the cells comes 
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from turns import take_turns
 
 from mlseg.problems.e2eaug.networks.cells import SIZES, mix
 
@@ -26,24 +24,6 @@ def _shapes(channels: int, transposed: bool) -> list[tuple[int, int, int]]:
         return list(zip([3, *widths[:-1]], widths, sides, strict=True))
     inputs = [2 * width for width in widths[:-1]] + [widths[-1]]
     return list(zip(inputs, [3, *widths[:-1]], sides, strict=True))
-
-
-def _time(
-    device: torch.device, repeats: int, operations: dict[str, Callable[[], None]]
-) -> dict[str, float]:
-    """Median seconds of each operation; they take turns, so that a busy machine hurts all alike."""
-    times: dict[str, list[float]] = {name: [] for name in operations}
-    for repeat in range(repeats + 1):
-        for name, operation in operations.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            operation()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _measure(
@@ -80,7 +60,8 @@ def _measure(
         assert y.requires_grad
         return sum(saved.values()) / 2**20
 
-    seconds = _time(device, repeats, {"separate": lambda: run(False), "merged": lambda: run(True)})
+    ways = {"separate": lambda: run(False), "merged": lambda: run(True)}
+    seconds = take_turns(ways, repeats, torch.get_num_threads())
     return seconds["separate"], seconds["merged"], kept(False), kept(True)
 
 

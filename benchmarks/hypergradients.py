@@ -367,6 +367,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.INFO)  # Betty's engine introduces its problems
+    gc.freeze()  # what was imported needn't be walked at each of the collections below
     device, size = torch.device(arguments.device), two_levels.SIZES[arguments.size]
     rounds, targets = arguments.rounds, Targets()
     report: dict[str, Any] = {"machine": machine.describe(device), "size": vars(size)}

@@ -19,16 +19,15 @@ config's data are there.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from turns import take_turns
 
 from mlseg import config, machine
 from mlseg.engines.lookahead.loop import LookaheadLoop
@@ -38,27 +37,6 @@ from mlseg.run import parse_run
 from mlseg.segmentation.data import to_float
 
 MIB = 2**20
-
-
-def take_turns(
-    operations: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
-) -> dict[str, float]:
-    """Median seconds of each; they alternate, so that a busy machine hurts all alike."""
-    times: dict[str, list[float]] = {name: [] for name in operations}
-    for repeat in range(repeats + 1):
-        for name, operation in operations.items():
-            _wait(device)
-            start = time.perf_counter()
-            operation()
-            _wait(device)
-            if repeat:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def evaluation(engine: Any, repeats: int) -> dict[str, float]:
@@ -74,9 +52,8 @@ def evaluation(engine: Any, repeats: int) -> dict[str, float]:
         for batch in batches:
             module(batch)
 
-    return take_turns(
-        {"bare": bare, "evaluation": lambda: held.miou(module)}, repeats, engine.device
-    )
+    operations = {"bare": bare, "evaluation": lambda: held.miou(module)}
+    return take_turns(operations, repeats, torch.get_num_threads())
 
 
 def snapshots(engine: Any, repeats: int) -> dict[str, float]:
@@ -95,7 +72,7 @@ def snapshots(engine: Any, repeats: int) -> dict[str, float]:
 
     with torch.no_grad():
         operations = {"copy": plain, "snapshot": snapshot.take, "roll-back": snapshot.restore}
-        return take_turns(operations, repeats, engine.device)
+        return take_turns(operations, repeats, torch.get_num_threads())
 
 
 def own_memory() -> int:
@@ -163,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             share = found[name] / found["copy"]
             print(f"- {name}: {1e3 * found[name]:.2f} ms, {share:.3f} of a plain copy")
         step = {"update": lambda: engine.generator.step_normal()}
-        found = take_turns(step, arguments.repeats, device)
+        found = take_turns(step, arguments.repeats, torch.get_num_threads())
         print(f"- update: {1e3 * found['update']:.1f} ms")
         if arguments.gib:
             gib, added = mapped_memory(arguments.gib)

@@ -50,7 +50,8 @@ class Size:
     batch: int
 
 
-SIZES = {"small": Size(8, 3, 64, 8), "large": Size(64, 4, 128, 8)}
+SIZES = {"tiny": Size(2, 1, 8, 2), "small": Size(8, 3, 64, 8), "large": Size(64, 4, 128, 8)}
+"""The first only shows that a script works."""
 
 INNER: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),

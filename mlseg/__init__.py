@@ -7,7 +7,12 @@ a command can say how threads are to wait before torch asks (:mod:`mlseg.threads
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mlseg._checkout import require_one_checkout
+from mlseg._distribution import require_own_distribution
 from mlseg._version import __version__
+
+require_own_distribution()
+require_one_checkout()
 
 if TYPE_CHECKING:
     from mlseg import comparison as comparison

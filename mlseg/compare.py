@@ -173,8 +173,9 @@ def _require_extra() -> None:
     missing = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UserError(
-            f"mlseg compare needs {' and '.join(missing)}; install the extra: "
-            "uv pip install 'mlseg[compare]' (in the repository: uv pip install '.[compare]')"
+            f"mlseg compare needs {' and '.join(missing)}; install what is missing: "
+            f"uv pip install {' '.join(missing)} (or in the checkout, all of the extra: "
+            "uv pip install '.[compare]')"
         )
 
 

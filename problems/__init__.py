@@ -13,3 +13,7 @@ The folder's ``__init__.py`` imports what registers itself. A system of one leve
 ``supervised.py`` is; one may lie anywhere else when it is named by dotted path; and each is deleted
 by removing its folder, with its tests and configs.
 """
+
+from mlseg._checkout import require_part
+
+require_part(__name__, __file__)

@@ -17,6 +17,8 @@ GROUND = (
     "threads",
     "transfer",
     "_betty",
+    "_checkout",
+    "_distribution",
     "_version",
 )
 CORE = {"ground", "config", "hypergradients", "multilevel"}

@@ -5,12 +5,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import entry_points
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 
 from mlseg.__main__ import COMMANDS, main
+from mlseg._distribution import NAME
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCES = ("mlseg", "problems", "engines")
@@ -56,7 +57,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", built, source,
         cwd=source,
     )  # fmt: skip
-    (path,) = built.glob("mlseg-*.whl")
+    (path,) = built.glob("mlseg_betty-*.whl")
     return path
 
 
@@ -90,7 +91,7 @@ def test_its_metadata(wheel: Path) -> None:
     (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     metadata = archive.read(name).decode()
     for line in (
-        "Name: mlseg",
+        "Name: mlseg-betty",
         "License-Expression: Apache-2.0",
         "Requires-Python: <3.14,>=3.11",
         "Requires-Dist: betty-ml<0.3,>=0.2.1",
@@ -129,7 +130,8 @@ def test_it_trains_from_a_config(installed: Path, tmp_path: Path) -> None:
 
 class TestConsole:
     def test_it_is_named_mlseg(self) -> None:
-        (script,) = entry_points(group="console_scripts", name="mlseg")
+        (script,) = distribution(NAME).entry_points.select(group="console_scripts")
+        assert script.name == "mlseg"
         assert script.load() is main
 
     def test_help_lists_the_commands(self, capsys: pytest.CaptureFixture[str]) -> None:

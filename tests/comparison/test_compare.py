@@ -344,7 +344,7 @@ def test_without_the_extra(
     )
     assert run("--out", "out") == 2
     said = one_line(capsys)
-    assert said.startswith("error: mlseg compare needs scikit-learn; install the extra: uv pip")
+    assert said.startswith("error: mlseg compare needs scikit-learn; install what is missing: ")
 
 
 def test_peak_memory_is_that_of_the_largest_moment() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mlseg.errors import UserError
 from mlseg.randomness import derived
 
-MEND = "install it with: uv pip install 'mlseg[compare]' (in the repository: '.[compare]')"
+MEND = "install it with: uv pip install scikit-learn (or in the checkout: '.[compare]')"
 Pair = tuple[Tensor, Tensor]
 
 

@@ -1,0 +1,174 @@
+"""Every script in benchmarks/ still works: each runs here, as small as its flags allow.
+
+What they measure at this size means nothing; that they come to their end, and report on all that
+they were told to measure, is what is tested. Some check their own work besides: that two sides
+agree, that a killed run ends as an untouched one.
+"""
+
+import gc
+import logging
+import re
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from mlseg import run
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SMALL = BENCHMARKS.parent / "configs" / "e2eaug_isic_small.yaml"
+HELP_ONLY = {"e2eaug_rows", "load_rows", "segan_rows"}
+"""Many runs each; load_rows has tests of its own."""
+LESIONS = ("data.name=synthetic_lesions", "data.train=4", "data.val=2", "data.test=2")
+NETWORKS = (
+    "data.image_size=32",
+    "segmentor.channels=2",
+    "segmentor.levels=2",
+    "generator.channels=2",
+    "generator.levels=3",
+    "discriminator.channels=2",
+    "discriminator.layers=2",
+)
+EVERY_PART = ("data", "optimizer", "rest", "**iteration**")
+
+Script = Callable[..., str]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Script]:
+    """Runs a script as ``python benchmarks/NAME.py ARGUMENTS`` does; what it prints."""
+
+    def call(name: str, *arguments: object) -> str:
+        path = BENCHMARKS / f"{name}.py"
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        code: object = None
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        shown = capsys.readouterr()
+        assert code in (None, 0), shown
+        return shown.out
+
+    threads, disabled = torch.get_num_threads(), logging.root.manager.disable
+    yield call
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+    logging.disable(disabled)
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of every line of every table, without heads."""
+    tables = re.findall(r"^\|.*\n\|(?:---\|)+-*\n?((?:\|.*\n)*)", text, re.MULTILINE)
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for table in tables
+        for line in table.splitlines()
+    ]
+
+
+def columns(text: str, *numbers: int) -> list[tuple[str, ...]]:
+    """Some columns of :func:`rows`."""
+    return [tuple(row[number] for number in numbers) for row in rows(text)]
+
+
+@pytest.mark.parametrize("name", sorted(HELP_ONLY))
+def test_help(script: Script, name: str) -> None:
+    assert f"usage: {name}.py" in script(name, "--help")
+
+
+def test_every_script_is_here() -> None:
+    scripts = {p.stem for p in BENCHMARKS.glob("*.py") if "__main__" in p.read_text()}
+    tested = set(re.findall(r'script\(\s*"(\w+)"', Path(__file__).read_text()))
+    assert scripts == tested | HELP_ONLY
+
+
+def test_cell(script: Script) -> None:
+    shown = script(
+        "cell", "--channels", 2, "--batches", 1, 2, "--largest", 2, "--repeats", 1
+    )  # fmt: skip
+    levels = [(side, batch) for side in ("2x2", "1x1") for batch in ("1", "2")]
+    assert columns(shown, 0, 3, 4) == [(d, *level) for d in ("down", "up") for level in levels]
+
+
+def test_engine_overhead(script: Script, tmp_path: Path) -> None:
+    json = tmp_path / "overhead.json"
+    shown = script(
+        "engine_overhead", *LESIONS, *NETWORKS, "--iterations", 4, "--warm-up", 1, "--blocks", 2,
+        "--json", json,
+    )  # fmt: skip
+    cases = [(case, clock) for case in ("e2eaug", "toy") for clock in ("wall", "cpu")]
+    assert columns(shown, 0, 1) == cases
+    assert re.search(r"^E2EAug: \d\.\d+, target 1\.05", shown, re.MULTILINE)
+    assert json.is_file()
+
+
+def test_e2eaug_iteration(script: Script, tmp_path: Path) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug")
+    shown = script("e2eaug_iteration", "--config", config, "--iterations", 1)
+    parts = {"segmentor: hop", "generator: hop", "outer gradient", *EVERY_PART}
+    assert parts <= {row[0] for row in rows(shown)}
+
+
+def test_segan_iteration(script: Script, tmp_path: Path) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml", "segan")
+    shown = script("segan_iteration", "--config", config, "--iterations", 1)
+    parts = {"segmentor: forward", "critic: step", "clamp", *EVERY_PART}
+    assert parts <= {row[0] for row in rows(shown)}
+
+
+def test_hypergradients(script: Script) -> None:
+    shown = script(
+        "hypergradients", "--size", "tiny", "--rounds", 2, "--steps", 2, "--products", 2,
+        "--entries", "class weights", "--optimizers", "sgd",
+    )  # fmt: skip
+    names = [row[0] for row in rows(shown)]
+    assert {"forward", "Betty darts", "bare product", "higher", "TorchOpt"} <= set(names)
+    assert names.count("mlseg cg") == 2  # of its iteration, and of its whole hop
+    assert "2 steps of sgd, class weights: mlseg, graphs to" in shown
+
+
+def test_kill_and_resume(script: Script, tmp_path: Path) -> None:
+    more = ("gan.pretrain=2", "engine.iterations=30", "engine.validate_every=15", "device=cpu")
+    shown = script(
+        "kill_and_resume", SMALL, *LESIONS, *NETWORKS, *more, "engine.checkpoint_every=3",
+        "engine.tensorboard=false", "--kills", 1, "--seed", 7, "--out", tmp_path / "runs",
+    )  # fmt: skip
+    assert "kill 1: " in shown
+    assert shown.endswith("1 kills: the same, bit for bit\n")
+
+
+def test_lookahead(script: Script, tmp_path: Path) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml", "load")
+    shown = script("lookahead", config, "--repeats", 1, "--gib", 0.05)
+    for what in ("hold-out", "evaluation", "snapshot", "roll-back", "update", "0.05 GiB of label"):
+        assert f"- {what}" in shown
+
+
+def test_secant_check(script: Script, tmp_path: Path) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug")
+    assert run.main([str(config), "--out", str(tmp_path / "run")]) == 0
+    shown = script("secant_check", tmp_path / "run", "--steps", 1)
+    names = [row[0] for row in rows(shown)]
+    assert len(names) == 2 * len(set(names))  # each method over each of two hops
+    assert {"identity, before_step", "finite_difference 0.01, after_step"} <= set(names)
+
+
+def test_segan_clamp(script: Script, tmp_path: Path) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml", "segan")
+    shown = script("segan_clamp", "--config", config, "--steps", 1)
+    layers = ["masked image", "layer 1", "layer 2", "layer 3"]
+    assert [row[0] for row in rows(shown)] == 3 * layers
+
+
+def test_segan_views(script: Script, tmp_path: Path) -> None:
+    changes = {"data.image_size": 40, "augmentation": {"window": 32}}
+    config = tiny.write_config(tmp_path / "tiny.yaml", "segan", changes)
+    assert run.main([str(config), "--out", str(tmp_path / "run")]) == 0
+    shown = script("segan_views", tmp_path / "run")
+    ways = ["windows of 32x32", "resized to 32x32", "whole, 40x40", "whole, 60x60"]
+    assert [row[0] for row in rows(shown)] == ways
