@@ -94,7 +94,10 @@ def test_unrolling_follows_all_steps_of_the_critic(store: str) -> None:
 
 
 def test_finite_differences_approach_it() -> None:
-    """The loss has kinks (|.|, LeakyReLU): the step must be so small that none is crossed."""
+    """The loss has kinks (|.|, LeakyReLU): the step must be so small that none is crossed.
+
+    Rounding is then 1e-16 over the step of 1e-9 for each operation, 1e-5 for a hundred of them.
+    """
     method = {"method": "finite_difference", "linearise": "before_step", "epsilon": 1e-9}
     gradient, whole, direct, _ = play(**{"problems.critic.hypergradient": method})
     assert error(gradient, whole) < 1e-2 * error(direct, whole)
