@@ -20,7 +20,7 @@ from programs import FAMILIES, SHAPES, Program
 from mlseg import run
 from mlseg.errors import UserError
 from mlseg.hypergradients import names, resolve
-from mlseg.hypergradients.registry import _METHODS
+from mlseg.hypergradients.registry import METHODS
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "define-a-problem.md"
@@ -169,7 +169,7 @@ def own_methods_are_forgotten() -> Iterator[None]:
     known, at_bettys = set(names()), dict(jvp_fn_mapping)
     yield
     for name in set(names()) - known:
-        del _METHODS[name]
+        METHODS.remove(name)
     jvp_fn_mapping.clear()
     jvp_fn_mapping.update(at_bettys)
 
