@@ -176,7 +176,7 @@ def own_methods_are_forgotten() -> Iterator[None]:
     known, at_bettys = set(names()), dict(jvp_fn_mapping)
     yield
     for name in set(names()) - known:
-        del METHODS._entries[name], METHODS._places[name]
+        METHODS.remove(name)
     jvp_fn_mapping.clear()
     jvp_fn_mapping.update(at_bettys)
 

@@ -1,9 +1,11 @@
 """A user's own network, data set, optimizer and loss, from a folder outside the checkout.
 
-Used by config alone; the trained model is found again wherever the folder can be imported from.
+The files are those of ``docs/own-parts.md``. They are used by config alone, and the trained model
+is found again wherever the folder can be imported from.
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,83 +16,9 @@ from tiny_files import half_mask, write_image
 
 from mlseg import checkpoint, evaluate, predict, run
 
-FILES = {
-    "my_parts/__init__.py": "",
-    "my_parts/nets.py": '''
-from typing import Annotated
-
-from pydantic import Field
-from torch import nn
-
-
-class MyNet(nn.Module):
-    """Two convolutions."""
-
-    def __init__(self, in_channels, num_classes, *, width: Annotated[int, Field(ge=1)] = 4):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(in_channels, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, num_classes, 1)
-        )
-
-    def forward(self, image):
-        return self.body(image)
-''',
-    "my_parts/data.py": '''
-from mlseg.segmentation.data import DATA_SETS, DatasetSpec, Entry, Part
-
-
-@DATA_SETS.register("my_dots")
-def my_set(suffix: str = "png") -> Entry:
-    """Dots, in pictures/ and labels/."""
-    spec = DatasetSpec("dots", 3, ("background", "dot"), metric="dice")
-    return Entry(spec, ({"all": Part(f"pictures/{{id}}.{suffix}", ("labels/{id}.png",))},))
-''',
-    "my_parts/optim.py": '''
-import torch
-
-
-class SignDescent(torch.optim.Optimizer):
-    """Steps of one size along the gradient's sign."""
-
-    def __init__(self, params, lr: float, cautious: bool = False):
-        super().__init__(params, {"lr": lr, "cautious": cautious})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.sub_(group["lr"] * p.grad.sign())
-''',
-    "my_parts/losses.py": '''
-from torch import nn
-
-
-class Focal(nn.Module):
-    """(1 - p)^gamma -log p, mean over pixels."""
-
-    def __init__(self, ignore_index=None, *, gamma: float = 2.0):
-        super().__init__()
-        if gamma < 0:
-            raise ValueError("gamma: 0 or more")
-        self.gamma = gamma
-
-    def forward(self, logits, target):
-        log = logits.log_softmax(1).gather(1, target[:, None])
-        return -((1 - log.exp()) ** self.gamma * log).mean()
-''',
-    "own.yaml": """
-system: supervised
-device: cpu
-imports: [my_parts.data]
-data: {name: my_dots, options: {suffix: png}, root: dots, image_size: 12, train: 4, val: 2, test: 2}
-segmentor: {name: my_parts.nets:MyNet, width: 6}
-loss: {name: my_parts.losses:Focal, gamma: 1.5}
-problems:
-  segmentor: {batch_size: 2, optimizer: {name: my_parts.optim:SignDescent, lr: 1.0e-2}}
-engine: {iterations: 4, validate_every: 2, samples: 0, tensorboard: false}
-""",
-}
+PAGE = Path(__file__).parents[1] / "docs" / "own-parts.md"
+BLOCK = re.compile(r"^```\w+\n# (\S+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+FILES = dict(BLOCK.findall(PAGE.read_text()))
 
 
 @pytest.fixture
@@ -115,7 +43,8 @@ def _forget() -> None:
 
     for name in [name for name in sys.modules if name.split(".")[0] == "my_parts"]:
         del sys.modules[name]
-    DATA_SETS._entries.pop("my_dots", None)
+    if "my_dots" in DATA_SETS:
+        DATA_SETS.remove("my_dots")
 
 
 def _said(capsys: pytest.CaptureFixture[str]) -> str:
@@ -136,7 +65,7 @@ def test_used_by_config_alone_and_found_again(
     assert state["segmentor"]["module"] == "my_parts.nets"
     resolved = (out / "config.yaml").read_text()
     assert "gamma: 1.5" in resolved
-    assert "cautious: false" in resolved, "defaults too"
+    assert "weight_decay: 0.0" in resolved, "defaults too"
     assert run.main(["--resume", str(out), "engine.iterations=6"]) == 0
 
     elsewhere = project.parent / "elsewhere"

@@ -95,6 +95,10 @@ class Registry(Generic[T]):
 
         return enter
 
+    def remove(self, name: str) -> None:
+        """Take a registered name out again."""
+        del self._entries[name], self._places[name]
+
     def source(self, source: Callable[[], Mapping[str, T]]) -> Callable[[], Mapping[str, T]]:
         """Decorator for a function that gives further entries by name.
 

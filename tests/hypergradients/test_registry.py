@@ -70,7 +70,8 @@ class Nothing(Method):
 def nothing() -> Iterator[None]:
     register("nothing")(Nothing)
     yield
-    del METHODS._entries["nothing"], METHODS._places["nothing"], jvp_fn_mapping["nothing"]
+    METHODS.remove("nothing")
+    del jvp_fn_mapping["nothing"]
 
 
 @pytest.mark.usefixtures("nothing")
