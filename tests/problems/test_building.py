@@ -11,7 +11,7 @@ from mlseg.multilevel.config import Config
 from mlseg.problems.building import Builder
 from mlseg.problems.supervised import Segmentor, SupervisedSettings
 from mlseg.segmentation.data import load_data
-from mlseg.segmentation.losses import LossSettings, SegmentationLoss
+from mlseg.segmentation.losses import LossSettings, build_loss
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def make(settings: SupervisedSettings) -> Builder:
 
 def test_a_level_is_complete_when_made(make: Builder, settings: SupervisedSettings) -> None:
     setup = make.level("segmentor", settings.problems.segmentor, make.segmentor())
-    criterion = SegmentationLoss(LossSettings())
+    criterion = build_loss(LossSettings())
     level = Segmentor(setup, criterion=criterion)
     assert (level.name, level.module, level.optimizer) == (
         setup.name,
