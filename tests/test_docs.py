@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,7 +130,7 @@ def own_methods_are_right_in_every_graph(ran: Names) -> None:
     assert figures["one_sided"]["hypergradient/classifier_evaluations"] == 2
     with pytest.raises(ValueError, match="chebyshev: lowest: missing; it must be set to a number"):
         resolve("chebyshev")
-    accumulating = type("Level", (), {"name": "low", "gas": 2})()
+    accumulating: Any = SimpleNamespace(name="low", stepping=SimpleNamespace(batches=2))
     with pytest.raises(UserError, match="'low': clipped_identity takes one batch a step"):
         resolve("clipped_identity").check(accumulating)
 
