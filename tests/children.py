@@ -89,7 +89,7 @@ def _run(arguments: list[str], stderr: Path, before: Callable[[], None] | None) 
 
 def slow_steps() -> None:
     """Each iteration takes half a minute."""
-    Engine.train_step = lambda engine: time.sleep(30)  # type: ignore[method-assign]
+    Engine.train_step = lambda self: time.sleep(30)  # type: ignore[method-assign]
 
 
 def limit_files(size: int) -> None:
@@ -104,8 +104,8 @@ def fill_up_later() -> None:
     """From the second checkpoint on, writes beyond 20 000 bytes of a file fail."""
     saves = iter([checkpoint.save])
 
-    def save(*args: Any) -> None:
+    def save(path: Path, state: dict[str, Any]) -> None:
         limit_files(1 << 30 if next(saves, None) else 20_000)
-        original(*args)
+        original(path, state)
 
     original, checkpoint.save = checkpoint.save, save

@@ -91,7 +91,7 @@ ON_THE_HOST = ("torch.optim", "torch.utils.data", "mlseg.segmentation.data", "ml
 
 
 @pytest.fixture
-def no_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def no_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every reading of a tensor's value from Python, by the module that does it."""
     found: list[str] = []
 

@@ -193,7 +193,7 @@ def test_the_excess_is_zero_at_the_minimum() -> None:
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     assert program.score() == pytest.approx(0.0, abs=1e-8)
 
 

@@ -60,7 +60,7 @@ def toy(graph: Graph, iterations: int = 17, **options: Any) -> Make:
 
     def make(out: Path) -> Engine:
         spec = {"method": "identity", "linearise": "before_step", "scale": "optimizer"}
-        engine = programs.small(
+        engine: Any = programs.small(
             graph,
             spec,
             lambda params: torch.optim.Adam(params, 0.01),

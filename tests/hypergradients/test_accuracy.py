@@ -56,7 +56,7 @@ def test_the_truth_is_not_the_direct_gradient(graph: str, upper: str) -> None:
 # ------------------------------------------------------------------------ optimizers' scale
 
 
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "rmsprop": (updates.rmsprop, torch.optim.RMSprop, {"momentum": 0.9, "weight_decay": 1e-3}),
     "rmsprop centred": (updates.rmsprop, torch.optim.RMSprop, {"centered": True}),
     "adam": (updates.adam, torch.optim.Adam, {"betas": (0.5, 0.999), "weight_decay": 1e-3}),
@@ -92,9 +92,11 @@ def test_the_optimizers_own_step(name: str, steps: int) -> None:
 def test_each_parameter_group_has_its_own_rate() -> None:
     def two_groups(params: Sequence[Tensor]) -> torch.optim.Optimizer:
         half = len(params) // 2
-        return torch.optim.SGD(
-            [{"params": params[:half]}, {"params": params[half:], "lr": 0.2}], 0.01
-        )
+        groups: list[dict[str, Any]] = [
+            {"params": params[:half]},
+            {"params": params[half:], "lr": 0.2},
+        ]
+        return torch.optim.SGD(groups, 0.01)
 
     def update(optimizer: Any, before: dict[str, Any], i: int, p: Tensor, g: Tensor) -> Tensor:
         sizes = [len(group["params"]) for group in optimizer.param_groups]

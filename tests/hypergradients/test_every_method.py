@@ -102,7 +102,7 @@ def found(
     device: str = "cpu",
 ) -> Any:
     """The top level's gradient, on the CPU; its loss has no direct part."""
-    stands_for = {LONG: made.long(), RATE: made.rate}
+    stands_for: dict[Any, Any] = {LONG: made.long(), RATE: made.rate}
     method = {k: stands_for.get(v, v) for k, v in method.items()}
     steps = int(stands_for.get(expected.steps, expected.steps))
     engine = made.engine(method, dtype, steps, device=device)
@@ -156,7 +156,7 @@ def check(method: str, family: str, shape: str, dtype: str, device: str) -> None
 def test_no_hop_waits_for_the_gpu(method: str) -> None:
     """Nor does a batch that comes from the host."""
     made = program("convolutional", "two paths")
-    engine = made.engine({"method": method}, torch.float64, made.stable_rate(), 2, "cuda")
+    engine = made.engine({"method": method}, torch.float64, 2, device="cuda")
     for _ in range(4):
         engine.iterate()
     with waiting.forbidden():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mlseg.hypergradients import Hop, Level, Stepping, Trajectory, names, resolve
-from mlseg.hypergradients.base import Again
+from mlseg.hypergradients.base import Again, Interface
 from mlseg.hypergradients.registry import classes
 from mlseg.multilevel.problem import Problem
 
@@ -29,7 +29,7 @@ class Bare:
     """
 
     name, count, unroll_steps, precision = "bare", 1, 1, "fp32"
-    interface = None
+    interface: Interface | None = None
     curvature = torch.tensor([1.0, 4.0], dtype=torch.float64)
 
     def __init__(self, method: Any) -> None:

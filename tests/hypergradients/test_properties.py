@@ -87,6 +87,9 @@ def test_linear_in_the_incoming_vector(method: str) -> None:
 class Pair(nn.Module):
     """Two parameters of different shapes, registered in either order."""
 
+    first: nn.Parameter
+    last: nn.Parameter
+
     def __init__(self, swapped: bool) -> None:
         super().__init__()
         order = ["last", "first"] if swapped else ["first", "last"]
@@ -173,7 +176,8 @@ def symmetric(spectrum: list[float]) -> Tensor:
 
 def solve(method: str, matrix: Tensor, v: Tensor, **given: Any) -> tuple[Tensor, dict[str, Any]]:
     made: Any = resolve({"method": method, **given})
-    return made.solve(System(Matrix(matrix)), v)
+    hessian: Any = Matrix(matrix)
+    return made.solve(System(hessian), v)
 
 
 @settings(max_examples=20)

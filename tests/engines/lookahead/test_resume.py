@@ -34,7 +34,7 @@ def lookahead(out: Path, limit_mib: float = 1.0, control: int | None = None) -> 
         measure(module)
         return SCORES[controller.updates + (controller.cycle > 0)]
 
-    hold_out.miou = miou  # type: ignore[method-assign]
+    hold_out.miou = miou
     return engine
 
 

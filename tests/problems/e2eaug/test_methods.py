@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from mlseg import run
+from mlseg import config, run
 from mlseg.hypergradients import names
 
 SMALL: dict[str, Any] = {
@@ -79,8 +79,8 @@ def test_the_resolved_config_has_the_methods_settings(tmp_path: Path) -> None:
         tmp_path / "c.yaml", "e2eaug", {**SMALL, "problems.segmentor.hypergradient": method}
     )
     assert run.main([str(path), "engine.iterations=1", "--out", str(tmp_path / "run")]) == 0
-    tree = run.config.load(tmp_path / "run" / "config.yaml")
+    tree = config.load(tmp_path / "run" / "config.yaml")
     written = tree.values["problems"]["segmentor"]["hypergradient"]
     assert {k: written[k] for k in method} == method
-    settings, _ = run.parse_run(tree)
+    settings: Any = run.parse_run(tree)[0]
     assert settings.problems.segmentor.hypergradient.steps == 1

@@ -82,7 +82,7 @@ def test_4_real_and_predicted_images_have_statistics_of_their_own() -> None:
 def test_5_the_segmentors_statistics_move_once_per_step_of_its_own(unroll: int) -> None:
     """`no_grad` alone would count the critic's forward passes too."""
     engine = tiny.build("segan", {"problems.critic.unroll_steps": unroll})
-    norm = next(m for m in engine.segmentor.module.modules() if isinstance(m, nn.BatchNorm2d))
+    norm: Any = next(m for m in engine.segmentor.module.modules() if isinstance(m, nn.BatchNorm2d))
     moves = []
     for _ in range(6):
         before, steps = norm.running_mean.clone(), engine.segmentor.count
