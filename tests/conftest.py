@@ -31,25 +31,14 @@ NOT_NUMERICAL = {
 Everything else is marked as numerical, whatever is added, and runs in ``make test-processors``.
 """
 
-SLOW = {
-    "test_compare.py",
-    "test_ensembles.py",
-    "test_load.py",
-    "test_lookahead_engine.py",
-    "test_padding.py",
-    "test_readme.py",
-    "test_resume.py",
-}
-"""Files whose tests train for seconds; numerical as well."""
-
 # A busy machine is no failure: an example may take as long as it takes.
 hypothesis.settings.register_profile("mlseg", deadline=None)
 hypothesis.settings.load_profile("mlseg")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the numerical tests, and the slow ones."""
-    gone = (NOT_NUMERICAL | SLOW) - {path.name for path in HERE.rglob("*")}
+    """Mark the numerical tests."""
+    gone = NOT_NUMERICAL - {path.name for path in HERE.rglob("*")}
     if gone:
         raise pytest.UsageError(
             f"tests/conftest.py lists what is no more: {', '.join(sorted(gone))}"
@@ -60,8 +49,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         names = set(item.path.relative_to(HERE).parts)
         if not names & NOT_NUMERICAL:
             item.add_marker("numerical")
-        if names & SLOW:
-            item.add_marker("slow")
 
 
 @pytest.fixture

@@ -3,8 +3,11 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch.nn import functional
+
+pytestmark = pytest.mark.slow  # trains for seconds
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -21,6 +21,8 @@ from mlseg.comparison.tasks.base import Conditions, load_task
 from mlseg.files import writing
 from mlseg.hypergradients import resolve
 
+pytestmark = pytest.mark.slow  # trains for seconds
+
 CONFIG: dict[str, Any] = {
     "tasks": {"small": {"name": "quadratic", "lower": 6, "upper": 2, "condition": 10.0}},
     "methods": {

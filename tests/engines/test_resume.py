@@ -16,6 +16,8 @@ from mlseg.errors import UserError
 from mlseg.testing import programs
 from mlseg.testing.programs import GRAPHS, Graph, fit, imitate
 
+pytestmark = pytest.mark.slow  # trains for seconds
+
 
 def test_supervised_with_augmentation_and_a_plateau(tmp_path: Path) -> None:
     changes = {

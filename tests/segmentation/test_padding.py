@@ -20,6 +20,8 @@ from mlseg.segmentation.nets import class_probabilities
 from mlseg.segmentation.scoring import predict_logits, score
 from mlseg.segmentation.trained import load_runs, load_trained
 
+pytestmark = pytest.mark.slow  # trains for seconds
+
 CPU = torch.device("cpu")
 IGNORED = 9
 SHAPES = [(20, 32), (32, 32), (64, 30), (11, 17), (40, 90), (29, 8)]

@@ -11,6 +11,8 @@ from transitions import loop
 
 from mlseg.engines.engine import Engine
 
+pytestmark = pytest.mark.slow  # trains for seconds
+
 SCORES = [0.5, 0.53, 0.52, 0.51, 0.49, 0.44, 0.5, 0.52, 0.51, 0.56, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
 
 

@@ -21,6 +21,8 @@ from mlseg.segmentation.data.entry import data_set
 from mlseg.segmentation.nets import build_segmentor
 from mlseg.segmentation.scoring import evaluating, score
 
+pytestmark = pytest.mark.slow  # trains for seconds
+
 QUICK = {"pretraining.weighted_epochs": 0, "pretraining.epochs": 2}
 
 
