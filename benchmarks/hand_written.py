@@ -35,7 +35,7 @@ class Hop:
     def __init__(self, problem: Any) -> None:
         method = problem.method
         written = ("finite_difference", "optimizer", "central")
-        if (method.method, method.scale, method.scheme) != written:
+        if (method.name, method.scale, method.scheme) != written:
             raise SystemExit(f"problem {problem.name}: {method} is not written out by hand")
         self.parameters = list(problem.module.parameters())
         self.epsilon: float = method.epsilon
