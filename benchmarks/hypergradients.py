@@ -142,8 +142,8 @@ AGREEMENT: Sequence[tuple[str, str, float]] = (
     ("mlseg identity", "double backward by hand", 1e-9),
     ("mlseg identity, forward_over_reverse", "double backward by hand", 1e-9),
     # Its correction of the moments' bias is in single precision, also with double weights:
-    # 1 - 0.999 is off by 6e-8 / 1e-3 there.
-    ("TorchOpt", "higher", 1e-3),
+    # 1 - 0.999 is off by 6e-8 / 1e-3 there, and a few such steps follow each other.
+    ("TorchOpt", "higher", 5e-3),
     *((name, "higher", 1e-9) for name in UNROLLED),
 )
 """Who has to agree with whom, to which relative error in double precision."""
@@ -283,8 +283,6 @@ def passes(task: Task, rounds: int) -> dict[str, float]:
             "product, weights and inputs, by double backward",
             partial(grad, gradient, [*weights, *inputs], grad_outputs=task.vector),
         )
-        if cuda:
-            continue  # cuDNN's batch normalisation has no forward mode
         with dual_level():
             duals = [forward_ad.make_dual(w, v) for w, v in zip(weights, task.vector, strict=True)]
             with substituted([network], weights, duals):

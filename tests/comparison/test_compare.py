@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import waiting
 import yaml
 from PIL import Image
 
@@ -349,8 +350,9 @@ def test_without_the_extra(
     assert said.startswith("error: mlseg compare needs scikit-learn; install what is missing: ")
 
 
-def test_peak_memory_is_that_of_the_largest_moment() -> None:
-    x = torch.zeros(1000, dtype=torch.float64)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=waiting.needs_gpu)])
+def test_peak_memory_is_that_of_the_largest_moment(device: str) -> None:
+    x = torch.zeros(1000, dtype=torch.float64, device=device)
 
     def function() -> torch.Tensor:
         for _ in range(3):
@@ -359,7 +361,7 @@ def test_peak_memory_is_that_of_the_largest_moment() -> None:
         del y
         return z
 
-    result, peak = memory.peak(function)
+    result, peak = memory.peak(function, device)
     assert float(result[0]) == 2.0
     assert 16_000 <= peak < 17_000
 

@@ -18,7 +18,7 @@ SHOP: Registry[Any] = Registry("fruit", example="basket:Plum")
 
 @SHOP.register("apple")
 class Apple:
-    def __init__(
+    def __init__(  # type: ignore[no-untyped-def]
         self,
         where: str,
         size: Annotated[int, pydantic.Field(ge=1)],
@@ -26,8 +26,8 @@ class Apple:
         spots: tuple[int, int] = (1, 2),
         maker: Callable[[], None] | None = None,
         colour: str = None,  # type: ignore[assignment]  # noqa: RUF013, as many write it
-        shape=lambda: None,  # type: ignore[no-untyped-def]
-        anything=3,  # type: ignore[no-untyped-def]
+        shape=lambda: None,
+        anything=3,
     ) -> None:
         if size == 13:
             raise ValueError("size: thirteen brings bad luck")
