@@ -4,6 +4,7 @@ It is forked from a process that has imported the command and done nothing else:
 trained can't be forked where there is a GPU, since neither autograd's threads nor CUDA survive it.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -45,9 +46,10 @@ class Child:
         self._process.start()
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send it a signal."""
+        """Send it a signal, unless it has ended."""
         assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, number)
 
     def wait(self) -> int:
         """Its exit code, negative for the signal that ended it."""

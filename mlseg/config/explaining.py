@@ -190,7 +190,10 @@ def _unknown_key(path: Path, settings: type[pydantic.BaseModel], values: Any) ->
     here = ".".join(map(str, path))
     elsewhere = [dotted for dotted in _all_keys(settings) if dotted.split(".")[-1] == key]
     if elsewhere and here not in elsewhere:
-        return f"unknown key here; did you mean '{elsewhere[0]}'?"
+        hint = f"did you mean '{elsewhere[0]}'?"
+        if len(path) > 1 and valid:  # the whole config's keys are too many to be of use
+            return f"unknown key; valid here: {', '.join(valid)}; or {hint}"
+        return f"unknown key here; {hint}"
     return f"unknown key; valid here: {', '.join(valid) or 'none'}"
 
 

@@ -84,12 +84,12 @@ def gradient(function: Callable[[Tensor], Tensor], point: Tensor, step: float) -
 
 
 def slopes(
-    function: Callable[[Tensor], Tensor], point: Tensor, directions: Sequence[Tensor], step: float
+    function: Callable[[Tensor], Tensor], point: Tensor, directions: Sequence[Tensor], step: float, rows: int = 4
 ) -> Derivative:
     """Of a scalar ``function`` in each of the directions."""
 
     def along(direction: Tensor) -> Derivative:
-        return derivative(lambda h: function(point + h * direction), step)
+        return derivative(lambda h: function(point + h * direction), step, rows)
 
     found = [along(direction) for direction in directions]
     return Derivative(
