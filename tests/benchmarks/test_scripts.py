@@ -172,3 +172,8 @@ def test_segan_views(script: Script, tmp_path: Path) -> None:
     shown = script("segan_views", tmp_path / "run")
     ways = ["windows of 32x32", "resized to 32x32", "whole, 40x40", "whole, 60x60"]
     assert [row[0] for row in rows(shown)] == ways
+
+
+def test_threads(script: Script) -> None:
+    shown = script("threads", "--sizes", "1x2x8", "1x2x16", "--ways", 1, "--rounds", 1)
+    assert columns(shown, 0, 2) == [(size, "1, as torch comes") for size in ("1x2x8", "1x2x16")]
