@@ -33,6 +33,7 @@ import json
 import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +137,16 @@ def unrolled(inner: str) -> Makers:
 
 
 AGREEMENT: Sequence[tuple[str, str, float]] = (
+    # The rounding unit of 1e-16 over their step of 1e-2, times thousands of operations.
     ("mlseg finite_difference", "Betty darts", 1e-6),
     ("mlseg identity", "double backward by hand", 1e-9),
     ("mlseg identity, forward_over_reverse", "double backward by hand", 1e-9),
-    # Its correction of the moments' bias is in single precision, also with double weights.
-    ("TorchOpt", "higher", 1e-3),
+    # Its correction of the moments' bias is in single precision, also with double weights:
+    # 1 - 0.999 is off by 6e-8 / 1e-3 there, and a few such steps follow each other.
+    ("TorchOpt", "higher", 5e-3),
     *((name, "higher", 1e-9) for name in UNROLLED),
 )
-"""Who has to agree with whom, to which relative error."""
+"""Who has to agree with whom, to which relative error in double precision."""
 
 
 class Group:
@@ -216,10 +219,10 @@ class Group:
         for name, to, tolerance in AGREEMENT:
             if name not in found or to not in found:
                 continue
-            self.errors[name] = error = _distance(found[name], found[to])
-            if not error < tolerance:
+            self.errors[name] = difference = _distance(found[name], found[to])
+            if not difference < tolerance:
                 raise SystemExit(
-                    f"{self.title}: {name} and {to} differ by {error:.1e}, more than "
+                    f"{self.title}: {name} and {to} differ by {difference:.1e}, more than "
                     f"{tolerance:.0e}: they don't do the same work"
                 )
 
@@ -271,22 +274,20 @@ def passes(task: Task, rounds: int) -> dict[str, float]:
 
     for _ in range(rounds + 1):
         value = timed("forward", loss)
-        timed("backward", lambda value=value: grad(value, weights))
+        timed("backward", partial(grad, value, weights))
         value = loss()
         gradient = timed(
-            "backward, with its graph", lambda v=value: grad(v, weights, create_graph=True)
+            "backward, with its graph", partial(grad, value, weights, create_graph=True)
         )
         timed(
             "product, weights and inputs, by double backward",
-            lambda g=gradient: grad(g, [*weights, *inputs], grad_outputs=task.vector),
+            partial(grad, gradient, [*weights, *inputs], grad_outputs=task.vector),
         )
-        if cuda:
-            continue  # cuDNN's batch normalisation has no forward mode
         with dual_level():
             duals = [forward_ad.make_dual(w, v) for w, v in zip(weights, task.vector, strict=True)]
             with substituted([network], weights, duals):
                 value = timed("forward with tangents", loss)
-            timed("backward with tangents", lambda v=value, d=duals: grad(v, [*d, *inputs]))
+            timed("backward with tangents", partial(grad, value, [*duals, *inputs]))
     return {name: statistics.median(seconds[1:]) for name, seconds in found.items()}
 
 

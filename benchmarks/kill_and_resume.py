@@ -128,7 +128,7 @@ def differences(a: Path, b: Path) -> list[str]:
             state["engine"].pop("seconds", None)
             # A count of bytes, seconds written out among them; the lines are compared below.
             state.get("records", {}).get("offsets", {}).pop("metrics.jsonl", None)
-        found += [f"{name}.pt: {key}" for key in _unequal(*states)]
+        found += [f"{name}.pt: {key}" for key in _unequal(states[0], states[1])]
     results = [json.loads((run / "results.json").read_text()) for run in (a, b)]
     for result in results:
         del result["seconds"]

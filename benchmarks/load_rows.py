@@ -311,7 +311,7 @@ def _classes(changes: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         split = next((s for s in CLASS_SPLITS if all(s in seed for seed in seeds)), None)
         if split is None:
             continue
-        rows = []
+        rows: list[Any] = []
         for key in seeds[0][split]["classes"]:
             pairs = [[100 * iou for iou in seed[split]["classes"][key]] for seed in seeds]
             start, best = ([pair[which] for pair in pairs] for which in (0, 1))

@@ -133,12 +133,12 @@ def compare_ways(sizes: Sequence[str], ways: Sequence[Way], rounds: int) -> str:
     ]
     for size in sizes:
         for way in ways:
-            alone, beside = (medians[size, way, place] for place in (ALONE, BESIDE))
+            alone, shared = (medians[size, way, place] for place in (ALONE, BESIDE))
             one = [medians[size, ways[0], place] for place in (ALONE, BESIDE)]
             lines.append(
                 f"| {size} | {Size.read(size).work / 2**20:.0f} Mi | {way} | {alone:.3f} "
-                f"| {beside:.3f} | {one[0] / alone:.2f} | {one[1] / beside:.2f} "
-                f"| {beside / alone:.2f} |"
+                f"| {shared:.3f} | {one[0] / alone:.2f} | {one[1] / shared:.2f} "
+                f"| {shared / alone:.2f} |"
             )
     return "\n".join(lines)
 
@@ -174,11 +174,11 @@ def compare_commands(overrides: Sequence[str], rounds: int, bound: float) -> tup
     lines = ["| command | alone, s | one core busy, s | ratio | fair |", "|---|---|---|---|---|"]
     kept = True
     for what in commands:
-        alone, beside = (statistics.median(seconds[what, place]) for place in (ALONE, BESIDE))
+        alone, shared = (statistics.median(seconds[what, place]) for place in (ALONE, BESIDE))
         # With more programs than cores each has less than a core, however well it computes.
         fair = max(1.0, ((2 if what.endswith("2 jobs") else 1) + 1) / len(os.sched_getaffinity(0)))
-        kept = kept and beside / alone <= bound * fair
-        lines.append(f"| {what} | {alone:.1f} | {beside:.1f} | {beside / alone:.2f} | {fair:.2f} |")
+        kept = kept and shared / alone <= bound * fair
+        lines.append(f"| {what} | {alone:.1f} | {shared:.1f} | {shared / alone:.2f} | {fair:.2f} |")
     return "\n".join(lines), kept
 
 

@@ -174,7 +174,7 @@ class Contestant:
 class Upper(Level):
     """The upper level; its gradient is what everybody is after."""
 
-    gradient: list[Tensor]
+    gradient: list[Any]
 
     def grad_callback(self) -> None:
         """Keep the gradient."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -53,14 +54,15 @@ class Recorder:
     @contextmanager
     def opened(self, engine: Engine) -> Iterator[None]:
         """Open the files and the display for the length of a run."""
-        if self.directory is not None:
-            self._open()
-        self.progress.start(engine)
-        try:
-            yield
-        finally:
-            self.progress.stop()
-            self._close()
+        with _one_report_of_a_failure():
+            if self.directory is not None:
+                self._open()
+            self.progress.start(engine)
+            try:
+                yield
+            finally:
+                self.progress.stop()
+                self._close()
 
     def _open(self) -> None:
         assert self.directory is not None
@@ -191,6 +193,22 @@ class Recorder:
         self._offsets = dict(state["offsets"])
         self._resumed_at = state["step"]
         self._diverged = set(state["diverged"])
+
+
+@contextmanager
+def _one_report_of_a_failure() -> Iterator[None]:
+    """Within this block TensorBoard's thread doesn't print the error that it hands on as well."""
+    former = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            former(failure)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = former
 
 
 def _json(value: Any) -> Any:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlseg.transfer import state_to_device
+
 _Pairs = list[tuple[Tensor, Tensor]]
 """Where to, and what."""
 
@@ -160,9 +162,10 @@ class Snapshot:
             for name, tensor in state["tensors"].items()
         }
         if self.optimizer is not None:
+            places = [(p, g) for g in self.optimizer.param_groups for p in g["params"]]
             self._slots = [
-                {key: _like(parameter, key, value) for key, value in slot.items()}
-                for parameter, slot in zip(self._parameters(), state["slots"], strict=True)
+                {key: _like(parameter, group, key, value) for key, value in slot.items()}
+                for (parameter, group), slot in zip(places, state["slots"], strict=True)
             ]
             self._groups = [dict(group) for group in state["groups"]]
 
@@ -213,8 +216,8 @@ def _grouped(pairs: _Pairs) -> list[tuple[list[Tensor], list[Tensor]]]:
     return [([a for a, _ in group], [b for _, b in group]) for group in groups.values()]
 
 
-def _like(parameter: Tensor, key: str, value: Any) -> Any:
-    """A saved slot on its parameter's device; ``step`` stays where torch keeps it."""
+def _like(parameter: Tensor, group: Mapping[str, Any], key: str, value: Any) -> Any:
+    """A copy of a saved slot, where torch's optimizers look for it."""
     if not isinstance(value, Tensor):
         return value
-    return value.clone() if key == "step" else value.to(parameter.device, copy=True)
+    return state_to_device(key, value.clone(), group, parameter.device)

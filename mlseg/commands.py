@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from rich.console import Console
 
+from mlseg.config import Tree
 from mlseg.engines.interruption import Interrupted
 from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, RunError, UserError, one_line
 
@@ -31,6 +32,12 @@ def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Na
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def say_notes(tree: Tree) -> None:
+    """Print what a command line has dropped from a config."""
+    for note in tree.notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def make_console(stderr: bool = False) -> Console:

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mlseg import config, machine
-from mlseg.commands import guarded, make_console
+from mlseg.commands import guarded, make_console, say_notes
 from mlseg.comparison import figures, phases, report
 from mlseg.comparison.cells import Cell, Runner
 from mlseg.comparison.settings import Comparison, parse
@@ -76,6 +76,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     tree, directory = _what_and_where(arguments)
     _settle_threads(tree, arguments)
     comparison = parse(tree)
+    say_notes(tree)
     if arguments.resume is not None:
         _refuse_changes(comparison, directory)
     console = make_console(stderr=True)

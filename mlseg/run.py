@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlseg import config
-from mlseg.commands import guarded, make_console
+from mlseg.commands import guarded, make_console, say_notes
 from mlseg.config.registry import run_imports
 from mlseg.dry_run import dry_run
 from mlseg.engines.engine import Engine
@@ -73,6 +73,7 @@ def _run(arguments: argparse.Namespace) -> int:
     settings, build = parse_run(tree)
     chosen, remark = _threads(arguments, settings)
     settings = settings.model_copy(update={"threads": chosen.use().number})
+    say_notes(tree)
     seed_everything(settings.seed)
     if arguments.dry_run:
         dry_run(build(settings, None))

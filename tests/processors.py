@@ -2,6 +2,7 @@
 
     python tests/processors.py                  every setting, one after another
     python tests/processors.py --other          the first whose kernels are not this machine's own
+    python tests/processors.py --quick          without the tests that are marked as slow
     python tests/processors.py -k cells         further arguments are pytest's
 
 PyTorch chooses its own kernels by ATEN_CPU_CAPABILITY, oneDNN by ONEDNN_MAX_CPU_ISA, MKL (which
@@ -102,7 +103,7 @@ def other(settings: Sequence[Setting]) -> list[Setting]:
     return (found or [s for s in settings if s.threads > 1])[:1]
 
 
-def run(setting: Setting, cores: int, arguments: Sequence[str]) -> Row:
+def run(setting: Setting, cores: int, quick: bool, arguments: Sequence[str]) -> Row:
     """The numerical tests under a setting; what pytest says goes to a file of :data:`LOGS`."""
     LOGS.mkdir(parents=True, exist_ok=True)
     log = LOGS / (re.sub(r"\W+", "_", str(setting)) + ".txt")
@@ -110,7 +111,8 @@ def run(setting: Setting, cores: int, arguments: Sequence[str]) -> Row:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, log.open("w") as said:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "-m", "numerical"]
+        which = "numerical and not slow" if quick else "numerical"
+        command = [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "-m", which]
         done = subprocess.run(
             [*command, f"--junitxml={report}", *arguments],
             env=setting.environment(),
@@ -136,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the settings, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--other", action="store_true", help="one that isn't this machine's own")
+    parser.add_argument("--quick", action="store_true", help="without those marked as slow")
     parser.add_argument("--cores", type=int, default=2, help="workers times threads")
     given, for_pytest = parser.parse_known_args(arguments)
     settings = possible(SETTINGS)
@@ -144,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{'setting':{width}}  passed  failed  seconds  kernels", flush=True)
     rows = []
     for setting in settings:
-        row = run(setting, given.cores, for_pytest)
+        row = run(setting, given.cores, given.quick, for_pytest)
         counts = f"{row.passed:6}  {len(row.failures):6}  {row.seconds:7.0f}"
         print(f"{setting!s:{width}}  {counts}  {', '.join(kernels(setting))}", flush=True)
         for name in row.failures:

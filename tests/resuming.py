@@ -31,7 +31,7 @@ def stop_after(engine: Engine, step: int, how: str) -> None:
                 raise Killed
             signal.raise_signal(signal.SIGTERM)
 
-    engine.train_step = train_step
+    engine.train_step = train_step  # type: ignore[method-assign]
 
 
 def ending(engine: Engine, out: Path) -> dict[str, Any]:

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import pytest
 import tiny
-import torch
+import waiting
 
-ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+ON_A_GPU = waiting.needs_gpu
 
 
 def reads_of_three_steps(system: str, changes: Mapping[str, Any], no_reads: list[str]) -> list[str]:
@@ -25,10 +24,7 @@ def step_on_the_gpu(system: str, changes: Mapping[str, Any]) -> None:
     engine = tiny.build(system, {"device": "cuda", "problems.segmentor.clip": 1.0, **changes})
     for _ in range(4):
         engine.iterate()  # past the first epoch, and past what is only set up once
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting.forbidden():
         for _ in range(4):
             engine.iterate()
             engine._guard.watch(engine.problems, engine.global_step)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

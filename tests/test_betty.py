@@ -42,7 +42,7 @@ def test_a_missing_one(monkeypatch: pytest.MonkeyPatch) -> None:
         "import mlseg; mlseg.Problem",
         "from mlseg import Engine",
         "import mlseg.multilevel.penalty",
-        "import mlseg.engines.base",
+        "import mlseg.engines.engine",
         "import mlseg.hypergradients.cg",
     ],
 )

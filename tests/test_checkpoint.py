@@ -94,7 +94,7 @@ def test_a_crash_while_writing_leaves_nothing_behind_for_long(tmp_path: Path) ->
     pid = os.fork()
     if pid == 0:
         with contextlib.suppress(BaseException):
-            os.fsync = lambda descriptor: os._exit(0)  # dies before the rename
+            os.fsync = lambda fd: os._exit(0)  # dies before the rename
             checkpoint.save(path, {"step": 1})
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

@@ -126,7 +126,8 @@ def slope(method: dict[str, Any], cls: type[Any] = Holding, hold: str = "detach"
     """The hypergradient of ``w`` after one step, by ``s``."""
     engine: Any = programs.build(
         Graph(
-            {"low": lambda nets, _: None, "top": lambda nets, _: nets["low"]().sum()}, *TWO_LEVELS
+            {"low": lambda nets, _: torch.zeros(()), "top": lambda nets, _: nets["low"]().sum()},
+            *TWO_LEVELS,
         ),
         {"low": Vector(torch.tensor([W]).double()), "top": Vector(torch.tensor([S]).double())},
         {"low": [()], "top": [()]},

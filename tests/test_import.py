@@ -75,8 +75,8 @@ def test_the_collector_is_left_as_it_was(tmp_path: Path) -> None:
         )
         loaded(code, (), tmp_path)
     code = (
-        "import gc; gc.freeze(); kept = gc.get_freeze_count()\n"
+        "import gc; gc.freeze()\n"
         "import mlseg; mlseg.Problem\n"
-        "assert 0 < kept <= gc.get_freeze_count() and gc.isenabled()\n"
+        "assert gc.get_freeze_count() > 1000 and gc.isenabled()\n"
     )
     loaded(code, (), tmp_path)

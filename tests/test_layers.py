@@ -15,6 +15,7 @@ GROUND = (
     "machine",
     "precision",
     "threads",
+    "transfer",
     "_betty",
     "_checkout",
     "_distribution",

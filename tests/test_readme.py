@@ -3,8 +3,11 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch.nn import functional
+
+pytestmark = pytest.mark.slow  # trains for seconds
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -27,7 +30,8 @@ def test_the_program_learns_to_weigh_its_examples() -> None:
         optimizer.step()
 
     def accuracy(model: torch.nn.Module) -> float:
-        return float((model(x[100:]).argmax(1) == y[100:]).float().mean())
+        where = next(model.parameters()).device  # the engine's: a GPU, if there is one
+        return float((model(x[100:].to(where)).argmax(1).cpu() == y[100:]).float().mean())
 
     assert accuracy(net) > 0.85
     assert accuracy(plain) < 0.65

@@ -314,7 +314,7 @@ class TestCompare:
         out = tmp_path / "out"
         where = [] if "--resume" in arguments else ["--out", str(out)]
         assert compare.main([str(given), *where, *arguments]) == 0
-        head = json.loads((out / "results.json").read_text())["head"]
+        head = json.loads((out / "compare.json").read_text())["head"]
         assert head["spinning"] == "unbounded"
         stored = config.load(out / "config.yaml").values["threads"]
         assert head["threads"] == str(stored)

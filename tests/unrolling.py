@@ -87,6 +87,7 @@ def program(
     unroll: int = 3,
     with_rate: bool = False,
     plain: bool = False,
+    device: str = "cpu",
     **config: Any,
 ) -> Any:
     torch.manual_seed(4)
@@ -100,6 +101,7 @@ def program(
         {"low": optimizer, "top": sgd(0.01)},
         kinds={"low": WithRate if with_rate else Noted, "top": Recorded},
         configs={"low": {"unroll_steps": unroll, **config}, "top": {"hypergradient": "identity"}},
+        device=device,
     )
 
 

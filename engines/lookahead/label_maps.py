@@ -13,9 +13,9 @@ from mlseg.segmentation.data import (
     Augmentation,
     AugmentationSettings,
     Samples,
-    to_device,
     to_float,
 )
+from mlseg.transfer import to_device
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 """Images (B, C, H, W) in [-1, 1]; label maps (B, H, W) int64, real or fake, with the ignore index

@@ -12,6 +12,7 @@ for differences of a few MiB.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -34,9 +35,10 @@ def peak(function: Callable[[], T], device: str | torch.device = "cpu") -> tuple
     """
     device = torch.device(device)
     if device.type == "cuda":
+        gc.collect()  # what is freed within would be missing from the difference
         torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         result = function()
         torch.cuda.synchronize(device)
         return result, torch.cuda.max_memory_allocated(device) - before

@@ -29,7 +29,8 @@ from mlseg.config import Settings
 from mlseg.config.explaining import explain, quoted
 from mlseg.config.registry import run_imports
 from mlseg.errors import UserError
-from mlseg.hypergradients import Method, resolve
+from mlseg.hypergradients import Method
+from mlseg.hypergradients.registry import validated
 from mlseg.machine import choose_device
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -201,8 +202,11 @@ def _methods(label: str, values: Mapping[str, Any], tree: config.Tree) -> dict[s
     for combination in itertools.product(*listed.values()):
         chosen = dict(zip(listed, combination, strict=True))
         name = " ".join([label, *(f"{key}={value}" for key, value in chosen.items())])
+        given = {"method": label, **values, **chosen}
         try:
-            made[name] = resolve({"method": label, **values, **chosen})
-        except ValueError as error:
-            raise tree.error(("methods", label), str(error)) from None
+            made[name] = validated(given)
+        except pydantic.ValidationError as error:
+            path, text, _ = explain(error, Method, given)
+            path = path if path[:1] and path[0] in values else ()  # the label stands for the name
+            raise tree.error(("methods", label, *path), text) from None
     return made

@@ -16,7 +16,7 @@ import inspect
 import typing
 from collections.abc import Callable
 from functools import cache
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -80,7 +80,8 @@ class Component(Settings):
         if name is None and "name" not in values:
             registry = cls.registry
             names = f"{', '.join(registry.names())}, or a dotted path such as {registry.example}"
-            raise located(cls.__name__, ("name",), f"missing; it must be set to one of {names}")
+            text = f"missing; it must be set to one of {names}"
+            raise located(cls.__name__, ("name",), text, "missing_with_reason")
         if not isinstance(name, str):
             return None
         try:
@@ -91,11 +92,12 @@ class Component(Settings):
         except UserError as error:
             raise located(cls.__name__, ("name",), str(error)) from None
 
-    def build(self, *given: Any) -> Any:
+    def build(self, *given: Any, **more: Any) -> Any:
         """Make what is named.
 
         Args:
             given: what the program gives it, before its settings.
+            more: what it gives to the method ``build`` of a class of settings besides.
 
         Raises:
             UserError: it refuses its settings.
@@ -103,7 +105,9 @@ class Component(Settings):
         found = self.registry.get(self.name)
         try:
             if isinstance(found, type) and issubclass(found, Settings):
-                return found.model_validate(dict(self)).build(*given)  # type: ignore[attr-defined]
+                fields = found.model_fields
+                own: Any = found.model_validate({k: v for k, v in self if k in fields})
+                return own.build(*given, **more)
             return found(*given, **(self.model_extra or {}))
         except ValueError as error:
             raise UserError(f"{self.registry.kind} {self.name!r}: {error}") from error
@@ -114,9 +118,14 @@ class Component(Settings):
         return str(self.registry.get(self.name).__module__)
 
 
-def located(title: str, path: tuple[str | int, ...], text: str) -> pydantic.ValidationError:
+def located(
+    title: str,
+    path: tuple[str | int, ...],
+    text: str,
+    kind: Literal["value_error", "missing_with_reason"] = "value_error",
+) -> pydantic.ValidationError:
     """An error about one key, for a validator of the mapping around it."""
-    error = PydanticCustomError("value_error", "{error}", {"error": text})
+    error = PydanticCustomError(kind, "{error}", {"error": text})
     return pydantic.ValidationError.from_exception_data(
         title, [InitErrorDetails(type=error, loc=path, input=None)]
     )

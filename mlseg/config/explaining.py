@@ -118,7 +118,7 @@ def _config_path(details: ErrorDetails, values: Any) -> tuple[Path, list[int]]:
             node = node[part]
         elif isinstance(node, Sequence) and not isinstance(node, str) and isinstance(part, int):
             node = node[part] if part < len(node) else None
-        elif not (last and details["type"] == "missing"):
+        elif not (last and details["type"] in ("missing", "missing_with_reason")):
             tags.append(position + 1)
             continue
         path.append(part)
@@ -151,7 +151,7 @@ def _text(
         return _no_choice(first["ctx"]["tag"], choices)
     # What is said in words (a bound, a validator's text) beats "expected another type".
     for fault in faults:
-        if fault["type"] in ("value_error", "assertion_error"):
+        if fault["type"] in ("value_error", "assertion_error", "missing_with_reason"):
             return " ".join(str(fault["ctx"]["error"]).split())
     choices = [choice for fault in faults for choice in _choices(fault)]
     expected = [_EXPECTED[fault["type"]] for fault in faults if fault["type"] in _EXPECTED]

@@ -4,15 +4,15 @@
     settings = parse(ExperimentSettings, tree)
     Path("config.yaml").write_text(dump(settings))
 
-Three layers are merged, later ones over earlier: the file named by `base:` (and
-its own base, and so on), the file, the command line. Mappings merge key by key;
-lists and single values replace. One exception: **a mapping that changes its
-`name:` or `method:` replaces the inherited mapping as a whole**, since settings of
-one component (RMSprop's momentum) mean nothing to another (Adam). So
-`optimizer: {name: adam}` over `optimizer: {name: rmsprop, lr: 1e-5}` is Adam with
-Adam's defaults, and `data.name=ph2` on a command line starts from the defaults of
-data settings. All overrides of a command line are one layer: their order doesn't
-matter, unless the same key comes twice, where the last one holds.
+Three layers are merged, later ones over earlier: the file named by `base:` (and its own
+base, and so on), the file, the command line. Mappings merge key by key; lists and
+single values replace. One exception: **a mapping that changes its `name:` or `method:`
+replaces the inherited mapping as a whole**, since settings of one component (RMSprop's
+momentum) mean nothing to another (Adam). So `optimizer: {name: adam}` over `optimizer:
+{name: rmsprop, lr: 1e-5}` is Adam with Adam's defaults, and `data.name=ph2` on a
+command line starts from the defaults of data settings; what a command line drops in
+this way stands in `Tree.notes`. All overrides of a command line are one layer: their
+order doesn't matter, unless the same key comes twice, where the last one holds.
 
 Values are those of YAML 1.2's core schema (`mlseg.config.yaml12`). What they may be, each
 component states in a `Settings` class next to its code.
@@ -20,7 +20,7 @@ component states in a `Settings` class next to its code.
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,11 +66,13 @@ class Tree:
         origins: path of a value to the place that set it, "configs/x.yaml:12" or
             "command line". A path is the tuple of keys and list indices from the top.
         source: the config file as it was named.
+        notes: what the author of a command line should know, a line each.
     """
 
     values: dict[str, Any]
     origins: dict[yaml12.Path, str] = field(default_factory=dict)
     source: str = "config"
+    notes: list[str] = field(default_factory=list)
 
     def where(self, key: str | yaml12.Path) -> str:
         """The place that set `key`, dotted or a path; for a key not set, its parent's place."""
@@ -115,7 +117,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
     """
     source = os.path.normpath(Path(path).expanduser())
     tree = _load_file(Path(source), (), None)
-    _merge(tree, _read_overrides(overrides))
+    given = _read_overrides(overrides)
+    tree.notes.extend(_dropped(tree.values, given.values))
+    _merge(tree, given)
     return tree
 
 
@@ -228,6 +232,22 @@ def _read_overrides(overrides: Sequence[str]) -> Tree:
         path = tuple(parts)
         tree.origins.update({path + below: COMMAND_LINE for below in paths} | {path: COMMAND_LINE})
     return tree
+
+
+def _dropped(old: Mapping[str, Any], new: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """A line for each mapping that `new` replaces by another component's."""
+    for key, value in new.items():
+        before, here = old.get(key), f"{above}{key}"
+        if not (isinstance(before, dict) and isinstance(value, dict)):
+            continue
+        if not _other(before, value):
+            yield from _dropped(before, value, f"{here}.")
+        elif lost := [inherited for inherited in before if inherited not in value]:
+            name = next(k for k in _COMPONENT_KEYS if k in value and before.get(k) != value[k])
+            yield (
+                f"{here}.{name}={value[name]} starts from the defaults of {value[name]}; dropped: "
+                f"{', '.join(f'{here}.{inherited}' for inherited in lost)}"
+            )
 
 
 def _merge(into: Tree, over: Tree) -> None:

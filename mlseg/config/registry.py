@@ -95,6 +95,10 @@ class Registry(Generic[T]):
 
         return enter
 
+    def remove(self, name: str) -> None:
+        """Take a registered name out again."""
+        del self._entries[name], self._places[name]
+
     def source(self, source: Callable[[], Mapping[str, T]]) -> Callable[[], Mapping[str, T]]:
         """Decorator for a function that gives further entries by name.
 
@@ -115,10 +119,18 @@ class Registry(Generic[T]):
             found = {**source(), **found}
         return dict(sorted(found.items()))
 
-    def registered(self) -> dict[str, T]:
-        """What has registered itself, without the further entries of :meth:`source`."""
-        while self._search():
+    def registered(self, plugins: bool = True) -> dict[str, T]:
+        """What has registered itself, without the further entries of :meth:`source`.
+
+        Args:
+            plugins: look in the plug-in package too, which takes its time to import.
+        """
+        while (plugins or self._searched < len(self.packages)) and self._search():
             pass
+        return dict(self._entries)
+
+    def known(self) -> dict[str, T]:
+        """What has registered itself so far, without a search."""
         return dict(self._entries)
 
     def get(self, name: str) -> T:

@@ -6,19 +6,23 @@ asked for.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
-from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from mlseg.config.components import located
+from mlseg.config.explaining import explain
+from mlseg.config.registry import Registry
+from mlseg.errors import UserError
 from mlseg.hypergradients.base import Method
 
-_METHODS: dict[str, type[Method]] = {}
+METHODS: Registry[type[Method]] = Registry(
+    "hypergradient method",
+    base=Method,
+    packages=["mlseg.hypergradients.methods"],
+    example="my_package.methods:Mine",
+)
 _LISTENERS: list[Callable[[str], None]] = []
 _M = TypeVar("_M", bound=Method)
 
@@ -29,67 +33,74 @@ def register(name: str) -> Callable[[type[_M]], type[_M]]:
     Raises:
         ValueError: another method has that name.
     """
+    enter = METHODS.register(name)
+    return lambda cls: _known_as(name, enter(cls))
 
-    def enter(cls: type[_M]) -> type[_M]:
-        known = _METHODS.get(name)
-        places = [(c.__module__, c.__qualname__) for c in (cls, known) if c is not None]
-        if len(set(places)) > 1:  # the same place: its module was loaded again
-            raise ValueError(f"a hypergradient method named {name!r} is registered already")
-        cls.name = name
-        _METHODS[name] = cls
-        for call in _LISTENERS:
-            call(name)
-        return cls
 
-    return enter
+def _known_as(name: str, cls: type[_M]) -> type[_M]:
+    cls.name = name
+    for call in _LISTENERS:
+        call(name)
+    return cls
 
 
 def listen(call: Callable[[str], None]) -> None:
     """Call ``call`` with the name of every method, those registered later too."""
     _LISTENERS.append(call)
-    for name in _METHODS:
+    for name in METHODS.known():
         call(name)
-
-
-@cache
-def _discover() -> None:
-    for module in pkgutil.iter_modules([str(Path(__file__).parent / "methods")]):
-        importlib.import_module(f"{__package__}.methods.{module.name}")
 
 
 def classes() -> dict[str, type[Method]]:
     """All registered methods' classes, by name."""
-    _discover()
-    return {name: _METHODS[name] for name in sorted(_METHODS)}
+    return METHODS.all()
 
 
 def names() -> list[str]:
     """Names of all registered methods, sorted."""
-    return list(classes())
+    return METHODS.names()
+
+
+def chosen(spec: str | Mapping[str, Any]) -> tuple[type[Method], dict[str, Any]]:
+    """The class that a config names, and its settings as they are given.
+
+    Raises:
+        UserError: no method has that name, or stands at that dotted path.
+    """
+    values = {"method": spec} if isinstance(spec, str) else dict(spec)
+    name = values.pop("method", "finite_difference")
+    if not isinstance(name, str):
+        raise UserError(f"a hypergradient method's name is a string, not {name!r}")
+    cls = METHODS.get(name)
+    return (cls if cls.__dict__.get("name") else _known_as(name, cls)), values
+
+
+def validated(spec: str | Mapping[str, Any] | Method) -> Method:
+    """As :func:`resolve`, for a validator: an error says which key of ``spec`` is wrong.
+
+    Raises:
+        pydantic.ValidationError: no method has that name, or a setting doesn't belong to it.
+    """
+    if isinstance(spec, Method):
+        return spec
+    try:
+        cls, values = chosen(spec)
+    except UserError as error:
+        raise located("Method", () if isinstance(spec, str) else ("method",), str(error)) from None
+    return cls.model_validate(values)
 
 
 def resolve(spec: str | Mapping[str, Any] | Method) -> Method:
     """A method from its name, from a mapping with ``method`` and its settings, or as it is.
 
     Raises:
-        ValueError: no method has that name, or a setting doesn't belong to it.
+        UserError: no method has that name, or a setting doesn't belong to it.
     """
     if isinstance(spec, Method):
         return spec
-    values = {"method": spec} if isinstance(spec, str) else dict(spec)
-    name = values.pop("method", "finite_difference")
-    known = classes()
-    if name not in known:
-        near = get_close_matches(str(name), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no hypergradient method {name!r}{hint} (there are {', '.join(known)})")
-    cls = known[name]
+    cls, values = chosen(spec)
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            takes = ", ".join(sorted(cls.model_fields)) or "none"
-            raise ValueError(f"{name} has no setting {key!r} (it takes {takes})") from None
-        raise ValueError(f"{name}, setting {key!r}: {first['msg']}") from None
+        path, text, _ = explain(error, cls, values)
+        raise UserError(f"{cls.name}: {'.'.join(map(str, path))}: {text}") from None

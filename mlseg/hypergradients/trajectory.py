@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mlseg.randomness import RandomState
+from mlseg.transfer import state_to_device
 
 
 @dataclass(frozen=True)
@@ -157,16 +158,20 @@ def _step_state(step: Step) -> dict[str, Any]:
 
 
 def _step_from(values: dict[str, Any], device: torch.device | str) -> Step:
-    def move(value: Any, key: str = "") -> Any:
+    def move(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value if key == "step" else value.to(device)
+            return value.to(device)
         if isinstance(value, dict):
-            return {k: move(v, k) for k, v in value.items()}
+            return {k: move(v) for k, v in value.items()}
         return type(value)(move(v) for v in value) if isinstance(value, (list, tuple)) else value
 
     seen = [(move(batch), random_state) for batch, random_state in values["seen"]]
-    rest = {name: move(values[name]) for name in _SAVED if name != "seen"}
-    return Step(seen=seen, **rest)
+    moments = [
+        {k: state_to_device(k, v, group or {}, device) for k, v in state.items()}
+        for state, group in zip(values["moments"], values["groups"], strict=False)
+    ]
+    rest = {name: move(values[name]) for name in _SAVED if name not in ("seen", "moments")}
+    return Step(seen=seen, moments=moments, **rest)
 
 
 def _copy(tensors: list[Tensor], into: list[Tensor] | None) -> list[Tensor]:

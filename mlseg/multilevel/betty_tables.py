@@ -29,7 +29,7 @@ def carry_by_bettys(
 
     Betty's methods go to one source at a time.
     """
-    registry.names()  # Betty's table has all of ours from here on
+    registry.METHODS.registered(plugins=False)  # Betty's table has all of ours from here on
     method = jvp_fn_mapping[level.config.type]
     return [list(method(vector, level, source, False)) for source in sources]
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import betty.configs
 
 from mlseg.hypergradients import Method, names, resolve
+from mlseg.hypergradients.registry import METHODS
 from mlseg.multilevel.betty_tables import BETTYS
 
 SchedulerClock = Literal["iteration", "epoch", "validation"]
@@ -48,7 +49,7 @@ class Config(betty.configs.Config):
                     f"{name} is a setting of Betty's methods; write "
                     f"hypergradient={{'method': {ours!r}, {setting!r}: ...}}"
                 )
-        if self.type not in ("", *names()):
+        if self.type and self.type not in METHODS:
             raise ValueError(
                 f"type {self.type!r} is no method of mlseg ({', '.join(names())}); set "
                 "hypergradient, or give the problem a betty.configs.Config for one of Betty's"
@@ -73,4 +74,4 @@ def method_of(config: betty.configs.Config) -> Method | None:
     if isinstance(config, Config):
         assert isinstance(config.hypergradient, Method)  # resolved when the config was made
         return config.hypergradient
-    return resolve(config.type) if config.type in names() and config.type not in BETTYS else None
+    return resolve(config.type) if config.type not in BETTYS and config.type in METHODS else None

@@ -87,7 +87,7 @@ class PenaltyProblem(Problem):
         twin = self._twin or [p.detach().clone() for p in parameters]
         strength = self._strength
         if strength is None:
-            strength = torch.as_tensor(self.penalty.strength, device=self.device)
+            strength = torch.full((), self.penalty.strength, device=self.device)
         state = randomness.capture(self.device)
 
         def upper_loss() -> tuple[Tensor, dict[str, Any]]:

@@ -23,6 +23,7 @@ from mlseg.multilevel.config import Config, SchedulerClock, method_of
 from mlseg.multilevel.loaders import FreshBatches, Place, Stream
 from mlseg.multilevel.outer_gradient import OuterGradient
 from mlseg.multilevel.revisiting import Revisitable
+from mlseg.transfer import state_to_device, to_device
 
 
 class Problem(Revisitable):
@@ -153,9 +154,12 @@ class Problem(Revisitable):
                 f"{len(groups)} parameter groups; give one for each"
             )
         for group, rate in zip(groups, rates, strict=True):
-            # A device's number stays there; torch's optimizers take tensors.
-            on_host = rate.device.type == "cpu"
-            group["lr"] = float(rate.detach()) if on_host else rate.detach().clone()
+            # A device's number stays there; torch's optimizers take tensors, fused ones float32.
+            if rate.device.type == "cpu":
+                group["lr"] = float(rate.detach())
+            else:
+                dtype = torch.float32 if group.get("fused") else rate.dtype
+                group["lr"] = rate.detach().to(dtype, copy=True)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Clip and step; Betty's ``custom_optimizer_step``, if there is one."""
@@ -218,6 +222,15 @@ class Problem(Revisitable):
         gradient, diagnostics = outer(loss, params, retain_graph=retain_graph)
         self.set_grads(params, gradient)
         return diagnostics
+
+    def set_grads(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """Add to ``.grad``, in the memory layout of the parameters.
+
+        ``torch.autograd.grad`` gives gradients in any layout, and fused optimizers go through the
+        memory of both side by side: on the CPU they would step along a permuted gradient.
+        """
+        pairs = zip(params, grads, strict=True)
+        super().set_grads(params, [None if g is None else _laid_out(g, p) for p, g in pairs])
 
     def hypergradient(self, vector: Vector, hop: Hop) -> tuple[list[Vector], dict[str, Tensor]]:
         """Carry an outer gradient over ``hop``, which starts from this level, by its method."""
@@ -387,10 +400,16 @@ def _as_dict(result: Any, name: str) -> dict[str, Any]:
     return values
 
 
+def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
 def _on(device: torch.device | str, batch: Any) -> Any:
     """A batch on ``device``: a tensor, or mappings, dataclasses and sequences of anything."""
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return to_device(batch, device)
     if isinstance(batch, Mapping):
         return {key: _on(device, value) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -404,7 +423,9 @@ def _on(device: torch.device | str, batch: Any) -> Any:
 
 
 def _move_state(optimizer: torch.optim.Optimizer, device: torch.device | str) -> None:
-    for state in optimizer.state.values():
-        for key, value in state.items():
-            if isinstance(value, Tensor) and key != "step":
-                state[key] = value.to(device)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    state[key] = state_to_device(key, value, group, device)

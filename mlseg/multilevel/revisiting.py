@@ -181,7 +181,8 @@ class Revisitable(graph.KnowsLevels, betty.problems.ImplicitProblem):
         parameters. They are set before each step, in place of a scheduler's. The methods
         ``unrolled``, ``forward`` and ``evolution`` differentiate through them; for implicit
         methods, at a minimum, they have no effect, and one-step methods differentiate the loss
-        alone.
+        alone. On CUDA give the optimizer ``fused=True`` or ``capturable=True``: others read such a
+        rate from the device at every step.
         """
         return None
 

@@ -1,7 +1,7 @@
 """What a config says about one problem: optimizer, scheduler, hypergradient, clipping."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import (
@@ -17,17 +17,30 @@ from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from mlseg.config import Settings
+from mlseg.config.components import Component
+from mlseg.config.registry import Registry
 from mlseg.errors import UserError
-from mlseg.hypergradients import Method, optimizers, resolve
+from mlseg.hypergradients import Method, resolve
+from mlseg.hypergradients.optimizers import OPTIMIZERS
+from mlseg.hypergradients.registry import validated
 from mlseg.multilevel.config import Config, SchedulerClock
 
-if TYPE_CHECKING:
-    OptimizerSettings = optimizers.Optimizer
-else:  # one of as many as there are
-    OptimizerSettings = Annotated[
-        Union[tuple(optimizers.known())],  # noqa: UP007
-        Field(discriminator="name"),
-    ]
+
+class OptimizerSettings(Component):
+    """An optimizer by name, with its settings."""
+
+    registry = OPTIMIZERS
+    given = 1
+
+
+SCHEDULERS: Registry[Any] = Registry(
+    "scheduler",
+    base=(Settings, LRScheduler),
+    packages=["mlseg.multilevel.settings"],
+    example="my_package.optim:Warmup",
+)
+"""By name: a class derived from torch's ``LRScheduler``, whose signature says its settings; or a
+class of settings with a method ``build(optimizer, mode, steps)``."""
 
 
 class _Scheduler(Settings):
@@ -36,6 +49,7 @@ class _Scheduler(Settings):
     step: SchedulerClock = "iteration"
 
 
+@SCHEDULERS.register("reduce_on_plateau")
 class ReduceOnPlateau(_Scheduler):
     """Multiply the rate by ``factor`` after ``patience`` validations without a better metric."""
 
@@ -54,6 +68,7 @@ class ReduceOnPlateau(_Scheduler):
         return lr_scheduler.ReduceLROnPlateau(optimizer, mode=mode, **values)
 
 
+@SCHEDULERS.register("multistep")
 class MultiStep(_Scheduler):
     """Multiply the rate by ``factor`` at each of ``milestones``."""
 
@@ -66,6 +81,7 @@ class MultiStep(_Scheduler):
         return lr_scheduler.MultiStepLR(optimizer, self.milestones, self.factor)
 
 
+@SCHEDULERS.register("exponential")
 class Exponential(_Scheduler):
     """Multiply the rate by ``factor`` every time."""
 
@@ -77,6 +93,7 @@ class Exponential(_Scheduler):
         return lr_scheduler.ExponentialLR(optimizer, self.factor)
 
 
+@SCHEDULERS.register("linear")
 class Linear(_Scheduler):
     """From the full rate to ``end`` times it over ``length`` steps, in a straight line.
 
@@ -97,10 +114,11 @@ class Linear(_Scheduler):
         """The torch scheduler."""
         length = self.length if self.length is not None else steps
         if length is None:
-            raise UserError("scheduler.length: needed here; the number of steps of the decay")
+            raise UserError("length: needed here; the number of steps of the decay")
         return lr_scheduler.LinearLR(optimizer, 1.0, self.end, length)
 
 
+@SCHEDULERS.register("cosine")
 class Cosine(_Scheduler):
     """Half a cosine from the full rate to ``min_lr`` over ``length`` steps."""
 
@@ -113,13 +131,21 @@ class Cosine(_Scheduler):
         return lr_scheduler.CosineAnnealingLR(optimizer, self.length, self.min_lr)
 
 
-SchedulerSettings = Annotated[
-    ReduceOnPlateau | MultiStep | Exponential | Linear | Cosine, Field(discriminator="name")
-]
+class SchedulerSettings(Component):
+    """A scheduler by name, with its settings.
+
+    Attributes:
+        step: when the rate may change: each iteration, epoch or validation.
+    """
+
+    registry = SCHEDULERS
+    given = 1
+
+    step: SchedulerClock = "iteration"
 
 
 def _method(value: Any) -> Any:
-    return resolve(value) if isinstance(value, (str, dict)) else value
+    return validated(value) if isinstance(value, (str, dict)) else value
 
 
 class ProblemSettings(Settings):
@@ -170,4 +196,6 @@ class ProblemSettings(Settings):
             steps: iterations of the run, for a scheduler that goes by them.
         """
         optimizer = self.optimizer.build(parameters)
-        return optimizer, self.scheduler.build(optimizer, mode, steps) if self.scheduler else None
+        if self.scheduler is None:
+            return optimizer, None
+        return optimizer, self.scheduler.build(optimizer, mode=mode, steps=steps)

@@ -87,7 +87,11 @@ def slopes(
     function: Callable[[Tensor], Tensor], point: Tensor, directions: Sequence[Tensor], step: float
 ) -> Derivative:
     """Of a scalar ``function`` in each of the directions."""
-    found = [derivative(lambda h, d=d: function(point + h * d), step) for d in directions]
+
+    def along(direction: Tensor) -> Derivative:
+        return derivative(lambda h: function(point + h * direction), step)
+
+    found = [along(direction) for direction in directions]
     return Derivative(
         torch.stack([one.value for one in found]), sum(one.error**2 for one in found) ** 0.5
     )

@@ -144,7 +144,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_PAPER,
         "generator": {"search": "decoder"},
         "mask_augmentation": "genseg",
-        "loss": {"cross_entropy": 1.0, "jaccard": 1.0},
+        "loss": {"name": "weighted_sum", "cross_entropy": 1.0, "jaccard": 1.0},
         "problems": {
             **_PAPER["problems"],
             "architecture": {"optimizer": {"name": "adam", "lr": 1e-6, "weight_decay": 1e-5}},

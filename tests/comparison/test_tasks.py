@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from differences import slopes
 from torch import Tensor
 
 from mlseg.comparison.tasks import real_data
@@ -22,6 +21,7 @@ from mlseg.comparison.tasks.base import (
 from mlseg.comparison.tasks.two_levels import TwoLevels
 from mlseg.errors import UserError
 from mlseg.randomness import seed_everything
+from mlseg.testing.differences import slopes
 from mlseg.testing.exact import Truth, flatten, unflatten
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -193,7 +193,7 @@ def test_the_excess_is_zero_at_the_minimum() -> None:
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     assert program.score() == pytest.approx(0.0, abs=1e-8)
 
 

@@ -179,6 +179,23 @@ class TestOverrides:
         assert one.values["optimizer"] == two.values["optimizer"] == {"lr": 0.1, "name": "adam"}
         assert load("basic.yaml", ["a=1", "a=2"]).values["a"] == 2
 
+    def test_what_another_component_drops_is_said(self, folder: Path) -> None:
+        tree = load("basic.yaml", ["optimizer.name=adam", "engine.size=3", "optimizer.lr=0.1"])
+        assert tree.notes == [
+            "optimizer.name=adam starts from the defaults of adam; dropped: optimizer.momentum"
+        ]
+        assert load("basic.yaml", ["optimizer={name: adam}"]).notes == [
+            "optimizer.name=adam starts from the defaults of adam; dropped: optimizer.lr, "
+            "optimizer.momentum"
+        ]
+        # Nothing is lost by the same name, by new keys, and where all are given anew.
+        for override in (
+            "optimizer.name=rmsprop",
+            "new.name=a",
+            "optimizer={name: a, lr: 1, momentum: 1}",
+        ):
+            assert not load("basic.yaml", [override]).notes
+
     def test_a_null_becomes_a_mapping(self, folder: Path) -> None:
         (folder / "a.yaml").write_text("system: x\nuntagged: null\n")
         settings = parse(Experiment, load("a.yaml", ["untagged.name=adam"]))

@@ -178,7 +178,7 @@ def test_saved_where_and_when_it_is_asked_for(tmp_path: Path) -> None:
         saved.append((name, made.global_step))
         former(name)
 
-    made.save = save
+    made.save = save  # type: ignore[method-assign]
     made.run()
     assert saved == [("last", 3), ("last", 6), ("last", 7)]
 
@@ -333,12 +333,14 @@ def test_a_nan_in_a_stage_ends_before_the_next() -> None:
     """Although nothing was to be logged there."""
     ended: list[str] = []
     first = infinite()
-    stages = [
-        Stage("first", 2, [first], on_end=lambda: ended.append("first")),
-        Stage("second", 2, [first]),
-    ]
+
+    class Ends(Hooks):
+        def stage_end(self, engine: Engine, stage: Stage) -> None:
+            ended.append(stage.name)
+
+    stages = [Stage("first", 2, [first]), Stage("second", 2, [first])]
     with pytest.raises(RunError, match="'big' is not finite at step 1"):
-        engine([first], stages=stages, validate_every=0, log_every=100).run()
+        engine([first], stages=stages, hooks=[Ends()], validate_every=0, log_every=100).run()
     assert not ended
 
 

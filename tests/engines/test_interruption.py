@@ -1,5 +1,6 @@
 """Signals, kills, full disks and damaged files, through the command in a process of its own."""
 
+import functools
 import json
 import random
 import signal
@@ -8,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import children
 import pytest
 import tiny
 import torch
 from children import Child
 
 from mlseg import checkpoint, run
-from mlseg.engines.engine import Engine
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 
@@ -61,12 +62,9 @@ def test_a_signal_ends_the_step_saves_and_exits(tmp_path: Path, number: signal.S
 
 def test_a_second_signal_acts_at_once(tmp_path: Path) -> None:
     """For who can't wait for the step: the default action, here KeyboardInterrupt."""
-
-    def slow_steps() -> None:
-        Engine.train_step = lambda engine: time.sleep(30)
-
     out = tmp_path / "run"
-    child = Child([config(tmp_path, LONG), "--out", str(out)], tmp_path / "err", slow_steps)
+    arguments = [config(tmp_path, LONG), "--out", str(out)]
+    child = Child(arguments, tmp_path / "err", children.slow_steps)
     until(
         lambda: (out / "events.jsonl").exists() and (out / "events.jsonl").stat().st_size > 0, child
     )
@@ -134,17 +132,6 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------ full disk
 
 
-def limit_files(size: int) -> Callable[[], None]:
-    """Have writes beyond ``size`` bytes of a file fail, in the child."""
-    resource = pytest.importorskip("resource")
-
-    def limit() -> None:
-        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-
-    return limit
-
-
 @pytest.mark.parametrize("tensorboard", [False, True])
 @pytest.mark.parametrize(
     ("size", "file"),
@@ -165,7 +152,8 @@ def test_a_full_disk_is_one_line_and_exit_code_1(
         "engine.tensorboard": tensorboard,
     }
     path = config(tmp_path, changes)
-    child = Child([path, "--out", str(out)], tmp_path / "err", limit_files(size))
+    limit = functools.partial(children.limit_files, size)
+    child = Child([path, "--out", str(out)], tmp_path / "err", limit)
     assert child.wait() == 1, child.lines()
     failures = [line for line in child.lines() if line.startswith("failed: ")]
     assert len(failures) == 1
@@ -179,17 +167,8 @@ def test_a_disk_that_fills_up_later_keeps_the_former_checkpoint(tmp_path: Path) 
     """And the run goes on from there once there is room."""
     out = tmp_path / "run"
     path = config(tmp_path, {"engine.iterations": 6, "engine.checkpoint_every": 2})
-
-    def fills_up() -> None:
-        saves = iter([checkpoint.save])
-
-        def save(*args: Any) -> None:
-            limit_files(1 << 30 if next(saves, None) else 20_000)()
-            original(*args)
-
-        original, checkpoint.save = checkpoint.save, save
-
-    child = Child([path, "--out", str(out), "engine.validate_every=0"], tmp_path / "err", fills_up)
+    arguments = [path, "--out", str(out), "engine.validate_every=0"]
+    child = Child(arguments, tmp_path / "err", children.fill_up_later)
     assert child.wait() == 1
     (failure,) = [line for line in child.lines() if line.startswith("failed: ")]
     assert failure.endswith("; the one written before it is kept")

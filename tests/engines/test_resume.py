@@ -16,6 +16,8 @@ from mlseg.errors import UserError
 from mlseg.testing import programs
 from mlseg.testing.programs import GRAPHS, Graph, fit, imitate
 
+pytestmark = pytest.mark.slow  # trains for seconds
+
 
 def test_supervised_with_augmentation_and_a_plateau(tmp_path: Path) -> None:
     changes = {
@@ -60,7 +62,7 @@ def toy(graph: Graph, iterations: int = 17, **options: Any) -> Make:
 
     def make(out: Path) -> Engine:
         spec = {"method": "identity", "linearise": "before_step", "scale": "optimizer"}
-        engine = programs.small(
+        engine: Any = programs.small(
             graph,
             spec,
             lambda params: torch.optim.Adam(params, 0.01),

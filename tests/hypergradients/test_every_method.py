@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import waiting
 
 from mlseg.hypergradients import names
 from mlseg.hypergradients.registry import classes
@@ -74,14 +75,18 @@ terms is off by 1e-7 besides (``Settled.long``). All bounds leave room for a fac
 
 
 def expectation(method: str) -> Expected:
-    """A method's entry, or else what its kind gives after many iterations or steps."""
+    """A method's entry, or else what its class says of it."""
     if method in EXPECTED:
         return EXPECTED[method]
     cls = classes()[method]
-    settings = {k: LONG for k in ("iterations", "terms", "steps") if k in cls.model_fields}
-    if cls.best_response == "one step of the optimizer":
-        return Expected("one step", 1e-4, 3e-2, settings)
-    return Expected("minimisers", 1e-4, 3e-2, settings, steps=LONG if "steps" in settings else 1)
+    one_step = cls.best_response == "one step of the optimizer"
+    steps = LONG if cls.best_response.startswith("the last steps") else 1
+    truth = "one step" if one_step else "minimisers"
+    return Expected(truth, 1e-4, 3e-2, dict(cls.converged), steps=steps)
+
+
+WAITS = ("exact",)
+"""Methods that read from the device: an eigendecomposition says on the host whether it failed."""
 
 
 @cache
@@ -89,15 +94,21 @@ def program(family: str, shape: str) -> Settled:
     return Settled(family, shape)
 
 
-def found(made: Settled, method: dict[str, Any], dtype: torch.dtype, expected: Expected) -> Any:
-    """The top level's gradient; its loss has no direct part."""
-    stands_for = {LONG: made.long(), RATE: made.rate}
+def found(
+    made: Settled,
+    method: dict[str, Any],
+    dtype: torch.dtype,
+    expected: Expected,
+    device: str = "cpu",
+) -> Any:
+    """The top level's gradient, on the CPU; its loss has no direct part."""
+    stands_for: dict[Any, Any] = {LONG: made.long(), RATE: made.rate}
     method = {k: stands_for.get(v, v) for k, v in method.items()}
     steps = int(stands_for.get(expected.steps, expected.steps))
-    engine = made.engine(method, dtype, steps)
+    engine = made.engine(method, dtype, steps, device=device)
     for _ in range(steps):
         engine.iterate()
-    return engine.top.gradient
+    return engine.top.gradient.cpu()
 
 
 def truth_of(made: Settled, truth: str, settings: dict[str, Any]) -> torch.Tensor:
@@ -119,12 +130,38 @@ def error(value: torch.Tensor, truth: torch.Tensor) -> float:
 )
 @pytest.mark.parametrize("method", names())
 def test_accuracy(method: str, family: str, shape: str, dtype: str) -> None:
+    check(method, family, shape, dtype, "cpu")
+
+
+@waiting.needs_gpu
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("family", ["quadratic", "logistic"])
+@pytest.mark.parametrize("method", names())
+def test_accuracy_on_a_gpu(method: str, family: str, dtype: str) -> None:
+    check(method, family, "two paths", dtype, "cuda")
+
+
+def check(method: str, family: str, shape: str, dtype: str, device: str) -> None:
     made, expected = program(family, shape), expectation(method)
     single = dtype == "float32"
     settings = {**expected.settings, **(expected.single_settings if single else {})}
-    value = found(made, {"method": method, **settings}, getattr(torch, dtype), expected)
+    spec = {"method": method, **settings}
+    value = found(made, spec, getattr(torch, dtype), expected, device)
     truth = truth_of(made, expected.truth, settings)
     assert error(value, truth) < (expected.single if single else expected.double)
+
+
+@waiting.needs_gpu
+@pytest.mark.parametrize("method", [name for name in EXPECTED if name not in WAITS])
+def test_no_hop_waits_for_the_gpu(method: str) -> None:
+    """Nor does a batch that comes from the host."""
+    made = program("convolutional", "two paths")
+    engine = made.engine({"method": method}, torch.float64, 2, device="cuda")
+    for _ in range(4):
+        engine.iterate()
+    with waiting.forbidden():
+        for _ in range(4):
+            engine.iterate()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mlseg.hypergradients import Hop, Level, Stepping, Trajectory, names, resolve
-from mlseg.hypergradients.base import Again
+from mlseg.hypergradients.base import Again, Interface
+from mlseg.hypergradients.registry import classes
 from mlseg.multilevel.problem import Problem
 
 RATE = 0.1
@@ -28,7 +29,7 @@ class Bare:
     """
 
     name, count, unroll_steps, precision = "bare", 1, 1, "fp32"
-    interface = None
+    interface: Interface | None = None
     curvature = torch.tensor([1.0, 4.0], dtype=torch.float64)
 
     def __init__(self, method: Any) -> None:
@@ -107,7 +108,7 @@ LONG: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("method", names())
 def test_every_method_on_a_level_that_is_no_problem(method: str) -> None:
     """Quadratic: differences and penalties are exact but for rounding, Nyström for its damping."""
-    made = resolve({"method": method, **LONG.get(method, {})})
+    made = resolve({"method": method, **LONG.get(method, classes()[method].converged)})
     level = Bare(made)
     made.check(level)
     v = torch.tensor([1.0, -2.0], dtype=torch.float64)
@@ -117,7 +118,7 @@ def test_every_method_on_a_level_that_is_no_problem(method: str) -> None:
         "the last steps, as they were taken",
     )
     truth = RATE * level.curvature * v if one_step else v
-    torch.testing.assert_close(gradient, truth, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(gradient, truth, rtol=1e-4 if made.converged else 1e-5, atol=0.0)
 
 
 def test_a_problem_has_all_that_the_protocols_name() -> None:

@@ -153,9 +153,9 @@ def test_buffers_that_the_forward_pass_reassigns(method: Any) -> None:
 # ------------------------------------------------------------ which parameters, and where they are
 
 
-def bias_alone(net: nn.Module) -> torch.optim.Optimizer:
+def bias_alone(net: Any) -> torch.optim.Optimizer:
     """An optimizer that doesn't hold the first parameter."""
-    return torch.optim.SGD([net.bias], RATE)  # type: ignore[list-item]
+    return torch.optim.SGD([net.bias], RATE)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ class ThroughTop(Low):
 
 
 class WeightsAndTied(nn.Module):
-    def __init__(self, tied: nn.Module) -> None:
+    def __init__(self, tied: Any) -> None:
         super().__init__()
         self.weights, self.tied = line(), line()
         self.tied.weight, self.tied.bias = tied.weight, tied.bias
@@ -256,7 +256,11 @@ def test_double_backward_finds_weights_anywhere(method: str) -> None:
     assert close(top.gradient, one_step(low, top, low.before, [low.cur_batch]))
 
 
-THREE = {"unrolled": {"steps": 3}, "forward": {"steps": 3}, "evolution": {"steps": 3, **EVOLUTION}}
+THREE: dict[str, dict[str, Any]] = {
+    "unrolled": {"steps": 3},
+    "forward": {"steps": 3},
+    "evolution": {"steps": 3, **EVOLUTION},
+}
 
 
 class Square(nn.Module):
@@ -278,7 +282,7 @@ def test_freezing_in_mid_run(method: str, change: str) -> None:
     """Steps in another space are forgotten: the next hop is that of one step alone."""
     net = Square()
     net.a.requires_grad_(change == "freeze")
-    spec = {"method": method, **THREE.get(method, {})}
+    spec: dict[str, Any] = {"method": method, **THREE.get(method, {})}
     spec |= {"warm_start": True} if method in ("penalty", "cg") else {}
     low, top, program = pair(spec, net)
     program.iterate()
@@ -306,4 +310,5 @@ def test_higher_with_a_frozen_parameter_in_the_optimizer(momentum: float) -> Non
         for _ in range(4):
             program.iterate()
         found.append(top.gradient)
-    assert close(*found, 1e-12)
+    one, other = found
+    assert close(one, other, 1e-12)

@@ -74,7 +74,8 @@ def test_bfloat16_does_not_round_the_gradients_by_an_interface() -> None:
         )
         program.iterate()
         found.append(top.gradient)
-    assert close(*found, 0.01)
+    one, other = found
+    assert close(one, other, 0.01)
 
 
 class Quadratic(Low):
@@ -326,8 +327,9 @@ def test_learning_rates_that_require_a_gradient_warn_of_nothing() -> None:
 @pytest.mark.parametrize("name", ["unroll_steps", "gradient_accumulation"])
 @pytest.mark.parametrize("number", [0, -1])
 def test_numbers_of_steps_below_one(name: str, number: int) -> None:
+    given: dict[str, Any] = {name: number}
     with pytest.raises(ValueError, match=f"{name} {number}: at least 1"):
-        Config(**{name: number})
+        Config(**given)
 
 
 def test_a_namesake_from_another_module_replaces_nothing() -> None:

@@ -98,7 +98,7 @@ def test_an_optimizer_of_ones_own_is_one_class() -> None:
     class Softsign(Optimizer):
         """Descent along ``g / (1 + |g|)``, at the gradient zero of slope one."""
 
-        name: Literal["softsign"] = "softsign"  # type: ignore[assignment]
+        name: Literal["softsign"] = "softsign"
 
         torch_class = Signed
 

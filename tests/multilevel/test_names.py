@@ -66,7 +66,7 @@ TAKEN += ["recorder", "levels", "scheduler", "param_callback", "not a name", "la
 def test_a_taken_name_is_refused_in_one_line(name: str, place: str) -> None:
     names = {"lower": "low", "upper": "top", place: name}
     with pytest.raises(UserError) as caught:
-        engine_of(**names)
+        engine_of(names["lower"], names["upper"])
     line = str(caught.value)
     assert repr(name) in line
     assert line.endswith("rename it")

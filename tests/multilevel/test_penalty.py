@@ -64,7 +64,7 @@ def test_the_outer_loss_goes_where_exact_hypergradients_lead(
     exact = made.engine("exact")
     for group in exact.top.optimizer.param_groups:
         group["lr"] = 0.05
-    first = None
+    first = 0.0
     for _ in range(300):
         found.iterate()
         exact.iterate()

@@ -31,6 +31,7 @@ class Precise(Recorded):
     def grad_callback(self) -> None:
         if self.along is not None:
             for p, g in zip(self.trainable_parameters(), self.along, strict=True):
+                assert p.grad is not None
                 p.grad.copy_(g)
         super().grad_callback()
 

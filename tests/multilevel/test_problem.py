@@ -73,7 +73,8 @@ def engine_of(*problems: Problem, **options: Any) -> Engine:
 def test_1_the_optimizer_is_the_object_that_was_given() -> None:
     def two_rates(module: nn.Module) -> torch.optim.Optimizer:
         weight, bias = module.parameters()
-        made = torch.optim.AdamW([{"params": [weight]}, {"params": [bias], "lr": 0.0}], lr=0.1)
+        groups: list[dict[str, Any]] = [{"params": [weight]}, {"params": [bias], "lr": 0.0}]
+        made = torch.optim.AdamW(groups, lr=0.1)
         state = {"step": torch.tensor(5.0), "exp_avg": torch.ones(1, 2)}
         made.state[weight] = {**state, "exp_avg_sq": torch.ones(1, 2)}
         return made

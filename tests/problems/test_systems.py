@@ -119,7 +119,7 @@ def test_a_linear_decay_takes_the_runs_length_unless_it_has_its_own() -> None:
             optimizer.step()
             scheduler.step()
         assert optimizer.param_groups[0]["lr"] == pytest.approx(1 - 2 / expected)
-    with pytest.raises(UserError, match=r"scheduler.length"):
+    with pytest.raises(UserError, match="scheduler 'linear': length: needed here"):
         ProblemSettings.model_validate(
             {"optimizer": {"name": "sgd", "lr": 1.0}, "scheduler": {"name": "linear"}}
         ).build(nn.Linear(2, 1).parameters(), "max")

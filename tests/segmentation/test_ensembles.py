@@ -24,6 +24,8 @@ from mlseg.segmentation.metrics import SegmentationMetrics
 from mlseg.segmentation.scoring import predict_logits, score
 from mlseg.segmentation.trained import Ensemble, load_runs
 
+pytestmark = pytest.mark.slow  # trains for seconds
+
 CPU = torch.device("cpu")
 SPLITS = {"data.train": 6, "data.val": 6, "data.test": 5, "engine.iterations": 12}
 

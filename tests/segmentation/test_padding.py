@@ -20,6 +20,8 @@ from mlseg.segmentation.nets import class_probabilities
 from mlseg.segmentation.scoring import predict_logits, score
 from mlseg.segmentation.trained import load_runs, load_trained
 
+pytestmark = pytest.mark.slow  # trains for seconds
+
 CPU = torch.device("cpu")
 IGNORED = 9
 SHAPES = [(20, 32), (32, 32), (64, 30), (11, 17), (40, 90), (29, 8)]
@@ -95,14 +97,14 @@ def test_predict_pads_a_photograph(padded: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     places = {"small": ((13, 22), (13, 22)), "tall": ((80, 50), (32, 20))}
     for name, (native, _) in places.items():
-        image = rng.integers(0, 256, (*native, 3), dtype=np.uint8)
-        write_image(tmp_path / "photos" / f"{name}.png", image)
+        pixels = rng.integers(0, 256, (*native, 3), dtype=np.uint8)
+        write_image(tmp_path / "photos" / f"{name}.png", pixels)
     masks = tmp_path / "masks"
     assert predict.main([str(padded), str(tmp_path / "photos"), "--out", str(masks)]) == 0
     trained = load_trained(padded, CPU)
     assert (trained.fit, trained.window) == ("pad", (16, 16))
     for name, (native, (height, width)) in places.items():
-        photo = Image.open(tmp_path / "photos" / f"{name}.png")
+        photo: Image.Image = Image.open(tmp_path / "photos" / f"{name}.png")
         if native != (height, width):
             photo = photo.resize((width, height), Image.Resampling.BILINEAR)
         array = np.full((32, 32, 3), 128, np.uint8)
@@ -172,7 +174,7 @@ def test_a_batch_of_nothing_but_padding_trains_nothing(padded: Path) -> None:
     assert (image[smallest, :, -3:, -3:].abs() < 0.004).all()
     logits = torch.randn(1, 2, 3, 3, requires_grad=True)
     loss = build_loss(LossSettings(dice=1.0, jaccard=1.0), IGNORED)(logits, corner)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert loss.item() == 0
     assert logits.grad is not None
     assert not logits.grad.any()

@@ -20,6 +20,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from mlseg.config import Settings
+from mlseg.config.registry import Registry
 
 Moments = dict[str, Tensor]
 Hold = Callable[[str, Tensor], Tensor]
@@ -114,19 +115,28 @@ class Optimizer(Settings):
         return decay * ((second / correction).sqrt().to(p.dtype) + group["eps"])
 
 
-_KNOWN: dict[type[torch.optim.Optimizer], type[Optimizer]] = {}
+OPTIMIZERS: Registry[Any] = Registry(
+    "optimizer",
+    base=(Settings, torch.optim.Optimizer),
+    packages=["mlseg.hypergradients.optimizers"],
+    example="my_package.optim:Lion",
+)
+"""By name: an :class:`Optimizer`; or a class derived from ``torch.optim.Optimizer``, whose
+signature says its settings, and of which no more is known."""
+
 _O = TypeVar("_O", bound=Optimizer)
 
 
 def register(cls: type[_O]) -> type[_O]:
-    """Class decorator: make an :class:`Optimizer` known by its torch class."""
-    _KNOWN[cls.torch_class] = cls
-    return cls
+    """Class decorator: make an :class:`Optimizer` known by its name and its torch class."""
+    return OPTIMIZERS.register(cls.model_fields["name"].default)(cls)
 
 
 def registered() -> dict[type[torch.optim.Optimizer], type[Optimizer]]:
-    """Those of the modules loaded so far, by torch class."""
-    return _KNOWN
+    """All of them, by torch class."""
+    found = OPTIMIZERS.registered(plugins=False).values()
+    kinds = [cls for cls in found if issubclass(cls, Optimizer)]
+    return {kind.torch_class: kind for kind in kinds}
 
 
 def safe_sqrt(x: Tensor) -> Tensor:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,21 +13,13 @@ if TYPE_CHECKING:
     from mlseg.hypergradients.base import Level
 
 
-@cache
-def _discover() -> None:
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        importlib.import_module(f"{__package__}.{module.name}")
-
-
 def known() -> list[type[Optimizer]]:
     """All of them, by name."""
-    _discover()
     return sorted(registered().values(), key=lambda cls: str(cls.model_fields["name"].default))
 
 
 def find(optimizer: torch.optim.Optimizer) -> type[Optimizer] | None:
     """What is known of an optimizer, by its class or the nearest one that it derives from."""
-    _discover()
     table = registered()
     return next((table[cls] for cls in type(optimizer).__mro__ if cls in table), None)
 

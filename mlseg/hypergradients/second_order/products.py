@@ -20,9 +20,9 @@ Mode = Literal["double_backward", "forward_over_reverse"]
 
 ``double_backward`` differentiates the graph of a gradient. ``forward_over_reverse`` carries a
 tangent through one forward and one backward pass: no graph of a graph, so less memory and, where
-few derivatives are asked for, less time. It needs operations with forward-mode formulas (cuDNN's
-batch normalisation has none), and forward mode takes no note of ``torch.no_grad()``: a level whose
-loss computes with its own weights under ``no_grad`` must ``detach()`` the result as well.
+few derivatives are asked for, less time. It needs operations with forward-mode formulas (dropout on
+a GPU has none), and forward mode takes no note of ``torch.no_grad()``: a level whose loss computes
+with its own weights under ``no_grad`` must ``detach()`` the result as well.
 """
 
 

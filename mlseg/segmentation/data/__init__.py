@@ -14,7 +14,7 @@ from mlseg.segmentation.data.entry import DATA_SETS, Archive, Entry, Example, Pa
 from mlseg.segmentation.data.loader import BatchLoader
 from mlseg.segmentation.data.placement import PADDING, Fit, padded, placed
 from mlseg.segmentation.data.prepare import SegmentationData, load_data, load_examples
-from mlseg.segmentation.data.samples import DatasetSpec, Samples, to_device, to_float, to_uint8
+from mlseg.segmentation.data.samples import DatasetSpec, Samples, to_float, to_uint8
 from mlseg.segmentation.data.scenes import synthetic_scenes
 from mlseg.segmentation.data.settings import DataSettings
 from mlseg.segmentation.data.synthetic import synthetic_lesions
@@ -43,7 +43,6 @@ __all__ = [
     "read_mask",
     "synthetic_lesions",
     "synthetic_scenes",
-    "to_device",
     "to_float",
     "to_uint8",
 ]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mlseg.config import Settings
 from mlseg.errors import UserError
-from mlseg.segmentation.data.samples import to_device
+from mlseg.transfer import to_device
 
 # An image or None, and the same comes back.
 ImageT = TypeVar("ImageT", Tensor, None)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mlseg.errors import UserError
 from mlseg.segmentation.data.augmentation import Augmentation
-from mlseg.segmentation.data.samples import Samples, to_device, to_float
+from mlseg.segmentation.data.samples import Samples, to_float
+from mlseg.transfer import to_device
 
 
 class BatchLoader:

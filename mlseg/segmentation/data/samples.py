@@ -127,10 +127,3 @@ def to_float(images: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """The inverse of `to_float`, rounding, for files and pictures; clips what lies outside."""
     return images.detach().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy from the host without waiting for the device: from page-locked memory on CUDA."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

@@ -177,7 +177,7 @@ buffers = st.sampled_from(
         ),
     ]
 )
-omegas = st.sampled_from([{}]) | st.builds(
+omegas: st.SearchStrategy[dict[str, Any]] = st.sampled_from([{}]) | st.builds(
     dict,
     peak_patience=st.integers(0, 6),
     peak_rule=st.sampled_from(["exceed", "reach"]),
@@ -250,7 +250,8 @@ def test_invariants(chosen: LookaheadSettings, script: list[float]) -> None:
 
 def replay(commands: Sequence[Command], controller: Lookahead) -> None:
     """What an engine makes of the commands is what the controller believes."""
-    model, snapshots, buffer, updates = "g0", {}, [], 0
+    model, snapshots, updates = "g0", {}, 0
+    buffer: list[str] = []
     for command in commands:
         values = command.values
         match command.action:

@@ -19,6 +19,8 @@ from mlseg.engines.lookahead.loop import LookaheadLoop
 from mlseg.engines.segmentation import Segmentation
 from mlseg.errors import RunError
 
+pytestmark = pytest.mark.slow  # trains for seconds
+
 AT_ONCE = {"pretraining.weighted_epochs": 0, "pretraining.epochs": 1}
 
 

@@ -81,7 +81,7 @@ def test_one_transfer_per_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_outputs_that_are_not_finite_are_not_a_number(value: float) -> None:
-    module = network()
+    module: Any = network()
     with torch.no_grad():
         module[2].bias[1] = value
     assert HoldOut(samples(11), CPU).miou(module) != HoldOut(samples(11), CPU).miou(module)

@@ -100,7 +100,7 @@ def test_5_lambda_zero_is_the_baseline_step_for_step() -> None:
                 losses[name].append(float(engine.segmentor.metrics["loss"]))
             log()
 
-        engine._log = note
+        engine._log = note  # type: ignore[method-assign]
         engine.run()
     assert len(losses["plain"]) == 7
     assert losses["ours"] == losses["plain"]

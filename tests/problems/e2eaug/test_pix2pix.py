@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from differences import derivative
 from torch import Tensor, nn
 
 from mlseg.errors import UserError
@@ -16,6 +15,7 @@ from mlseg.problems.e2eaug.networks.pix2pix import (
     SearchableGenerator,
     count_levels,
 )
+from mlseg.testing.differences import derivative
 
 SEARCHES: tuple[Search, ...] = ("both", "decoder", "none")
 

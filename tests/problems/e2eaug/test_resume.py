@@ -1,6 +1,7 @@
 """E2EAug, interrupted in each of its stages, is the uninterrupted run."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -28,5 +29,8 @@ def test_e2eaug_unrolled_with_schedulers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("row", ["frozen", "decoder"])
 def test_rows_of_e2eaug(tmp_path: Path, row: str) -> None:
-    changes = {"frozen": {"gan.frozen": True}, "decoder": {"generator.search": "decoder"}}[row]
-    check(lambda out: tiny.build("e2eaug", changes, out), tmp_path, [5], "saved")
+    rows: dict[str, Any] = {
+        "frozen": {"gan.frozen": True},
+        "decoder": {"generator.search": "decoder"},
+    }
+    check(lambda out: tiny.build("e2eaug", rows[row], out), tmp_path, [5], "saved")

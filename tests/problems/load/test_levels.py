@@ -21,6 +21,8 @@ from mlseg.segmentation.data.entry import data_set
 from mlseg.segmentation.nets import build_segmentor
 from mlseg.segmentation.scoring import evaluating, score
 
+pytestmark = pytest.mark.slow  # trains for seconds
+
 QUICK = {"pretraining.weighted_epochs": 0, "pretraining.epochs": 2}
 
 
@@ -406,5 +408,6 @@ def test_configs_are_what_their_names_say(path: Path) -> None:
     with torch.device("meta"):
         network = build_segmentor(settings.segmentor, spec.channels, spec.num_classes)
     million = sum(p.numel() for p in network.parameters()) / 1e6
-    mobile = settings.segmentor.encoder == "mobilenet_v2"
+    segmentor: Any = settings.segmentor
+    mobile = segmentor.encoder == "mobilenet_v2"
     assert million == pytest.approx(4.4 if mobile else 41.0, rel=0.01)

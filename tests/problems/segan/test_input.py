@@ -10,6 +10,7 @@ from mlseg.config import load
 from mlseg.errors import UserError
 from mlseg.problems.segan import wiring
 from mlseg.run import parse_run
+from mlseg.segmentation.data import load_data
 
 
 @pytest.mark.parametrize(
@@ -31,8 +32,6 @@ def test_what_the_game_refuses_is_one_line(changes: dict[str, Any], words: str) 
 
 
 def test_labels_outside_the_classes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    load_data = wiring.load_data
-
     def spoiled(settings: Any) -> Any:
         data = load_data(settings)
         data.train.masks[0, 3, 4] = 255

@@ -77,7 +77,8 @@ def kernels(block: Any) -> list[tuple[int, ...]]:
 
 def test_kernels_and_norms() -> None:
     with torch.device("meta"):
-        network, critic = SegAN(3, 2, global_kernel=9), Critic(3)
+        network: Any = SegAN(3, 2, global_kernel=9)
+        critic: Any = Critic(3)
     assert [kernels(b) for b in network.encoder] == [[(k, k)] for k in (7, 5, 5, 5, 5, 4)]
 
     def crossed(k: int) -> list[tuple[int, ...]]:
@@ -166,7 +167,7 @@ def test_the_annealing_is_part_of_the_models_state() -> None:
 def test_any_size_trains_and_gives_label_maps(classes: int, maps: int) -> None:
     values = {"name": "segan", "channels": 4, "levels": 3}
     settings = SegmentorSettings.model_validate(values)
-    network = build_segmentor(settings, 1, classes)
+    network: Any = build_segmentor(settings, 1, classes)
     network.logistic.k.fill_(0.5)
     logits = network(torch.rand(2, 1, 37, 50) * 2 - 1)
     assert logits.shape == (2, classes, 37, 50)

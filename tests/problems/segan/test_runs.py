@@ -53,7 +53,8 @@ def test_calibration_puts_another_k_in_the_place_of_the_annealed(trained: Path) 
             assert float(grid[row, column]) == pytest.approx(figures["accuracy"])
     (member,) = ensemble.with_choice(0.3, None).members
     image = torch.randn(2, 3, 32, 32)
-    z = member.logits(image) * float(member.module.logistic.k)
+    module: Any = member.module
+    z = member.logits(image) * float(module.logistic.k)
     torch.testing.assert_close(member.probabilities(image)[:, 1], (z[:, 1] / 0.3).sigmoid())
 
 

@@ -78,7 +78,8 @@ def error(a: list[Tensor], b: list[Tensor]) -> float:
     "method", [{"method": "identity", "linearise": "before_step"}, {"method": "unrolled"}]
 )
 def test_the_whole_derivative_through_the_critics_step(method: dict[str, Any]) -> None:
-    gradient, whole, direct, engine = play(**{"problems.critic.hypergradient": method})
+    changes: dict[str, Any] = {"problems.critic.hypergradient": method}
+    gradient, whole, direct, engine = play(**changes)
     assert error(gradient, whole) < 1e-9
     assert error(gradient, direct) > 1e-3, "the critic's response has a part in it"
     assert float(engine.segmentor.metrics["hypergradient/via_critic"]) > 0
@@ -94,9 +95,13 @@ def test_unrolling_follows_all_steps_of_the_critic(store: str) -> None:
 
 
 def test_finite_differences_approach_it() -> None:
-    """The loss has kinks (|.|, LeakyReLU): the step must be so small that none is crossed."""
+    """The loss has kinks (|.|, LeakyReLU): the step must be so small that none is crossed.
+
+    Rounding is then 1e-16 over the step of 1e-9 for each operation, 1e-5 for a hundred of them.
+    """
     method = {"method": "finite_difference", "linearise": "before_step", "epsilon": 1e-9}
-    gradient, whole, direct, _ = play(**{"problems.critic.hypergradient": method})
+    changes: dict[str, Any] = {"problems.critic.hypergradient": method}
+    gradient, whole, direct, _ = play(**changes)
     assert error(gradient, whole) < 1e-2 * error(direct, whole)
 
 

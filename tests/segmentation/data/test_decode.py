@@ -10,8 +10,8 @@ from tiny_files import half_mask, write_image
 from mlseg.errors import UserError
 from mlseg.segmentation.data.decode import decode as decode_examples
 from mlseg.segmentation.data.decode import image_size, read_image, read_mask
-from mlseg.segmentation.data.entry import DATA_SETS, Entry, RawFormat, data_set
-from mlseg.segmentation.data.layout import Example, find_examples
+from mlseg.segmentation.data.entry import DATA_SETS, Entry, Example, RawFormat, data_set
+from mlseg.segmentation.data.layout import find_examples
 
 SIZE = (20, 24)
 
@@ -189,15 +189,15 @@ def test_padded_images_keep_their_shape(folder: Path, tmp_path: Path) -> None:
     samples = decode_examples(examples, entry, spec, size, fit="pad")
     assert samples.fit == samples.subset([1]).fit == "pad"
     for number, (height, width) in enumerate(seen):
-        image, mask = Image.fromarray(images[number]), Image.fromarray(masks[number])
+        photo, labelled = Image.fromarray(images[number]), Image.fromarray(masks[number])
         if shapes[number] != seen[number]:
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-            mask = mask.resize((width, height), Image.Resampling.NEAREST)
+            photo = photo.resize((width, height), Image.Resampling.BILINEAR)
+            labelled = labelled.resize((width, height), Image.Resampling.NEAREST)
         expected = np.full((*size, 3), 128, np.uint8)
-        expected[:height, :width] = np.asarray(image)
+        expected[:height, :width] = np.asarray(photo)
         assert np.array_equal(samples.images[number].permute(1, 2, 0), expected)
         labels = np.full(size, ignore, np.uint8)
-        labels[:height, :width] = np.asarray(mask)
+        labels[:height, :width] = np.asarray(labelled)
         assert np.array_equal(samples.masks[number], labels)
     for own, mask in zip(samples.native_masks(), masks, strict=True):
         assert np.array_equal(own, mask)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import waiting
 
 from mlseg.errors import UserError
 from mlseg.segmentation.data import (
@@ -140,7 +141,7 @@ def test_no_examples_and_no_batch(samples: Samples) -> None:
         BatchLoader(samples, 0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@waiting.needs_gpu
 @pytest.mark.parametrize("mapped", [False, True])
 def test_on_cuda_batches_are_the_same_and_nothing_waits(samples: Samples, mapped: bool) -> None:
     samples = Samples(samples.ids, samples.images, samples.masks, samples.spec, mapped)
@@ -149,11 +150,8 @@ def test_on_cuda_batches_are_the_same_and_nothing_waits(samples: Samples, mapped
     expected = list(BatchLoader(samples, 4, augmentation=augmentation))
     loader = BatchLoader(samples, 4, "cuda", augmentation=augmentation)
     samples.on(torch.device("cuda"))  # the one copy of the whole set may wait
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting.forbidden():
         found = list(loader)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for (image, mask), (image_2, mask_2) in zip(expected, found, strict=True):
         assert (image - image_2.cpu()).abs().max() < 1e-3
         assert (mask != mask_2.cpu()).float().mean() < 0.02  # a nearest pixel may tip over

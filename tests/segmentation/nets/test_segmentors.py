@@ -1,11 +1,12 @@
 """Segmentors by name: sizes, any image, clear errors, nothing downloaded."""
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from differences import gradient
 from torch import nn
 
 from mlseg.config import Settings, dump, load, parse
@@ -13,6 +14,7 @@ from mlseg.errors import UserError
 from mlseg.segmentation.nets import SegmentorSettings, build_segmentor
 from mlseg.segmentation.nets.layers import BatchNorm, accept_single_values, pad_to_multiple
 from mlseg.segmentation.nets.smp import architectures
+from mlseg.testing.differences import gradient
 
 
 class Experiment(Settings):
@@ -187,3 +189,14 @@ def test_padding_repeats_edges_and_can_be_cut_off(size: tuple[int, int]) -> None
     pad = (columns.start, padded.shape[-1] - columns.stop, rows.start, padded.shape[-2] - rows.stop)
     assert torch.equal(padded, nn.functional.pad(x, pad, mode="replicate"))
     assert pad_to_multiple(x, 4, smallest=12)[0].shape[-2:] == (12, 12)
+
+
+def test_another_librarys_networks_are_imported_for_their_names_alone() -> None:
+    program = (
+        "import sys; from mlseg.segmentation.nets import SegmentorSettings, build_segmentor\n"
+        "build_segmentor(SegmentorSettings(channels=2), 3, 2)\n"
+        "assert 'segmentation_models_pytorch' not in sys.modules\n"
+        "SegmentorSettings(name='fpn')\n"
+        "assert 'segmentation_models_pytorch' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)

@@ -10,8 +10,8 @@ UNIT = 128
 """Percents are given over 128, so that sums of mIoU and beta are exact."""
 
 
-def loop(engine: Engine) -> LookaheadLoop:
-    """The part of an engine that obeys the controller."""
+def loop(engine: Engine) -> Any:
+    """The engine's :class:`LookaheadLoop`; untyped, for tests replace its methods."""
     return engine.hook(LookaheadLoop)
 
 
@@ -33,7 +33,7 @@ def numbers(script: str) -> list[list[float]]:
     return cycles
 
 
-TABLE = {
+TABLE: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "falls, patience": (
         {"cycles": 2, "patience": 4},
         "49 x4 / 48 x4",

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from differences import derivative, gradient, slopes
 from torch import Tensor
+
+from mlseg.testing.differences import derivative, gradient, slopes
 
 
 def number(value: float) -> Tensor:
