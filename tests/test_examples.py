@@ -9,6 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # trains for seconds
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SMALLER: dict[str, dict[str, int]] = {
     "e2eaug_minimal": {"PRETRAINING": 10, "ITERATIONS": 12, "SHOW": 4, "TEST": 20},

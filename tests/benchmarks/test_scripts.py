@@ -133,7 +133,7 @@ def test_hypergradients(script: Script) -> None:
 
 
 def test_kill_and_resume(script: Script, tmp_path: Path) -> None:
-    more = ("gan.pretrain=2", "engine.iterations=30", "engine.validate_every=15", "device=cpu")
+    more = ("gan.pretrain=2", "engine.iterations=16", "engine.validate_every=8", "device=cpu")
     shown = script(
         "kill_and_resume", SMALL, *LESIONS, *NETWORKS, *more, "engine.checkpoint_every=3",
         "engine.tensorboard=false", "--kills", 1, "--seed", 7, "--out", tmp_path / "runs",
@@ -175,5 +175,5 @@ def test_segan_views(script: Script, tmp_path: Path) -> None:
 
 
 def test_threads(script: Script) -> None:
-    shown = script("threads", "--sizes", "1x2x8", "1x2x16", "--ways", 1, "--rounds", 1)
-    assert columns(shown, 0, 2) == [(size, "1, as torch comes") for size in ("1x2x8", "1x2x16")]
+    shown = script("threads", "--sizes", "1x2x8", "--ways", 1, "--rounds", 1)
+    assert columns(shown, 0, 2) == [("1x2x8", "1, as torch comes")]
