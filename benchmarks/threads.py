@@ -220,9 +220,6 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of run, for --commands")
     parser.add_argument("--commands", action="store_true", help="measure the commands")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), metavar="BxCxP")
-    parser.add_argument(
-        "--ways", type=int, default=len(WAYS), metavar="N", help="the first of them"
-    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bound", type=float, default=1.3, help="of the ratio of --commands")
     parser.add_argument("--child", type=int, metavar="THREADS", help=argparse.SUPPRESS)
@@ -234,7 +231,7 @@ def main() -> int:
     if arguments.commands:
         table, kept = compare_commands(arguments.overrides, arguments.rounds, arguments.bound)
     else:
-        table, kept = compare_ways(arguments.sizes, WAYS[: arguments.ways], arguments.rounds), True
+        table, kept = compare_ways(arguments.sizes, WAYS, arguments.rounds), True
     from mlseg import machine
 
     print(f"{machine.head(machine.describe())}\n- load before: {load}\n\n{table}")
