@@ -54,7 +54,14 @@ def views(ensemble: Ensemble) -> dict[str, Callable[[Tensor], Tensor]]:
 
 def row(name: str, by: Callable[[Tensor], Tensor], samples: Samples, threshold: float) -> str:
     """A line of the table."""
-    found = score(by, samples, "cpu", threshold=threshold, native=True).compute()
+
+    def at_their_size(image: Tensor) -> Tensor:
+        found = by(image)
+        if samples.native_mask is not None or found.shape[2:] == image.shape[2:]:
+            return found  # scoring brings it to the mask's size
+        return functional.interpolate(found, image.shape[2:], mode="bilinear")
+
+    found = score(at_their_size, samples, "cpu", threshold=threshold, native=True).compute()
     return f"| {name} | " + " | ".join(f"{found[key]:.3f}" for key in SHOWN) + " |"
 
 

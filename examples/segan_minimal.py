@@ -218,6 +218,7 @@ def play(stackelberg: bool, test: tuple[Tensor, Tensor]) -> float:
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # such small networks gain nothing from more
     test = draw(TEST, 2)
     print("plain alternation\niteration      loss  Jaccard     k")
     plain = play(False, test)

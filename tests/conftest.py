@@ -14,12 +14,15 @@ from torch import Tensor
 HERE = Path(__file__).parent
 NOT_NUMERICAL = {
     "benchmarks",
+    "test_checkout.py",
     "test_commands.py",
     "test_config.py",
     "test_configs.py",
     "test_decode.py",
+    "test_distribution.py",
     "test_docs.py",
     "test_fetch.py",
+    "test_habits.py",
     "test_interruption.py",
     "test_layout.py",
     "test_packaging.py",

@@ -6,6 +6,7 @@ agree, that a killed run ends as an untouched one.
 """
 
 import gc
+import json
 import logging
 import re
 import runpy
@@ -96,15 +97,15 @@ def test_cell(script: Script) -> None:
 
 
 def test_engine_overhead(script: Script, tmp_path: Path) -> None:
-    json = tmp_path / "overhead.json"
+    figures = tmp_path / "overhead.json"
     shown = script(
         "engine_overhead", *LESIONS, *NETWORKS, "--iterations", 4, "--warm-up", 1, "--blocks", 2,
-        "--json", json,
+        "--json", figures,
     )  # fmt: skip
     cases = [(case, clock) for case in ("e2eaug", "toy") for clock in ("wall", "cpu")]
     assert columns(shown, 0, 1) == cases
     assert re.search(r"^E2EAug: \d\.\d+, target 1\.05", shown, re.MULTILINE)
-    assert json.is_file()
+    assert set(json.loads(figures.read_text())["cases"]) == {"e2eaug", "toy"}
 
 
 def test_e2eaug_iteration(script: Script, tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_hypergradients(script: Script) -> None:
 
 
 def test_kill_and_resume(script: Script, tmp_path: Path) -> None:
-    more = ("gan.pretrain=2", "engine.iterations=30", "engine.validate_every=15", "device=cpu")
+    more = ("gan.pretrain=2", "engine.iterations=16", "engine.validate_every=8", "device=cpu")
     shown = script(
         "kill_and_resume", SMALL, *LESIONS, *NETWORKS, *more, "engine.checkpoint_every=3",
         "engine.tensorboard=false", "--kills", 1, "--seed", 7, "--out", tmp_path / "runs",
@@ -172,3 +173,10 @@ def test_segan_views(script: Script, tmp_path: Path) -> None:
     shown = script("segan_views", tmp_path / "run")
     ways = ["windows of 32x32", "resized to 32x32", "whole, 40x40", "whole, 60x60"]
     assert [row[0] for row in rows(shown)] == ways
+
+
+def test_threads(script: Script) -> None:
+    """What each of its processes does; all of them would take a minute."""
+    shown = json.loads(script("threads", "--child", 1, "--sizes", "1x2x8", "1x2x16"))
+    assert list(shown) == ["1x2x8", "1x2x16"]
+    assert min(shown.values()) > 0.0
