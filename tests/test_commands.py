@@ -213,7 +213,7 @@ def test_help_lists_the_systems(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_system_of_ones_own_by_dotted_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "games.py").write_text(
+    (tmp_path / "single_level.py").write_text(
         """
 import torch
 from pathlib import Path
@@ -236,7 +236,7 @@ def build(settings: Settings, out: Path | None) -> Engine:
     )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.yaml").write_text(
-        "system: games:build\nrate: 0.2\nengine: {iterations: 3, tensorboard: false}\n"
+        "system: single_level:build\nrate: 0.2\nengine: {iterations: 3, tensorboard: false}\n"
     )
     assert run.main(["own.yaml", "--out", "run"]) == 0
     assert json.loads(Path("run/results.json").read_text())["steps"] == 3
