@@ -84,7 +84,11 @@ def gradient(function: Callable[[Tensor], Tensor], point: Tensor, step: float) -
 
 
 def slopes(
-    function: Callable[[Tensor], Tensor], point: Tensor, directions: Sequence[Tensor], step: float, rows: int = 4
+    function: Callable[[Tensor], Tensor],
+    point: Tensor,
+    directions: Sequence[Tensor],
+    step: float,
+    rows: int = 4,
 ) -> Derivative:
     """Of a scalar ``function`` in each of the directions."""
 

@@ -334,6 +334,8 @@ def test_numbers_of_steps_below_one(name: str, number: int) -> None:
 
 def test_a_namesake_from_another_module_replaces_nothing() -> None:
     namesake = type("Identity", (Identity,), {"__module__": "mine", "__qualname__": "Identity"})
-    with pytest.raises(ValueError, match="two of the kind hypergradient method are named 'identity': .*rename one"):
+    with pytest.raises(
+        ValueError, match=r"two of the kind hypergradient method are named 'identity': .*rename one"
+    ):
         register("identity")(namesake)
     assert Config(type="identity").hypergradient == Identity()
