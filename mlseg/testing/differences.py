@@ -88,12 +88,11 @@ def slopes(
     point: Tensor,
     directions: Sequence[Tensor],
     step: float,
-    rows: int = 4,
 ) -> Derivative:
     """Of a scalar ``function`` in each of the directions."""
 
     def along(direction: Tensor) -> Derivative:
-        return derivative(lambda h: function(point + h * direction), step, rows)
+        return derivative(lambda h: function(point + h * direction), step)
 
     found = [along(direction) for direction in directions]
     return Derivative(

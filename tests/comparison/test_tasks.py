@@ -67,9 +67,7 @@ def check_slopes(function: Any, point: dict[str, Tensor], truth: list[Tensor]) -
     relative error of 1e-10, and of the differences what they say of themselves.
     """
     flat, ways = flatten(point), directions(point)
-    found = slopes(
-        lambda values: function(unflatten(values, point)).detach(), flat, ways, 0.02, rows=6
-    )
+    found = slopes(lambda values: function(unflatten(values, point)).detach(), flat, ways, 4e-3)
     found.check(torch.stack([flatten_all(truth) @ way for way in ways]), within=1e-7)
 
 
