@@ -10,6 +10,8 @@ from segan_game import PLAIN, watch
 
 from mlseg.engines.segmentation import Segmentation
 
+pytestmark = pytest.mark.slow  # reads or trains for seconds
+
 ISIC = {
     "data": {
         "name": "isic2018",

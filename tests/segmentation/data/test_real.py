@@ -11,6 +11,8 @@ from PIL import Image
 
 from mlseg.segmentation.data import DataSettings, load_data
 
+pytestmark = pytest.mark.slow  # reads or trains for seconds
+
 
 def test_isic2018(real: Callable[[str], Path]) -> None:
     root = real("isic2018")

@@ -15,6 +15,8 @@ from mlseg.segmentation.data import (
 )
 from mlseg.segmentation.data.entry import data_set
 
+pytestmark = pytest.mark.slow  # reads or trains for seconds
+
 Maker = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 CLASSES = data_set("synthetic_scenes").spec.classes
 
