@@ -143,19 +143,6 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "MiB" in said
 
 
-def test_a_dry_run_of_a_run_that_a_controller_ends(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = tiny.write_config(tmp_path / "tiny.yaml", "load")
-    assert run.main([str(config), "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert "at most" in said
-    # Two cycles of three updates; the start model has label maps too; 6 + 4 images by threes.
-    for piece, times in (("update", 6), ("hold-out, a batch", 14), ("label maps, a batch", 12)):
-        (line,) = [s for s in said.splitlines() if f" {piece} " in s and "stage" not in s]
-        assert line.split("\u2502")[2].strip() == str(times), line
-
-
 def test_resume_takes_the_runs_own_config(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,25 +5,20 @@ they were told to measure, is what is tested. Some check their own work besides:
 agree, that a killed run ends as an untouched one.
 """
 
-import gc
 import json
-import logging
 import re
-import runpy
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
-import torch
 
 from mlseg import run
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = BENCHMARKS.parent / "configs" / "e2eaug_isic_small.yaml"
-HELP_ONLY = {"e2eaug_rows", "load_rows", "segan_rows"}
-"""Many runs each; load_rows has tests of its own."""
+HELP_ONLY = {"e2eaug_rows", "segan_rows"}
+"""Many runs each."""
 LESIONS = ("data.name=synthetic_lesions", "data.train=4", "data.val=2", "data.test=2")
 NETWORKS = (
     "data.image_size=32",
@@ -37,29 +32,6 @@ NETWORKS = (
 EVERY_PART = ("data", "optimizer", "rest", "**iteration**")
 
 Script = Callable[..., str]
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Script]:
-    """Runs a script as ``python benchmarks/NAME.py ARGUMENTS`` does; what it prints."""
-
-    def call(name: str, *arguments: object) -> str:
-        path = BENCHMARKS / f"{name}.py"
-        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
-        code: object = None
-        try:
-            runpy.run_path(str(path), run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-        shown = capsys.readouterr()
-        assert code in (None, 0), shown
-        return shown.out
-
-    threads, disabled = torch.get_num_threads(), logging.root.manager.disable
-    yield call
-    gc.unfreeze()
-    torch.set_num_threads(threads)
-    logging.disable(disabled)
 
 
 def rows(text: str) -> list[list[str]]:
@@ -84,8 +56,10 @@ def test_help(script: Script, name: str) -> None:
 
 def test_every_script_is_here() -> None:
     scripts = {p.stem for p in BENCHMARKS.glob("*.py") if "__main__" in p.read_text()}
-    tested = set(re.findall(r'script\(\s*"(\w+)"', Path(__file__).read_text()))
-    assert scripts == tested | HELP_ONLY
+    here = Path(__file__)
+    tested = set(re.findall(r'script\(\s*"(\w+)"', here.read_text()))
+    elsewhere = {p.stem.removeprefix("test_") for p in here.parent.glob("test_*.py") if p != here}
+    assert scripts == tested | HELP_ONLY | elsewhere
 
 
 def test_cell(script: Script) -> None:
@@ -141,13 +115,6 @@ def test_kill_and_resume(script: Script, tmp_path: Path) -> None:
     )  # fmt: skip
     assert "kill 1: " in shown
     assert shown.endswith("1 kills: the same, bit for bit\n")
-
-
-def test_lookahead(script: Script, tmp_path: Path) -> None:
-    config = tiny.write_config(tmp_path / "tiny.yaml", "load")
-    shown = script("lookahead", config, "--repeats", 1, "--gib", 0.05)
-    for what in ("hold-out", "evaluation", "snapshot", "roll-back", "update", "0.05 GiB of label"):
-        assert f"- {what}" in shown
 
 
 def test_secant_check(script: Script, tmp_path: Path) -> None:

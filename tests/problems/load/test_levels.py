@@ -411,3 +411,16 @@ def test_configs_are_what_their_names_say(path: Path) -> None:
     segmentor: Any = settings.segmentor
     mobile = segmentor.encoder == "mobilenet_v2"
     assert million == pytest.approx(4.4 if mobile else 41.0, rel=0.01)
+
+
+def test_a_dry_run_bounds_what_the_controller_may_ask_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml", "load")
+    assert run.main([str(config), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "at most" in said
+    # Two cycles of three updates; the start model has label maps too; 6 + 4 images by threes.
+    for piece, times in (("update", 6), ("hold-out, a batch", 14), ("label maps, a batch", 12)):
+        (line,) = [s for s in said.splitlines() if f" {piece} " in s and "stage" not in s]
+        assert line.split("\u2502")[2].strip() == str(times), line
