@@ -37,9 +37,9 @@ class Engine(KnowsLevels, betty.engine.Engine):
 
     Beyond Betty's engine: validation that chooses the best checkpoint, early stopping, a progress
     display, records (:class:`~mlseg.engines.recording.Recorder`), atomic checkpoints from which a
-    run goes on exactly, a guard against NaN, and a clean end on SIGINT and SIGTERM. None of it
-    synchronises with the device between two written figures. What else a run needs comes in as
-    :class:`~mlseg.engines.hooks.Hooks`.
+    run goes on exactly, a guard against NaN, and a clean end on SIGINT, SIGTERM and SIGHUP. None
+    of it synchronises with the device between two written figures. What else a run needs comes in
+    as :class:`~mlseg.engines.hooks.Hooks`.
 
     Args:
         problems: all levels. Leaves step in this order.
@@ -199,7 +199,7 @@ class Engine(KnowsLevels, betty.engine.Engine):
 
         Raises:
             RunError: a loss is NaN or infinite, or something can't be written.
-            Interrupted: SIGINT or SIGTERM came; the run has been saved.
+            Interrupted: SIGINT, SIGTERM or SIGHUP came; the run has been saved.
         """
         if iterations is not None:
             self.stages[-1].iterations = iterations

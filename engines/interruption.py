@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request that the loop answers between two iterations."""
+"""SIGINT, SIGTERM and SIGHUP as a request that the loop answers between two iterations."""
 
 import signal
 import threading
@@ -10,7 +10,7 @@ class Interrupted(Exception):
     """The run was asked to stop and has saved its state.
 
     Attributes:
-        exit_code: 128 plus the signal's number, as shells have it: 130 or 143.
+        exit_code: 128 plus the signal's number, as shells have it: 130, 143 or 129.
     """
 
     def __init__(self, number: int, step: int) -> None:
@@ -19,12 +19,17 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Context in which the first SIGINT or SIGTERM is noted; a second one acts at once.
+    """Context in which the first of these signals is noted; a second one acts at once.
 
+    SIGHUP is that the terminal was closed; a run under ``nohup``, which ignores it, goes on.
     Signals reach a process's main thread only: in any other thread this does nothing.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = tuple(
+        getattr(signal, name)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP")  # the last is not everywhere
+        if hasattr(signal, name)
+    )
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -43,7 +48,8 @@ class Interruption:
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
-                self._former[number] = signal.signal(number, self._note)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._former[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from mlseg.engines.progress import Progress
+from mlseg.errors import UserError
 from mlseg.files import writing
 
 if TYPE_CHECKING:
@@ -189,8 +190,20 @@ class Recorder:
         return {"offsets": dict(self._offsets), "step": self.progress.step, "diverged": diverged}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on writing where :meth:`state_dict` was taken."""
-        self._offsets = dict(state["offsets"])
+        """Go on writing where :meth:`state_dict` was taken.
+
+        Raises:
+            UserError: it names files that no recorder has, or no place in them.
+        """
+        offsets = dict(state["offsets"])
+        # Data from a file, which may not say what else is cut off where.
+        for name, offset in offsets.items():
+            if name not in self._offsets or not isinstance(offset, int) or offset < 0:
+                raise UserError(
+                    f"the checkpoint's records.offsets has {str(name)[:80]!r}: {str(offset)[:20]}, "
+                    f"which no run writes ({METRICS} and {EVENTS}, 0 or more); start the run again"
+                )
+        self._offsets |= offsets
         self._resumed_at = state["step"]
         self._diverged = set(state["diverged"])
 

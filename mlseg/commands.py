@@ -1,9 +1,13 @@
-"""What every command shares: how failures reach the user."""
+"""What every command shares: how failures reach the user, and what if nobody listens any more."""
 
 import argparse
+import contextlib
+import errno
+import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -14,7 +18,70 @@ from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, RunError, UserError, o
 
 
 def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-    """Run a command; a user's mistake and a failed run become one line on stderr and a code."""
+    """Run a command; a user's mistake and a failed run become one line on stderr and a code.
+
+    A closed pipe or terminal ends no run: what can't be shown isn't. Output that can't be written
+    for any other reason, to a full disk, is a failure once the work is done.
+    """
+    with _lasting("stderr"), _lasting("stdout") as output:
+        code = _guarded(command, arguments)
+        if output is not None:
+            output.flush()
+            if isinstance(output.failure, OSError) and output.failure.errno not in _GONE:
+                print(f"failed: standard output: {one_line(output.failure)}", file=sys.stderr)
+                return code or EXIT_RUN_ERROR
+        return code
+
+
+_GONE = (errno.EPIPE, errno.EIO)
+"""The reader has gone: a closed pipe, a closed terminal."""
+
+
+class _Lasting:
+    """A stream that takes everything, also after what it is connected to has ended."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.failure: OSError | None = None
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._end(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._end(error)
+
+    def _end(self, error: OSError) -> None:
+        self.failure = self.failure or error
+        # What its buffer still holds would fail again when Python flushes it at its end.
+        with contextlib.suppress(OSError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self._stream.fileno())
+            os.close(nothing)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _lasting(name: str) -> Iterator[_Lasting | None]:
+    """Within this block ``sys.stdout`` or ``sys.stderr`` outlives its reader; None if closed."""
+    former = getattr(sys, name)
+    made = None if former is None else _Lasting(former)
+    setattr(sys, name, made)
+    try:
+        yield made
+    finally:
+        setattr(sys, name, former)
+
+
+def _guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
     try:
         return command(arguments)
     except UserError as error:

@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         prog="mlseg run",
         description="Train a system from a config.",
         epilog=f"systems:\n{systems}\n\nexit codes: 0 done, 1 failed in mid-run, 2 a mistake in "
-        "config, command or data, 130 and 143 interrupted and saved",
+        "config, command or data, 130, 143 and 129 interrupted (Ctrl-C, SIGTERM, SIGHUP) and saved",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("config", nargs="?", help="YAML file; may be left out with --resume")

@@ -1,11 +1,14 @@
 """The commands, as a user types them: what they leave, what they say, their exit codes."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 
 from mlseg import evaluate, predict, run
@@ -250,3 +253,46 @@ def test_without_validation_data_nothing_starts(
     assert run.main([str(config), "data.val=0", "--out", str(tmp_path / "run")]) == 2
     assert "val" in one_line(capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_output_that_nobody_reads_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    config = tiny.write_config(tmp_path / "tiny.yaml")
+    with open(writer, "w", buffering=1, encoding="utf-8") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        monkeypatch.setattr(sys, "stderr", closed)
+        assert run.main([str(config), "--out", str(tmp_path / "run")]) == 0
+        assert sys.stdout is closed
+    assert json.loads((tmp_path / "run/results.json").read_text())["steps"] == 4
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_result_that_cannot_be_written_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = train(tmp_path)
+    capsys.readouterr()
+    with monkeypatch.context() as patch, open("/dev/full", "w", encoding="utf-8") as full:
+        patch.setattr(sys, "stdout", full)
+        assert evaluate.main([str(out)]) == 1
+    assert "failed: standard output: [Errno 28]" in one_line(capsys)
+
+
+def test_a_checkpoint_cuts_off_no_file_but_the_runs_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, precious = train(tmp_path), tmp_path / "precious.txt"
+    precious.write_text("precious")
+    last = out / "checkpoints" / "last.pt"
+    state = torch.load(last, weights_only=True)
+    for offsets in ({str(precious): 0}, {"../made.txt": 0}, {"metrics.jsonl": -1}):
+        state["records"]["offsets"] = offsets
+        torch.save(state, last)
+        capsys.readouterr()
+        assert run.main(["--resume", str(out), "engine.iterations=6"]) == 2
+        assert "records.offsets" in one_line(capsys)
+    assert precious.read_text() == "precious"
+    assert not (tmp_path / "made.txt").exists()

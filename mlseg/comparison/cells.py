@@ -61,7 +61,7 @@ class Cell:
 
 
 class Stopped(Interrupted):
-    """SIGINT or SIGTERM came; finished cells are kept."""
+    """SIGINT, SIGTERM or SIGHUP came; finished cells are kept."""
 
     def __init__(self, number: int, finished: int, total: int) -> None:
         super().__init__(number, finished)
@@ -147,7 +147,7 @@ class Runner:
         A cell that failed with an exception is tried again; its cause may be gone.
 
         Raises:
-            Stopped: SIGINT or SIGTERM came.
+            Stopped: SIGINT, SIGTERM or SIGHUP came.
             RunError: a process died, or a cell can't be written.
         """
         found: dict[Cell, Figures] = {}

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import random
 import signal
 import time
@@ -16,6 +17,7 @@ import torch
 from children import Child
 
 from mlseg import checkpoint, run
+from mlseg.engines.interruption import Interruption
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 
@@ -41,7 +43,7 @@ def logged(out: Path) -> Callable[[], bool]:
     return lambda: path.exists() and path.stat().st_size > 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_step_saves_and_exits(tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
     # 40 lines or so fill the file's buffer and reach the disk.
@@ -58,6 +60,17 @@ def test_a_signal_ends_the_step_saves_and_exits(tmp_path: Path, number: signal.S
     logged_steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").open()]
     assert logged_steps[-1] == step  # nothing was lost
     assert json.loads((out / "events.jsonl").read_text().splitlines()[-1])["event"] == "interrupted"
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing() -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interruption.requested
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
 
 
 def test_a_second_signal_acts_at_once(tmp_path: Path) -> None:
