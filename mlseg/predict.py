@@ -8,10 +8,14 @@
 For each image two PNGs at its own size: ``<name>.png``, the mask (0 and 255 for two classes, else
 class indices with the classes' colours as palette), and ``<name>_overlay.png``. Several runs: the
 mean of their probabilities. What ``mlseg.calibrate`` chose for exactly these weights is used.
+
+Nothing is overwritten but what an earlier call has written, which the files say of themselves; with
+``--overwrite`` any file of these names but the images.
 """
 
 import argparse
 import glob
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,12 +28,13 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from rich.progress import track
 
 from mlseg.commands import guarded, make_console
-from mlseg.errors import EXIT_USER_ERROR, UserError
+from mlseg.errors import EXIT_RUN_ERROR, UserError
 from mlseg.evaluate import add_choices, choose_threads, load_chosen
-from mlseg.files import writing
+from mlseg.files import replacing, writing
 from mlseg.machine import choose_device
 from mlseg.segmentation.data import PADDING, DatasetSpec, padded, placed, to_float
 from mlseg.segmentation.data.decode import read_image
@@ -51,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     made.add_argument("images", help="a folder, a file, or a glob in quotes")
     made.add_argument("--out", type=Path, required=True, help="folder for masks and overlays")
+    made.add_argument(
+        "--overwrite", action="store_true", help="also files there that predict hasn't written"
+    )
     add_choices(made)
     threads.add_flag(made)
     return made
@@ -58,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     paths = find_images(arguments.images)
+    check_outputs(paths, arguments.out, arguments.overwrite)
     ensemble = load_chosen(arguments, choose_device(arguments.device))
     choose_threads(arguments).use()
     spec = ensemble.first.spec
@@ -73,12 +82,14 @@ def _run(arguments: argparse.Namespace) -> int:
             failed += 1
             continue
         mask = segment(ensemble, image)
-        with writing(arguments.out):
-            _mask_image(mask, spec).save(arguments.out / f"{path.stem}.png")
-            shown = overlay(_rgb(image), mask, spec.palette)
-            Image.fromarray(shown).save(arguments.out / f"{path.stem}_overlay.png")
+        shown = Image.fromarray(overlay(_rgb(image), mask, spec.palette))
+        for file, picture in zip(
+            outputs(path, arguments.out), (_mask_image(mask, spec), shown), strict=True
+        ):
+            with writing(file), replacing(file) as temporary:
+                picture.save(temporary, "PNG", pnginfo=_mark())
     console.print(f"{len(paths) - failed} masks and overlays in {arguments.out}")
-    return EXIT_USER_ERROR if failed else 0
+    return EXIT_RUN_ERROR if failed else 0
 
 
 def find_images(where: str) -> list[Path]:
@@ -106,6 +117,55 @@ def find_images(where: str) -> list[Path]:
         if f"{stem}_overlay" in names:
             raise UserError(f"{p}: its overlay would be {stem}_overlay.png, another's mask; rename")
     return sorted(found)
+
+
+def outputs(image: Path, folder: Path) -> tuple[Path, Path]:
+    """Where an image's mask and overlay go."""
+    return folder / f"{image.stem}.png", folder / f"{image.stem}_overlay.png"
+
+
+def check_outputs(images: Sequence[Path], folder: Path, overwrite: bool = False) -> None:
+    """Refuse to write where somebody else's file lies.
+
+    Args:
+        overwrite: that is as it should be; an image still isn't overwritten.
+
+    Raises:
+        UserError: a mask or an overlay would take an image's place, or that of a file, a link or a
+            folder that no earlier call has made.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out: {folder} is a file; name a folder")
+    read = {image.resolve() for image in images}
+    for file in (file for image in images for file in outputs(image, folder)):
+        if file.resolve() in read:
+            raise UserError(f"--out: {file} is one of the images; name another folder")
+        if not os.path.lexists(file) or (overwrite and (file.is_symlink() or file.is_file())):
+            continue
+        if file.is_symlink() or not _own(file):
+            raise UserError(
+                f"--out: {file} is there already, and not by predict; name another folder"
+                + (" or give --overwrite" if file.is_symlink() or file.is_file() else "")
+            )
+
+
+_SOFTWARE = "mlseg predict"
+
+
+def _mark() -> PngInfo:
+    """By which a file says where it comes from."""
+    made = PngInfo()
+    made.add_text("Software", _SOFTWARE)
+    return made
+
+
+def _own(file: Path) -> bool:
+    """Whether an earlier call has written it."""
+    try:
+        with Image.open(file, formats=("PNG",)) as picture:
+            return picture.info.get("Software") == _SOFTWARE
+    except OSError:
+        return False
 
 
 def segment(ensemble: Ensemble, image_CHW: np.ndarray) -> np.ndarray:

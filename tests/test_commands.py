@@ -127,10 +127,16 @@ def test_predict_writes_masks_at_each_images_own_size(
     capsys.readouterr()
 
     (images / "broken.jpg").write_bytes(b"no image")
-    assert predict.main([str(out), str(images), "--out", str(tmp_path / "again")]) == 2
+    (images / "drawing.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    cut_off = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00"
+    Image.new("RGB", (40, 40)).save(images / "turned.jpg", exif=cut_off)
+    assert predict.main([str(out), str(images), "--out", str(tmp_path / "again")]) == 1
     said = capsys.readouterr().err
-    assert "broken.jpg" in said
-    assert len(list((tmp_path / "again").iterdir())) == 6, "the others are segmented all the same"
+    assert "Traceback" not in said
+    assert "broken.jpg: not a readable image" in said
+    assert "drawing.png: not a readable image" in said
+    done = {path.name for path in (tmp_path / "again").iterdir()}
+    assert {f"{name}.png" for name in sizes} <= done, "the others are segmented all the same"
     assert predict.main([str(out), str(tmp_path / "none"), "--out", str(masks)]) == 2
     assert "none" in one_line(capsys)
 
@@ -296,3 +302,41 @@ def test_a_checkpoint_cuts_off_no_file_but_the_runs_own(
         assert "records.offsets" in one_line(capsys)
     assert precious.read_text() == "precious"
     assert not (tmp_path / "made.txt").exists()
+
+
+def test_predict_overwrites_nothing_but_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, images, masks = train(tmp_path), tmp_path / "images", tmp_path / "masks"
+    images.mkdir()
+    Image.effect_noise((40, 40), 60).convert("RGB").save(images / "a.png")
+    before = (images / "a.png").read_bytes()
+
+    def said(*more: str, where: Path = masks) -> str:
+        capsys.readouterr()
+        assert predict.main([str(out), str(images), "--out", str(where), *more]) == 2
+        return one_line(capsys)
+
+    (tmp_path / "link").symlink_to(images)
+    for where in (images, tmp_path / "link"):
+        for more in ((), ("--overwrite",)):
+            assert "is one of the images" in said(*more, where=where)
+    assert (images / "a.png").read_bytes() == before
+    assert "is a file; name a folder" in said(where=images / "a.png")
+
+    masks.mkdir()
+    theirs, target = masks / "a_overlay.png", tmp_path / "target.png"
+    theirs.write_bytes(b"somebody's work")
+    assert "a_overlay.png is there already" in said()
+    theirs.unlink()
+    target.write_bytes(b"elsewhere")
+    theirs.symlink_to(target)
+    assert "a_overlay.png is there already" in said()
+    assert not (masks / "a.png").exists(), "refused before any work"
+
+    again = [str(out), str(images), "--out", str(masks)]
+    assert predict.main([*again, "--overwrite"]) == 0
+    assert target.read_bytes() == b"elsewhere", "the link was replaced"
+    assert not theirs.is_symlink()
+    assert predict.main(again) == 0, "its own files are its to replace"
+    assert {path.name for path in masks.iterdir()} == {"a.png", "a_overlay.png"}

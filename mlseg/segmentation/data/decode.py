@@ -30,6 +30,8 @@ from mlseg.segmentation.data.placement import PADDING, Fit, padded, placed
 from mlseg.segmentation.data.samples import DatasetSpec, Samples
 
 CACHE_FORMAT = 1
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What files may be, whatever their names say: none for which Pillow starts another program."""
 _LOSSY = {"JPEG", "WEBP"}
 # Darkest grey that a lossy file may hold where the mask is empty.
 _NOISE = 32
@@ -116,11 +118,11 @@ def image_size(path: Path, raw: RawFormat | None = None) -> tuple[int, int]:
         width, height = _load_text(path).size
         return height, width
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _unreadable(path, error) from None
+    except Exception as error:  # a damaged file makes decoders fail in any way
+        raise _unreadable(path, error) from error
     return (width, height) if turned else (height, width)
 
 
@@ -296,16 +298,19 @@ def _open_image(path: Path, raw: RawFormat | None) -> Image.Image:
         return Image.fromarray(_to_8_bits(np.asarray(image).astype(np.int64)))
     if image.mode == "F":
         raise UserError(f"{path}: an image of floating-point values; 8 or 16 bits are expected")
-    return ImageOps.exif_transpose(image)
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # which way up it is, is part of the image
+        raise _unreadable(path, error, "its EXIF data are damaged: ") from error
 
 
 def _load(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.load()
             return image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _unreadable(path, error) from None
+    except Exception as error:  # a damaged file makes decoders fail in any way
+        raise _unreadable(path, error) from error
 
 
 def _load_text(path: Path) -> Image.Image:
@@ -329,9 +334,9 @@ def _remapped(
     return found
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
+def _unreadable(path: Path, error: Exception, what: str = "") -> UserError:
     reason = " ".join(str(error).replace(repr(str(path)), "the file").split())
-    return UserError(f"{path}: not a readable image ({reason or type(error).__name__})")
+    return UserError(f"{path}: not a readable image ({what}{reason or type(error).__name__})")
 
 
 def _is_raw(path: Path, raw: RawFormat | None) -> bool:
