@@ -30,7 +30,7 @@ from mlseg.comparison.cells import Cell, Runner
 from mlseg.comparison.settings import Comparison, parse
 from mlseg.comparison.tasks.base import all_tasks
 from mlseg.errors import UserError
-from mlseg.files import timestamp, write_text
+from mlseg.files import claimed, write_text
 from mlseg.hypergradients import names
 
 NEEDED = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}
@@ -73,7 +73,18 @@ def _compare(arguments: argparse.Namespace) -> int:
     _require_extra()
     if arguments.jobs < 1:
         raise UserError(f"--jobs: {arguments.jobs} processes; give 1 or more")
-    tree, directory = _what_and_where(arguments)
+    tree = _what(arguments)
+    parent = Path("runs") / Path(arguments.config or "").stem
+    with claimed(arguments.resume or arguments.out, parent) as directory:
+        if arguments.resume is None and (directory / "config.yaml").exists():
+            raise UserError(
+                f"--out: {directory} holds a comparison or run already; go on with it by --resume "
+                f"{directory}, or name another directory"
+            )
+        return _fill(arguments, tree, directory)
+
+
+def _fill(arguments: argparse.Namespace, tree: config.Tree, directory: Path) -> int:
     _settle_threads(tree, arguments)
     comparison = parse(tree)
     say_notes(tree)
@@ -135,7 +146,7 @@ def _finish(
     console.print(f"All of it is in {directory}; read {directory / 'report.md'}")
 
 
-def _what_and_where(arguments: argparse.Namespace) -> tuple[config.Tree, Path]:
+def _what(arguments: argparse.Namespace) -> config.Tree:
     if arguments.resume is not None:
         stored = arguments.resume / "config.yaml"
         if arguments.out is not None:
@@ -144,17 +155,10 @@ def _what_and_where(arguments: argparse.Namespace) -> tuple[config.Tree, Path]:
             raise UserError(
                 f"--resume: {arguments.resume} is no comparison's directory (it has no config.yaml)"
             )
-        return config.load(arguments.config or stored, arguments.overrides), arguments.resume
+        return config.load(arguments.config or stored, arguments.overrides)
     if arguments.config is None:
         raise UserError("name a config, such as configs/compare_quadratic.yaml (see --help)")
-    tree = config.load(arguments.config, arguments.overrides)
-    directory = arguments.out or Path("runs") / Path(arguments.config).stem / timestamp()
-    if (directory / "config.yaml").exists():
-        raise UserError(
-            f"--out: {directory} holds a comparison or run already; go on with it by --resume "
-            f"{directory}, or name another directory"
-        )
-    return tree, directory
+    return config.load(arguments.config, arguments.overrides)
 
 
 def _refuse_changes(comparison: Comparison, directory: Path) -> None:

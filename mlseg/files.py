@@ -1,16 +1,20 @@
-"""Files: written whole or not at all, and what is said when they can't be."""
+"""Files, written whole or not at all, and directories, held by one process at a time."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mlseg.errors import RunError, one_line
+from filelock import FileLock, Timeout
+
+from mlseg.errors import RunError, UserError, one_line
 
 
 @contextmanager
@@ -69,9 +73,65 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def timestamp() -> str:
-    """Local time as the name of a run directory."""
-    return time.strftime("%Y%m%d-%H%M%S")
+@contextmanager
+def claimed(directory: Path | None, parent: Path) -> Iterator[Path]:
+    """A run directory for this process alone, for as long as the block lasts.
+
+    The lock is the kernel's (``flock`` on a file ``.lock``) and ends with its process, however that
+    ends. Over NFS it holds between machines where the server's lock service runs, and only between
+    the processes of one machine where it doesn't. A directory that was made for this and stays
+    empty is removed.
+
+    Args:
+        directory: None: a new one in ``parent``, named by the local time; two of one second get
+            two.
+
+    Raises:
+        UserError: another process works in it, or it can't be made.
+    """
+    try:
+        place = parent if directory is None else directory
+        new = [folder for folder in (place, *place.parents) if not folder.exists()]
+        place.mkdir(parents=True, exist_ok=True)
+        if directory is None:
+            directory = _timestamped(parent)
+            new = [directory, *new]
+        lock, holder = FileLock(directory / ".lock", timeout=0), directory / ".holder"
+        try:
+            lock.acquire()
+        except Timeout:
+            who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+            raise UserError(
+                f"{directory}: {who} is at work in it; wait until that has ended, or name another "
+                "directory"
+            ) from None
+        with suppress(OSError):  # who it is, is for messages alone
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{directory or parent}: can't write there ({one_line(error)}); name another directory"
+        ) from error
+    try:
+        yield directory
+    finally:
+        with suppress(OSError):
+            holder.unlink(missing_ok=True)
+        with suppress(OSError):
+            if {file.name for file in directory.iterdir()} <= {".lock"}:
+                (directory / ".lock").unlink(missing_ok=True)
+                for folder in new:
+                    folder.rmdir()  # fails, and ends this, where there is something in it
+        lock.release()
+
+
+def _timestamped(parent: Path) -> Path:
+    name = time.strftime("%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
+        directory = parent / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            directory.mkdir()
+            return directory
+    raise AssertionError("unreachable")
 
 
 def _sync_folder(folder: Path) -> None:

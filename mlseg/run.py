@@ -29,7 +29,7 @@ from mlseg.config.registry import run_imports
 from mlseg.dry_run import dry_run
 from mlseg.engines.engine import Engine
 from mlseg.errors import UserError
-from mlseg.files import timestamp, write_json, write_text
+from mlseg.files import claimed, write_json, write_text
 from mlseg.machine import device_name, versions
 from mlseg.problems.systems import AnyRunSettings, all_systems, load_system
 from mlseg.randomness import seed_everything
@@ -69,13 +69,26 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    tree, directory = _what_and_where(arguments)
+    tree = _what(arguments)
+    if arguments.dry_run:
+        return _train(arguments, tree, None)
+    parent = Path("runs") / Path(arguments.config or "").stem
+    with claimed(arguments.resume or arguments.out, parent) as directory:
+        if arguments.resume is None and (directory / "config.yaml").exists():
+            raise UserError(
+                f"--out: {directory} holds a run already; go on with it by --resume {directory}, "
+                "or name another directory"
+            )
+        return _train(arguments, tree, directory)
+
+
+def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | None) -> int:
     settings, build = parse_run(tree)
     chosen, remark = _threads(arguments, settings)
     settings = settings.model_copy(update={"threads": chosen.use().number})
     say_notes(tree)
     seed_everything(settings.seed)
-    if arguments.dry_run:
+    if directory is None:
         dry_run(build(settings, None))
         return 0
     engine = build(settings, directory)
@@ -159,19 +172,12 @@ def begun_with(run: Path) -> int:
     return stored if isinstance(stored, int) else torch.get_num_threads()
 
 
-def _what_and_where(arguments: argparse.Namespace) -> tuple[config.Tree, Path]:
+def _what(arguments: argparse.Namespace) -> config.Tree:
     if arguments.resume is not None:
-        return _resumed(arguments), arguments.resume
+        return _resumed(arguments)
     if arguments.config is None:
         raise UserError("name a config, such as configs/e2eaug_isic_small.yaml (see --help)")
-    tree = config.load(arguments.config, arguments.overrides)
-    directory = arguments.out or Path("runs") / Path(arguments.config).stem / timestamp()
-    if (directory / "config.yaml").exists() and not arguments.dry_run:
-        raise UserError(
-            f"--out: {directory} holds a run already; go on with it by --resume {directory}, "
-            "or name another directory"
-        )
-    return tree, directory
+    return config.load(arguments.config, arguments.overrides)
 
 
 def _resumed(arguments: argparse.Namespace) -> config.Tree:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from mlseg import evaluate, predict, run
+from mlseg.files import claimed
 
 
 def train(tmp_path: Path, *overrides: str) -> Path:
@@ -340,3 +341,30 @@ def test_predict_overwrites_nothing_but_its_own(
     assert not theirs.is_symlink()
     assert predict.main(again) == 0, "its own files are its to replace"
     assert {path.name for path in masks.iterdir()} == {"a.png", "a_overlay.png"}
+
+
+def test_a_directory_is_one_runs_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = train(tmp_path)
+    with claimed(out, tmp_path):
+        for arguments in (["--resume", str(out)], [str(tmp_path / "tiny.yaml"), "--out", str(out)]):
+            capsys.readouterr()
+            assert run.main(arguments) == 2
+            assert f"process {os.getpid()} on " in one_line(capsys)
+    assert run.main(["--resume", str(out)]) == 0, "the lock ends with its holder"
+
+    monkeypatch.setattr("time.strftime", lambda form: "now")
+    with claimed(None, tmp_path / "runs") as first, claimed(None, tmp_path / "runs") as second:
+        assert [path.name for path in (first, second)] == ["now", "now-2"]
+        (second / "config.yaml").touch()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["now-2"], "the other is empty"
+
+
+def test_a_directory_that_cannot_be_made_is_said_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml")
+    for out in (config, config / "run"):
+        assert run.main([str(config), "--out", str(out)]) == 2
+        assert "can't write there" in one_line(capsys)
