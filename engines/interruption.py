@@ -48,8 +48,11 @@ class Interruption:
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._former[number] = signal.signal(number, self._note)
+                if signal.Signals(number).name == "SIGHUP" and (
+                    signal.getsignal(number) is signal.SIG_IGN
+                ):
+                    continue  # shells ignore SIGINT for what they start behind them; nohup means it
+                self._former[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -67,6 +67,7 @@ class Child:
 
 
 def _run(arguments: list[str], stderr: Path, before: Callable[[], None] | None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
     code = 70
     try:
         descriptor = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -73,6 +73,27 @@ def test_under_nohup_a_closed_terminal_ends_nothing() -> None:
         signal.signal(signal.SIGHUP, former)
 
 
+def test_a_run_that_a_script_has_started_behind_it_hears_sigint() -> None:
+    """Shells without job control ignore SIGINT for it."""
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interruption.requested
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+def test_a_closed_terminal_is_a_request() -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interruption.requested
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
 def test_a_second_signal_acts_at_once(tmp_path: Path) -> None:
     """For who can't wait for the step: the default action, here KeyboardInterrupt."""
     out = tmp_path / "run"
