@@ -62,36 +62,25 @@ def test_a_signal_ends_the_step_saves_and_exits(tmp_path: Path, number: signal.S
     assert json.loads((out / "events.jsonl").read_text().splitlines()[-1])["event"] == "interrupted"
 
 
-def test_under_nohup_a_closed_terminal_ends_nothing() -> None:
-    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize(
+    ("number", "before", "heard"),
+    [
+        (signal.SIGHUP, signal.SIG_DFL, True),
+        (signal.SIGHUP, signal.SIG_IGN, False),  # nohup
+        (signal.SIGINT, signal.SIG_IGN, True),  # as shells start what runs behind a script
+    ],
+)
+def test_what_is_heard_of_a_signal(
+    number: signal.Signals, before: signal.Handlers, heard: bool
+) -> None:
+    former = signal.signal(number, before)
     try:
         with Interruption() as interruption:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not interruption.requested
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            os.kill(os.getpid(), number)
+            assert interruption.requested == heard
+        assert signal.getsignal(number) == before
     finally:
-        signal.signal(signal.SIGHUP, former)
-
-
-def test_a_run_that_a_script_has_started_behind_it_hears_sigint() -> None:
-    """Shells without job control ignore SIGINT for it."""
-    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with Interruption() as interruption:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert interruption.requested
-    finally:
-        signal.signal(signal.SIGINT, former)
-
-
-def test_a_closed_terminal_is_a_request() -> None:
-    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    try:
-        with Interruption() as interruption:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert interruption.requested
-    finally:
-        signal.signal(signal.SIGHUP, former)
+        signal.signal(number, former)
 
 
 def test_a_second_signal_acts_at_once(tmp_path: Path) -> None:
