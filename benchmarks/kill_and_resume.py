@@ -6,15 +6,16 @@
 One run goes through untouched; another is killed and resumed until it has been killed often
 enough, then left to finish. Everything that a run leaves must agree bit for bit: the weights,
 optimizers and random states of ``last.pt``, the weights of ``best.pt``, ``results.json``,
-``metrics.jsonl``, ``events.jsonl`` and ``architecture.json``; only the seconds that it took may
-differ. Exit code 1 if anything else does. Moments are drawn uniformly, counted from when a process
-has built or restored everything and starts to train.
+``metrics.jsonl``, ``events.jsonl`` and ``architecture.json``, TensorBoard's curves, pictures; only
+the seconds that it took may differ. Exit code 1 if anything else does. Moments are drawn uniformly,
+counted from when a process has built or restored everything and starts to train.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 import signal
 import subprocess
@@ -47,6 +48,7 @@ SMALL = [
     "device=cpu",
 ]
 """What makes :data:`CONFIG` run in a minute when no config is given."""
+CURVES = "tensorboard"
 RECORDS = ("metrics.jsonl", "events.jsonl", "architecture.json", "splits.json", "config.yaml")
 
 
@@ -132,11 +134,38 @@ def differences(a: Path, b: Path) -> list[str]:
     results = [json.loads((run / "results.json").read_text()) for run in (a, b)]
     for result in results:
         del result["seconds"]
+        result["threads"].pop("chosen_by")  # a resumed run takes those that it began with
     found += [f"results.json: {key}" for key in _unequal(*results)]
     for name in RECORDS:
         if (a / name).exists() and _untimed(a / name) != _untimed(b / name):
             found.append(name)
-    return found
+    files = [
+        {p.relative_to(run): p for p in run.rglob("*") if p.is_file() and p.parent.name != CURVES}
+        for run in (a, b)
+    ]
+    found += [f"only in one: {name}" for name in sorted(files[0].keys() ^ files[1].keys())]
+    found += [
+        str(name)
+        for name in sorted(files[0].keys() & files[1].keys())
+        if name.suffix == ".png" and files[0][name].read_bytes() != files[1][name].read_bytes()
+    ]
+    curves = [_curves(run / CURVES) for run in (a, b)]
+    return found + [f"{CURVES}: {tag}" for tag in _unequal(*curves)]
+
+
+def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """TensorBoard's curves as it shows them: steps and values by tag, but for seconds."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if not folder.is_dir():
+        return {}
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every restart
+    shown = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
+    shown.Reload()
+    tags = shown.Tags()
+    scalars = [tag for tag in tags["scalars"] if not tag.endswith("_seconds")]
+    curves = {tag: [(e.step, e.value) for e in shown.Scalars(tag)] for tag in scalars}
+    return curves | {tag: [(e.step, 0.0) for e in shown.Images(tag)] for tag in tags["images"]}
 
 
 def _untimed(path: Path) -> Any:
