@@ -7,7 +7,8 @@
 Each trial is drawn from the seed, its kind and its number, and must end right or refused: with the
 result of a run that nobody touched, or one line that says what is wrong; without a traceback,
 without a file outside, within its time and memory. A table counts the trials by kind. A trial that
-fails is kept as a folder, with ``again.sh`` to try it again, and the exit code is 1.
+fails is kept as a folder, with ``again.sh`` to try it again and the commands that it called in
+``logs/commands.sh``, and the exit code is 1.
 """
 
 from __future__ import annotations

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 import socket
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -79,8 +81,8 @@ def claimed(directory: Path | None, parent: Path) -> Iterator[Path]:
 
     The lock is the kernel's (``flock`` on a file ``.lock``) and ends with its process, however that
     ends. Over NFS it holds between machines where the server's lock service runs, and only between
-    the processes of one machine where it doesn't. A directory that was made for this and stays
-    empty is removed.
+    the processes of one machine where it doesn't; SECURITY.md has what holds where. A directory
+    that was made for this and stays empty is removed.
 
     Args:
         directory: None: a new one in ``parent``, named by the local time; two of one second get
@@ -98,13 +100,18 @@ def claimed(directory: Path | None, parent: Path) -> Iterator[Path]:
             new = [directory, *new]
         lock, holder = FileLock(directory / ".lock", timeout=0), directory / ".holder"
         try:
-            lock.acquire()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what is refused below
+                lock.acquire()
         except Timeout:
             who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
             raise UserError(
                 f"{directory}: {who} is at work in it; wait until that has ended, or name another "
                 "directory"
             ) from None
+        if type(lock) is not FileLock:  # it makes do with a file that outlives its process
+            lock.release()
+            raise OSError(errno.ENOSYS, "its file system has no locks")
         with suppress(OSError):  # who it is, is for messages alone
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     except OSError as error:

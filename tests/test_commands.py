@@ -1,5 +1,6 @@
 """The commands, as a user types them: what they leave, what they say, their exit codes."""
 
+import errno
 import json
 import os
 import sys
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from mlseg import evaluate, predict, run
+from mlseg.errors import UserError
 from mlseg.files import claimed
 
 
@@ -341,6 +343,21 @@ def test_predict_overwrites_nothing_but_its_own(
     assert not theirs.is_symlink()
     assert predict.main(again) == 0, "its own files are its to replace"
     assert {path.name for path in masks.iterdir()} == {"a.png", "a_overlay.png"}
+
+
+def test_a_file_system_without_locks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never a lock that would outlive its process."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    with pytest.raises(UserError, match="no locks") as caught, claimed(tmp_path / "run", tmp_path):
+        pass
+    assert "\n" not in str(caught.value)
 
 
 def test_a_directory_is_one_runs_at_a_time(

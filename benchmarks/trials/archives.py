@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import random
 import struct
-import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,7 +115,3 @@ def _made(draw: random.Random, members: dict[str, bytes], folder: Path) -> bytes
         value = draw.choice((0, 1, 99, 2**15, 2**31 - 1, 2**32 - 1)) & (256**size - 1)
         data[place + field : place + field + size] = struct.pack("<I", value)[:size]
     return bytes(data)
-
-
-if __name__ == "__main__":
-    sys.exit(fetched(sys.argv[1:]))

@@ -14,6 +14,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import resource
+import shlex
 import signal
 import sys
 import time
@@ -86,12 +87,9 @@ class Task:
         return self.place.parent / LOGS / f"{self.name}.err"
 
     def line(self) -> str:
-        """The command for a shell."""
-        import shlex
-
-        if ":" in self.command:
-            return f"# {self.command} {shlex.join(self.arguments)}"
-        return f"python -m mlseg.{self.command} {shlex.join(self.arguments)}"
+        """The command for a shell, apart from what breaks it."""
+        module = f"mlseg.{self.command}" if ":" not in self.command else self.command
+        return f"cd {shlex.quote(str(self.place))}; python -m {module} {shlex.join(self.arguments)}"
 
 
 class Child:
@@ -110,6 +108,8 @@ class Child:
             os.mkfifo(self._pipe)
             self._reader = os.open(self._pipe, os.O_RDWR | os.O_NONBLOCK)
             fcntl.fcntl(self._reader, fcntl.F_SETPIPE_SZ, 2**20)
+        with (task.log.parent / "commands.sh").open("a", encoding="utf-8") as file:
+            file.write(f"{task.line()}  # {task.name}\n")
         _start_server()
         self._process = _processes.Process(target=_work, args=(task, self._report), daemon=True)
         self._process.start()
