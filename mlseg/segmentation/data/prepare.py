@@ -170,7 +170,7 @@ def _missing(entry: Entry, root: Path) -> UserError:
 
 def _of(parts: dict[str, list[Example]], how: str) -> dict[str, list[Example]]:
     """The parts that a split is made from."""
-    if how == "official":
+    if how.startswith("official"):
         return parts
     return {"all": parts["all"] if "all" in parts else parts.get("train", [])}
 
@@ -178,12 +178,12 @@ def _of(parts: dict[str, list[Example]], how: str) -> dict[str, list[Example]]:
 def _split(
     entry: Entry, parts: dict[str, list[Example]], settings: DataSettings, root: Path
 ) -> tuple[splits.Split, str]:
-    """The split and how it was made, "drawn" or "official"."""
+    """The split and how it was made: `DataSettings.splits`, or the set's default of it."""
     name = f"{entry.spec.name} in {root}"
     by_default = entry.official or (entry.spec.name == "pairs" and "all" not in parts)
     how = settings.splits or ("official" if by_default else "drawn")
     counts = settings.train, settings.val, settings.test, settings.split_seed
-    if how == "official":
+    if how.startswith("official"):
         if "all" in parts:
             raise UserError(f"{name}: comes without an official split; set data.splits to drawn")
         ids = {part: [e.id for e in examples] for part, examples in parts.items()}
@@ -194,6 +194,8 @@ def _split(
                     "or leave it out, and test on the validation split or the benchmark's server"
                 )
             ids = {part: found for part, found in ids.items() if part != "test"} | {"test": []}
+        if how == "official_test":
+            ids.pop("val", None)  # drawn from the training part, then
         return splits.official(ids, *counts, name), how
     (pool,) = _of(parts, how).values()
     if not pool:

@@ -37,7 +37,9 @@ class DataSettings(Settings):
         train, val, test: number of examples; not given: see `mlseg.segmentation.data.splits`.
         split_seed: another seed, another draw of the examples.
         splits: "official" takes the split that the set comes with, "drawn" draws from its
-            examples (from its training part where it comes split). Not given: the set's default.
+            examples (from its training part where it comes split); "official_test" tests on the
+            official test part and draws training and validation from the training part. Not given:
+            the set's default.
         out_of_distribution: names of data sets that are only tested on, whole.
         out_of_distribution_roots: their folders by name, where they aren't data/<name>.
         classes: names of the classes, for own data; two without an ignore index mean a binary mask
@@ -60,7 +62,7 @@ class DataSettings(Settings):
     val: Count | None = None
     test: Count | None = None
     split_seed: int = 0
-    splits: Literal["drawn", "official"] | None = None
+    splits: Literal["drawn", "official", "official_test"] | None = None
     out_of_distribution: list[str] = []
     out_of_distribution_roots: dict[str, str] = {}
     classes: list[str] | None = None
