@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mlseg.config import Tree
 from mlseg.engines.interruption import Interrupted
-from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, RunError, UserError, one_line
+from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, RunError, UserError, one_line, printable
 
 
 def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
@@ -85,10 +85,10 @@ def _guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.N
     try:
         return command(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return EXIT_USER_ERROR
     except RunError as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"failed: {printable(str(error))}", file=sys.stderr)
         return EXIT_RUN_ERROR
     except torch.OutOfMemoryError as error:
         print(f"failed: {one_line(error)} Lower a batch_size or image_size.", file=sys.stderr)
@@ -104,7 +104,7 @@ def _guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.N
 def say_notes(tree: Tree) -> None:
     """Print what a command line has dropped from a config."""
     for note in tree.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
 
 
 def make_console(stderr: bool = False) -> Console:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +17,44 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mlseg.errors import RunError, UserError, one_line
+
+
+def reachable(path: str | Path) -> Path:
+    """A path as a user wrote it, ``~`` filled in; there need be nothing at it.
+
+    Raises:
+        UserError: nobody is called so (``~nobody``), or the system can't even look there: a name
+            too long, a loop of links, a folder that may not be entered.
+    """
+    try:
+        found = Path(path).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            found.stat()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no user of that name; write the folder out") from None
+    except (OSError, ValueError) as error:  # ValueError: it holds a NUL
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
+        raise UserError(f"{path}: no usable path ({reason})") from None
+    return found
+
+
+def require_file(path: Path, most: int | None = None) -> None:
+    """Check that a path leads to a plain file: reading a pipe or a device may never end.
+
+    Args:
+        most: bytes that it may have.
+
+    Raises:
+        UserError: it is a pipe, a device or the like, or larger.
+        OSError: there is nothing, a folder, or what can't be looked at.
+    """
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
+        if stat.S_ISDIR(state.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise UserError(f"{path}: a pipe or a device, not a file")
+    if most is not None and state.st_size > most:
+        raise UserError(f"{path}: {state.st_size / 2**20:.1f} MiB, more than {most / 2**20:g}")
 
 
 @contextmanager

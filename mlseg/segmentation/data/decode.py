@@ -11,8 +11,10 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mlseg.errors import RunError, UserError
+from mlseg.files import require_file
 from mlseg.segmentation.data.entry import Entry, Example, RawFormat
 from mlseg.segmentation.data.placement import PADDING, Fit, padded, placed
 from mlseg.segmentation.data.samples import DatasetSpec, Samples
@@ -33,8 +36,19 @@ CACHE_FORMAT = 1
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What files may be, whatever their names say: none for which Pillow starts another program."""
 _LOSSY = {"JPEG", "WEBP"}
+MEGAPIXELS = 89
+"""Millions of pixels that an image or mask may have: Pillow's own limit; see `limit_pixels`."""
 # Darkest grey that a lossy file may hold where the mask is empty.
 _NOISE = 32
+
+
+def limit_pixels(megapixels: float) -> None:
+    """Set how many millions of pixels an image or mask may have, in this whole process.
+
+    It is Pillow's limit, beyond which it warns; here such files are refused before decoding.
+    """
+    Image.MAX_IMAGE_PIXELS = int(megapixels * 1e6)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def read_image(
@@ -53,7 +67,7 @@ def read_image(
         raw: format of files without a header, where `path` has its suffix.
 
     Raises:
-        UserError: the file isn't a readable image.
+        UserError: the file isn't a readable image, or has too many pixels.
     """
     image = _open_image(path, raw).convert("L" if channels == 1 else "RGB")
     if size is not None and image.size != size[::-1]:
@@ -117,12 +131,9 @@ def image_size(path: Path, raw: RawFormat | None = None) -> tuple[int, int]:
     if path.suffix.lower() == ".txt":
         width, height = _load_text(path).size
         return height, width
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except Exception as error:  # a damaged file makes decoders fail in any way
-        raise _unreadable(path, error) from error
+    with _opened(path) as image:
+        width, height = image.size
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
 
 
@@ -273,7 +284,10 @@ def _key(
     files = []
     for example in examples:
         for path in (example.image, *example.masks):
-            state = path.stat()
+            try:
+                state = path.stat()
+            except OSError as error:
+                raise _unreadable(path, error) from None
             files.append([example.id, str(path.resolve()), state.st_size, state.st_mtime_ns])
     remap = sorted((entry.remap or {}).items())
     what = [
@@ -305,10 +319,29 @@ def _open_image(path: Path, raw: RawFormat | None) -> Image.Image:
 
 
 def _load(path: Path) -> Image.Image:
+    with _opened(path) as image:
+        image.load()
+        return image
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image of which only the head is read; what fails in the block is the file's fault."""
     try:
+        require_file(path)
         with Image.open(path, formats=FORMATS) as image:
-            image.load()
-            return image
+            most = Image.MAX_IMAGE_PIXELS
+            if most is not None and image.width * image.height > most:
+                raise Image.DecompressionBombError
+            yield image
+    except UserError:
+        raise
+    except Image.DecompressionBombError:
+        most = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise UserError(
+            f"{path}: more than {most:.0f} million pixels; make it smaller, or raise the limit "
+            "(data.max_megapixels in a config, --max-megapixels)"
+        ) from None
     except Exception as error:  # a damaged file makes decoders fail in any way
         raise _unreadable(path, error) from error
 
@@ -316,7 +349,10 @@ def _load(path: Path) -> Image.Image:
 def _load_text(path: Path) -> Image.Image:
     """A text file of integers, a row per line, as an image of 32 bits."""
     try:
+        require_file(path, 4 * (Image.MAX_IMAGE_PIXELS or 2**30))
         values = np.loadtxt(path, dtype=np.int32, ndmin=2)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
     if not values.size:
@@ -344,15 +380,17 @@ def _is_raw(path: Path, raw: RawFormat | None) -> bool:
 
 
 def _read_raw(path: Path, raw: RawFormat) -> NDArray[np.uint8]:
+    wanted = raw.height * raw.width * 2
     try:
+        require_file(path)
+        size = path.stat().st_size
+        if size != wanted:
+            raise UserError(
+                f"{path}: {size} bytes, but {raw.height}x{raw.width} pixels of 16 bits are {wanted}"
+            )
         values = np.fromfile(path, dtype=">u2")
     except OSError as error:
         raise _unreadable(path, error) from None
-    if values.size != raw.height * raw.width:
-        raise UserError(
-            f"{path}: {values.size * 2} bytes, but {raw.height}x{raw.width} pixels of 16 bits are "
-            f"{raw.height * raw.width * 2}"
-        )
     top = 2**raw.bits - 1
     grey = np.minimum(values.reshape(raw.height, raw.width), top).astype(np.float64) / top
     return np.rint(255 * (1 - grey if raw.white_is_zero else grey)).astype(np.uint8)
