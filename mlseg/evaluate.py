@@ -39,6 +39,8 @@ from mlseg.segmentation.data import (
     load_data,
     load_examples,
 )
+from mlseg.segmentation.data.decode import MEGAPIXELS, limit_pixels
+from mlseg.segmentation.data.layout import MAX_FILES
 from mlseg.segmentation.metrics import SCORES
 from mlseg.segmentation.scoring import score
 from mlseg.segmentation.trained import Ensemble, load_runs
@@ -56,6 +58,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--data", nargs="+", metavar="NAME", help="data sets; default: the run's own")
     made.add_argument("--root", help="folder of the data set, when one is named")
     made.add_argument("--scale", choices=("native", "trained"), help="default: the run's own")
+    made.add_argument(
+        "--max-files", type=int, default=MAX_FILES, metavar="N", help="in a data set's folder"
+    )
     add_choices(made)
     threads.add_flag(made)
     made.add_argument("--out", type=Path, help="JSON file for all figures, per image too")
@@ -65,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.root is not None and len(arguments.data or ()) != 1:
         raise UserError("--root: the folder of one data set; name exactly one with --data")
+    set_limits(arguments)
     device = choose_device(arguments.device)
     ensemble = load_chosen(arguments, device)
     chosen = choose_threads(arguments).use()
@@ -77,7 +83,14 @@ def _run(arguments: argparse.Namespace) -> int:
             raise _nothing_of_its_own(arguments.runs[0], data.manifest["dataset"])
     else:
         sets = {
-            name: load_examples(name, arguments.root, trained.image_size, trained.spec, trained.fit)
+            name: load_examples(
+                name,
+                arguments.root,
+                trained.image_size,
+                trained.spec,
+                trained.fit,
+                arguments.max_files,
+            )
             for name in arguments.data
         }
     scale = arguments.scale or trained.scoring
@@ -124,6 +137,18 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
         "--threshold", type=probability, help="of the foreground's probability; default: the same"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--max-megapixels",
+        type=above_zero,
+        metavar="N",
+        help=f"largest image, in millions of pixels ({MEGAPIXELS})",
+    )
+
+
+def set_limits(arguments: argparse.Namespace) -> None:
+    """Obey what :func:`add_choices` says of sizes."""
+    if arguments.max_megapixels is not None:
+        limit_pixels(arguments.max_megapixels)
 
 
 def load_chosen(arguments: argparse.Namespace, device: torch.device) -> Ensemble:

@@ -14,7 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 
 from mlseg.errors import RunError, UserError, one_line
 
@@ -92,6 +94,25 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def mapped(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """A new file of bytes as an array in memory, its room on the disk claimed.
+
+    A full disk is an error here; at the first write to a mapped page it would be a signal that ends
+    the process.
+
+    Args:
+        path: of the ``.npy`` file; its folder must exist.
+
+    Raises:
+        OSError: there is no room, or it can't be made.
+    """
+    array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,11 +8,9 @@ truncation, it loses part of its foreground. Shapes are stretched or padded, nev
 import hashlib
 import json
 import os
-import shutil
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -26,8 +24,9 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
 
-from mlseg.errors import RunError, UserError
+from mlseg.errors import UserError
 from mlseg.files import require_file
+from mlseg.segmentation.data.cache import kept
 from mlseg.segmentation.data.entry import Entry, Example, RawFormat
 from mlseg.segmentation.data.placement import PADDING, Fit, padded, placed
 from mlseg.segmentation.data.samples import DatasetSpec, Samples
@@ -151,12 +150,12 @@ def decode(
         size: (H, W) of the arrays.
         fit: how images of other shapes get there; "pad" fills them with grey, and the masks with
             the ignore index, which `spec` must have.
-        cache: a folder for memory-mapped files; what is there already and was made from the same
-            files is used. None: in memory.
+        cache: a folder for memory-mapped files; what is there already, was made from the same
+            files and isn't damaged is used. None: in memory.
 
     Raises:
         UserError: a file is unreadable, image and mask differ in size, a mask has wrong values.
-        RunError: the cache can't be written.
+        RunError: the cache can't be written, as on a full disk.
     """
     ids = [example.id for example in examples]
 
@@ -174,14 +173,7 @@ def decode(
         fill(images, masks)
         return samples(images, masks, mapped=False)
     folder = cache / f"{spec.name}-{_key(examples, entry, spec, size, fit)}"
-    if not folder.is_dir():
-        try:
-            _write(folder, shapes, fill)
-        except OSError as error:
-            raise RunError(f"{cache}: can't keep decoded images here ({error})") from None
-    # Mode "c" gives writable pages that never reach the file; torch wants writable memory.
-    images, masks = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("images", "masks"))
-    return samples(images, masks, mapped=True)
+    return samples(*kept(folder, shapes, fill), mapped=True)
 
 
 def _read_masks(
@@ -245,32 +237,6 @@ def _native_size(example: Example, entry: Entry) -> tuple[int, int]:
                 f"{example.image.name} of {width}x{height}; they must be of one size"
             )
     return height, width
-
-
-def _write(
-    folder: Path,
-    shapes: tuple[tuple[int, ...], tuple[int, ...]],
-    fill: Callable[[NDArray[np.uint8], NDArray[np.uint8]], None],
-) -> None:
-    """Decode into files; the folder appears under its name only when it is complete."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
-        images, masks = (
-            np.lib.format.open_memmap(work / f"{name}.npy", "w+", np.uint8, shape)
-            for name, shape in zip(("images", "masks"), shapes, strict=True)
-        )
-        fill(images, masks)
-        images.flush()
-        masks.flush()
-        del images, masks
-        try:
-            os.replace(work, folder)
-        except OSError:
-            if not folder.is_dir():  # else another run has just made the same
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _key(
