@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -57,6 +58,24 @@ def require_file(path: Path, most: int | None = None) -> None:
         raise UserError(f"{path}: a pipe or a device, not a file")
     if most is not None and state.st_size > most:
         raise UserError(f"{path}: {state.st_size / 2**20:.1f} MiB, more than {most / 2**20:g}")
+
+
+def require_writable(path: Path, option: str = "--out") -> None:
+    """Check, before any work, that a file or a folder can be made at a path; makes nothing.
+
+    Raises:
+        UserError: it can't.
+    """
+    place = reachable(path)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        if place == path:
+            place = place if place.is_dir() else place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"{option}: {path}: can't write there ({one_line(error)})") from None
 
 
 @contextmanager
@@ -134,6 +153,27 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def require_new(directory: Path) -> None:
+    """Check that a claimed directory holds nothing yet: no run, and nobody's files.
+
+    Raises:
+        UserError: it does.
+    """
+    if (directory / "config.yaml").exists():
+        raise UserError(
+            f"--out: {directory} holds a run already; go on with it by --resume {directory}, or "
+            "name another directory"
+        )
+    theirs = sorted({path.name for path in directory.iterdir()} - {_LOCK, _HOLDER})
+    if theirs:
+        raise UserError(
+            f"--out: {directory} isn't empty ({theirs[0]} is in it); name a new directory"
+        )
+
+
+_LOCK, _HOLDER = ".lock", ".holder"
+
+
 @contextmanager
 def claimed(directory: Path | None, parent: Path) -> Iterator[Path]:
     """A run directory for this process alone, for as long as the block lasts.
@@ -157,7 +197,7 @@ def claimed(directory: Path | None, parent: Path) -> Iterator[Path]:
         if directory is None:
             directory = _timestamped(parent)
             new = [directory, *new]
-        lock, holder = FileLock(directory / ".lock", timeout=0), directory / ".holder"
+        lock, holder = FileLock(directory / _LOCK, timeout=0), directory / _HOLDER
         try:
             lock.acquire()
         except Timeout:
@@ -178,8 +218,8 @@ def claimed(directory: Path | None, parent: Path) -> Iterator[Path]:
         with suppress(OSError):
             holder.unlink(missing_ok=True)
         with suppress(OSError):
-            if {file.name for file in directory.iterdir()} <= {".lock"}:
-                (directory / ".lock").unlink(missing_ok=True)
+            if {file.name for file in directory.iterdir()} <= {_LOCK}:
+                (directory / _LOCK).unlink(missing_ok=True)
                 for folder in new:
                     folder.rmdir()  # fails, and ends this, where there is something in it
         lock.release()

@@ -10,7 +10,8 @@ class indices with the classes' colours as palette), and ``<name>_overlay.png``.
 mean of their probabilities. What ``mlseg.calibrate`` chose for exactly these weights is used.
 
 Nothing is overwritten but what an earlier call has written, which the files say of themselves; with
-``--overwrite`` any file of these names but the images.
+``--overwrite`` any file of these names but the images. A run that names code from outside mlseg
+needs ``--trust``.
 """
 
 import argparse
@@ -31,13 +32,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.progress import track
 
-from mlseg.commands import guarded, make_console
+from mlseg.commands import guarded, make_console, named
+from mlseg.config.registry import strangers
 from mlseg.errors import EXIT_RUN_ERROR, UserError, printable
-from mlseg.evaluate import add_choices, choose_threads, load_chosen, set_limits
-from mlseg.files import reachable, replacing, writing
+from mlseg.evaluate import add_choices, choose_threads, load_chosen
+from mlseg.files import reachable, replacing, require_writable, writing
 from mlseg.machine import choose_device
 from mlseg.segmentation.data import PADDING, DatasetSpec, padded, placed, to_float
-from mlseg.segmentation.data.decode import read_image
+from mlseg.segmentation.data.decode import limit_pixels, read_image
 from mlseg.segmentation.pictures import overlay
 from mlseg.segmentation.scoring import label_map
 from mlseg.segmentation.trained import Ensemble
@@ -47,7 +49,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    return guarded(_run, parser().parse_args(argv))
+    return guarded(_run_guarded, parser().parse_args(argv))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="mlseg predict", description="Segment images with a run.")
     made.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     made.add_argument("images", help="a folder, a file, or a glob in quotes")
-    made.add_argument("--out", type=Path, required=True, help="folder for masks and overlays")
+    made.add_argument("--out", type=named, required=True, help="folder for masks and overlays")
     made.add_argument(
         "--overwrite", action="store_true", help="also files there that predict hasn't written"
     )
@@ -64,10 +66,16 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _run_guarded(arguments: argparse.Namespace) -> int:
+    with strangers(arguments.trust):
+        return _run(arguments)
+
+
 def _run(arguments: argparse.Namespace) -> int:
-    set_limits(arguments)
+    limit_pixels(arguments.max_megapixels)
     paths = find_images(arguments.images)
     check_outputs(paths, arguments.out, arguments.overwrite)
+    require_writable(arguments.out)
     ensemble = load_chosen(arguments, choose_device(arguments.device))
     choose_threads(arguments).use()
     spec = ensemble.first.spec

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from mlseg.errors import UserError
@@ -210,7 +211,7 @@ def _fill(
             console = Console(file=sys.stderr)
             for _ in track(
                 done,
-                f"decoding {spec.name}",
+                f"decoding {escape(spec.name)}",
                 len(examples),
                 console=console,
                 transient=True,

@@ -61,8 +61,7 @@ def load_data(settings: DataSettings) -> SegmentationData:
     """
     entry = settings.entry
     root = resolve_root(entry.spec.name, settings.root)
-    if settings.max_megapixels is not None:
-        limit_pixels(settings.max_megapixels)
+    limit_pixels(settings.max_megapixels)
     if entry.synthetic or not _available(entry, root, settings):
         return _synthetic(entry, root, settings)
 

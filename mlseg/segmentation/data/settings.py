@@ -9,6 +9,7 @@ import pydantic
 
 from mlseg.config import Settings
 from mlseg.files import reachable
+from mlseg.segmentation.data.decode import MEGAPIXELS
 from mlseg.segmentation.data.entry import DATA_SETS, Entry, data_set
 from mlseg.segmentation.data.layout import MAX_FILES
 from mlseg.segmentation.data.palettes import spread_palette
@@ -51,8 +52,8 @@ class DataSettings(Settings):
         cache_dir: where those files are; if given, every data set is kept there, so that the next
             run doesn't decode. Default: the user's cache folder, used only beyond the limit.
         max_files: files and folders that may lie in the data set's folder.
-        max_megapixels: millions of pixels that an image or mask may have; not given: 89, which is
-            Pillow's limit. Decoding takes some 15 bytes a pixel.
+        max_megapixels: millions of pixels that an image or mask may have. Default: Pillow's limit.
+            Decoding takes some 15 bytes a pixel.
     """
 
     name: str
@@ -75,7 +76,7 @@ class DataSettings(Settings):
     memory_limit_mib: Count = 4096
     cache_dir: str | None = None
     max_files: Annotated[int, pydantic.Field(ge=1)] = MAX_FILES
-    max_megapixels: Annotated[float, pydantic.Field(gt=0)] | None = None
+    max_megapixels: Annotated[float, pydantic.Field(gt=0)] = MEGAPIXELS
 
     @pydantic.field_validator("name")
     @classmethod
