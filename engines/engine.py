@@ -565,7 +565,7 @@ class Engine(KnowsLevels, betty.engine.Engine):
                     f"problem {problem.name!r} is plain Betty's, which keeps no place in its data: "
                     "a run of it can't go on; derive it from mlseg.Problem, or start again"
                 )
-        if self.env is not None and not callable(getattr(self.env, "load_state_dict", None)):
+        if self.env is not None and not state.keeps_state(self.env):
             raise UserError(
                 "the engine's env has no state_dict and load_state_dict, so that a run can't go "
                 "on exactly; define both, or start again"

@@ -87,8 +87,10 @@ class Graph(NamedTuple):
 def both_ways(dependencies: Mapping[str, Dependencies]) -> Graph:
     """Betty's dict of dependencies; UserError if it isn't of ``u2l`` and ``l2u``."""
     if not isinstance(dependencies, Mapping) or set(dependencies) != {"u2l", "l2u"}:
-        found = ", ".join(map(repr, dependencies)) if isinstance(dependencies, Mapping) else "none"
-        raise UserError(f"dependencies: a dict of 'u2l' and 'l2u' is needed; it has {found}")
+        found = ", ".join(map(repr, dependencies)) if isinstance(dependencies, Mapping) else ""
+        raise UserError(
+            f"dependencies: a dict of 'u2l' and 'l2u' is needed; it has {found or 'neither'}"
+        )
     return Graph(dependencies["u2l"], dependencies["l2u"])
 
 
@@ -134,8 +136,14 @@ def as_bettys(settings: EngineSettings) -> betty.configs.EngineConfig:
 def wanted_device(
     device: str | torch.device, config: EngineSettings | betty.configs.EngineConfig | None
 ) -> str | torch.device:
-    """The device that is asked for: by name, else by the strategy of Betty's config."""
+    """The device that is asked for: by name, else by the strategy of Betty's config.
+
+    Raises:
+        UserError: the strategy asks for a GPU, and there is none.
+    """
     strategy = getattr(config, "strategy", "default")
     if str(device) != "auto" or strategy not in ("cpu", "gpu"):
         return device
+    if strategy == "gpu" and not torch.cuda.is_available():
+        raise UserError("strategy 'gpu': CUDA is not available here; choose default or cpu")
     return "cpu" if strategy == "cpu" else "cuda"

@@ -36,9 +36,15 @@ def whole(engine: Engine) -> dict[str, Any]:
             "logged": engine._logged,
         },
         "hooks": {hook.name: hook.state_dict() for hook in engine._hooks if hook.name},
+        **({"env": engine.env.state_dict()} if keeps_state(engine.env) else {}),
         "random_state": randomness.capture(engine.device),
         "records": engine._recorder.state_dict(),
     }
+
+
+def keeps_state(env: Any) -> bool:
+    """Whether an environment of Betty's can be saved and taken up again."""
+    return all(callable(getattr(env, f"{what}state_dict", None)) for what in ("", "load_"))
 
 
 def best(engine: Engine) -> dict[str, Any]:
@@ -84,6 +90,8 @@ def restore(engine: Engine, state: Mapping[str, Any]) -> None:
     for hook in engine._hooks:
         if hook.name in saved:
             hook.load_state_dict(saved[hook.name])
+    if "env" in state and keeps_state(engine.env):
+        engine.env.load_state_dict(state["env"])
     engine._recorder.load_state_dict(state["records"])
     randomness.restore(state["random_state"], engine.device)
 

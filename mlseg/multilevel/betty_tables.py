@@ -62,7 +62,7 @@ def _bettys(name: str, vector: Any, curr: Any, prev: Any, sync: bool) -> Any:
     """Betty's method; one line where the level's loss is nothing that it can differentiate."""
     try:
         return BETTYS[name](vector, curr, prev, sync)
-    except (AttributeError, TypeError) as error:
+    except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
         if isinstance(curr.training_step_exec(curr.cur_batch), Tensor):
             raise
         raise RunError(
@@ -87,4 +87,6 @@ def _enter(name: str) -> None:
     jvp_fn_mapping[name] = _for_betty(name)
 
 
+for _name in BETTYS:
+    _enter(_name)
 registry.listen(_enter)

@@ -14,6 +14,7 @@ from typing import Any
 import betty
 import torch
 from betty.problems import HigherIterativeProblem, IterativeProblem, Problem
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from mlseg.errors import UserError, one_line
 from mlseg.multilevel.betty_tables import BETTYS, is_bettys, known_types
@@ -27,9 +28,11 @@ def check_problem(problem: Problem, device: torch.device) -> None:
     name, config = problem.name, problem.config
     if isinstance(problem, (IterativeProblem, HigherIterativeProblem)):
         raise UserError(
-            f"problem {name!r}: {type(problem).__name__} doesn't run in betty-ml 0.2; derive it "
+            f"problem {name!r}: Betty's IterativeProblem doesn't run in betty-ml 0.2; derive it "
             "from mlseg.Problem, with Config(hypergradient='unrolled')"
         )
+    if problem.ready is not None:
+        raise UserError(f"problem {name!r} belongs to another engine already; build it anew")
     for key in ("unroll_steps", "gradient_accumulation"):
         value = getattr(config, key)
         if not isinstance(value, int) or value < 1:
@@ -50,6 +53,12 @@ def check_problem(problem: Problem, device: torch.device) -> None:
             f"problem {name!r} has no data; give it a train_data_loader, or define get_batch"
         )
     ours = isinstance(problem, Revisitable)
+    plateau = isinstance(problem.scheduler, ReduceLROnPlateau)
+    if ours and plateau and getattr(config, "scheduler_step", None) != "validation":
+        raise UserError(
+            f"problem {name!r}: ReduceLROnPlateau goes by a validation's metric; give the problem "
+            "mlseg.Config(scheduler_step='validation')"
+        )
     if not ours and problem.optimizer is None and not problem.is_implemented("configure_optimizer"):
         raise UserError(
             f"problem {name!r} has no optimizer; give it one, or define configure_optimizer"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from mlseg import randomness
 from mlseg.errors import RunError, UserError
 from mlseg.hypergradients import Hop, Vector
 from mlseg.hypergradients.substitution import check_none_left, substituted
@@ -340,7 +341,17 @@ class Problem(Revisitable):
             self.epoch_counter or [],
         )
         self._fresh = FreshBatches(self.name, self._stream, self.device)
+        if self.method is None:
+            # Betty has begun the first pass by now; begin it again, and note from where.
+            randomness.restore(self._before_loaders, self.device)
+            for index, place in enumerate(self._stream.places):
+                self._stream.iterators[index] = place.start_and_wait()
         self.connect()
+
+    def patch_everything(self) -> None:
+        """Betty's; its next step is to begin a pass over each loader."""
+        super().patch_everything()
+        self._before_loaders = randomness.capture(self.device)
 
     def patch_optimizer(self) -> None:
         """Keep the optimizer object; only its state follows the module to the device."""

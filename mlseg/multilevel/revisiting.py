@@ -130,6 +130,8 @@ class Revisitable(graph.KnowsLevels, betty.problems.ImplicitProblem):
         "again": (Again,),
         "trajectory": (Trajectory,),
         "hop_memory": (dict,),
+        "interface": (Interface, type(None)),
+        "replaying": (bool,),
     }
 
     interface: Interface | None
