@@ -94,8 +94,12 @@ def _guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.N
     except RunError as error:
         print(f"failed: {printable(str(error))}", file=sys.stderr)
         return EXIT_RUN_ERROR
-    except torch.OutOfMemoryError as error:
-        print(f"failed: {one_line(error)} Lower a batch_size or image_size.", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        said = one_line(error).removesuffix(".")
+        print(f"failed: out of memory ({said}); lower a batch_size or image_size, or make a "
+              "network smaller", file=sys.stderr)  # fmt: skip
         return EXIT_RUN_ERROR
     except Interrupted as interrupted:
         print(f"{interrupted}; go on with --resume", file=sys.stderr)
@@ -103,6 +107,13 @@ def _guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.N
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether it says that memory ran out; on the processor torch has no class for that."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "DefaultCPUAllocator: " in str(error)
+    )
 
 
 def named(text: str) -> Path:

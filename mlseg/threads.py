@@ -28,6 +28,9 @@ On two cores of a Xeon, U-Nets and their second thread, alone and beside a progr
 core busy: 2 M are trained 1.2 and 0.4 times as fast, 34 M 1.5 and 0.8, 134 M 1.55 and 0.95.
 """
 
+MOST = 1024
+"""Threads of a command. OpenMP ends its process without a word where there can't be so many."""
+
 SPINNING = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
 """For GNU's OpenMP, in turns of its loop, half a millisecond; for LLVM's and Intel's, in ms."""
 
@@ -140,6 +143,6 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
 
 def _number(text: str) -> int:
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} isn't 1 or more")
+    if not 1 <= number <= MOST:
+        raise argparse.ArgumentTypeError(f"{text} isn't 1 to {MOST}")
     return number

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import PositiveInt
 
 from mlseg.config import Settings
 from mlseg.config.registry import Entry, Registry, find_entry
 from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings, LoopSettings
+from mlseg.threads import MOST as MOST_THREADS
 
 
 class AnyRunSettings(Settings):
@@ -32,7 +32,7 @@ class AnyRunSettings(Settings):
     imports: list[str] = []
     seed: Annotated[int, pydantic.Field(ge=0, lt=2**32)] = 0
     device: str = "auto"
-    threads: Literal["auto"] | PositiveInt = "auto"
+    threads: Literal["auto"] | Annotated[int, pydantic.Field(ge=1, le=MOST_THREADS)] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     engine: LoopSettings = LoopSettings()
 

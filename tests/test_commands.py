@@ -385,3 +385,25 @@ def test_a_directory_that_cannot_be_made_is_said_before_any_work(
     for out in (config, config / "run"):
         assert run.main([str(config), "--out", str(out)]) == 2
         assert "can't write there" in one_line(capsys)
+
+
+def test_too_much_memory_or_too_many_threads_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(tiny.write_config(tmp_path / "tiny.yaml"))
+    out = ["--out", str(tmp_path / "run")]
+    # Addresses that no machine has: refused at once by numpy, and by torch's allocator.
+    for override in ("data.image_size=100000000", "segmentor.channels=10000000"):
+        assert run.main([config, override, *out]) == 1
+        assert "failed: out of memory (" in one_line(capsys)
+    assert run.main([config, "threads=100000", *out]) == 2
+    assert "threads: " in one_line(capsys)
+    with pytest.raises(SystemExit):
+        run.main([config, "--threads", "100000", *out])
+
+    def raises(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(run, "parse_run", raises)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run.main([config, *out])

@@ -81,7 +81,7 @@ def _damage(draw: random.Random, path: Path, folder: Path) -> str | None:
             checkpoint.save(path, state)
         except Exception:  # noqa: BLE001, what it doesn't take is written all the same
             torch.save(state, path)
-        return said
+        return "; ".join(said)
     if kind < 0.95:
         state = {**checkpoint.load(path), draw.choice(("engine", "x")): Code(str(folder / "ran"))}
         content = io.BytesIO()

@@ -123,7 +123,7 @@ def at(value: Any, place: Place) -> Any:
     return value
 
 
-def changed(draw: random.Random, value: Any, tensors: bool = False) -> tuple[Any, str]:
+def changed(draw: random.Random, value: Any, tensors: bool = False) -> tuple[Any, list[str]]:
     """A nested value with one to three changes, and what they are.
 
     Args:
@@ -139,7 +139,7 @@ def changed(draw: random.Random, value: Any, tensors: bool = False) -> tuple[Any
         depth = draw.choice(sorted({len(place) for place in known}))
         place = draw.choice([place for place in known if len(place) == depth])
         said.append(_change(draw, value, place, tensors))
-    return value, "; ".join(said)
+    return value, said
 
 
 def _thawed(value: Any) -> Any:

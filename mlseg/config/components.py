@@ -149,6 +149,9 @@ def signature_settings(
         hints = typing.get_type_hints(called, include_extras=True)
     except (NameError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"its signature can't be read ({error})") from error
+    takes = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(takes) < given and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        raise UserError(f"it takes {len(takes)} arguments, and the program gives it {given}")
     fields: dict[str, Any] = {}
     config = pydantic.ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
     for parameter in parameters[given:]:

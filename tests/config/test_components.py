@@ -147,6 +147,7 @@ def test_a_constructors_refusal_names_the_thing() -> None:
 def test_signatures_that_a_config_cant_serve() -> None:
     for thing, said in (
         (lambda where, price: None, "its parameter 'price' means something else in a config"),
+        (lambda: None, "it takes 0 arguments, and the program gives it 1"),
         (lambda where, _hidden: None, "its parameter '_hidden' can't be set by a config"),
     ):
         SHOP.register("odd")(thing)
