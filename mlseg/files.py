@@ -17,6 +17,14 @@ from filelock import FileLock, Timeout
 from mlseg.errors import RunError, UserError, one_line
 
 
+def home(text: str) -> Path:
+    """A path as a user writes it: a leading ``~`` is the home, ``~name`` that of a user there is.
+
+    A shell does this where the tilde begins a word, so not in ``--out=~/runs`` or a config.
+    """
+    return Path(os.path.expanduser(text))
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn the operating system's refusal to write into the one line a user needs.

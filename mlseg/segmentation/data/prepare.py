@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 
 from mlseg.errors import UserError
+from mlseg.files import home
 from mlseg.segmentation.data import splits
 from mlseg.segmentation.data.decode import decode
-from mlseg.segmentation.data.entry import Entry, Example, data_set
+from mlseg.segmentation.data.entry import Entry, Example, Part, data_set
 from mlseg.segmentation.data.fetch import fetch, incomplete
 from mlseg.segmentation.data.layout import find_examples
 from mlseg.segmentation.data.placement import Fit
@@ -80,10 +81,12 @@ def load_data(settings: DataSettings) -> SegmentationData:
         of, examples = wanted[key]
         return decode(examples, of, of.spec, settings.size, cache, settings.fit)
 
+    made = {name: decoded(name) for name in splits.SPLITS}
+    notices = classes_missing(made, entry.spec)
+    if left_out:
+        notices.append(f"Not tested on, because missing: {'; '.join(left_out)}.")
     return SegmentationData(
-        train=decoded("train"),
-        val=decoded("val"),
-        test=decoded("test"),
+        **made,
         out_of_distribution={name: decoded(f"other {name}") for name in others},
         spec=entry.spec,
         provenance="real",
@@ -95,7 +98,7 @@ def load_data(settings: DataSettings) -> SegmentationData:
             provenance="real",
             out_of_distribution={n: [e.id for e in found] for n, (_, found) in others.items()},
         ),
-        notice=(f"Not tested on, because missing: {'; '.join(left_out)}." if left_out else None),
+        notice=" ".join(notices) or None,
     )
 
 
@@ -105,6 +108,7 @@ def load_examples(
     size: tuple[int, int],
     spec: DatasetSpec,
     fit: Fit = "stretch",
+    layout: Part | None = None,
 ) -> Samples:
     """All examples of a data set, for scoring a trained model on it.
 
@@ -115,12 +119,17 @@ def load_examples(
         size: (H, W) in pixels.
         spec: of the data the model was trained on; classes and channels must fit.
         fit: as `DataSettings.fit`.
+        layout: of an own folder, see `folder_layout`.
 
     Raises:
         UserError: data are missing, bad, of other classes, or can't be padded.
     """
     try:
         entry = _fitting(_as_trained(data_set(name), spec), spec)
+        if layout is not None:
+            if name != "folder":
+                raise UserError(f"{name}: says where its own masks are; that is for --data folder")
+            entry = replace(entry, layouts=({"all": layout},))
         check_fit(fit, entry, "a model of padded images can only be scored on sets that have one")
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -131,7 +140,52 @@ def load_examples(
     if _absent(folder):
         raise _missing(entry, folder)
     examples = _whole(entry, find_examples(entry, folder))
-    return decode(examples, entry, entry.spec, size, fit=fit)
+    samples = decode(examples, entry, entry.spec, size, fit=fit)
+    if fit == "stretch":  # padding is ignored in images of healthy people too
+        _require_two_classes(_held(samples, spec), spec, fit)
+    return samples
+
+
+def classes_missing(data: dict[str, Samples], spec: DatasetSpec) -> list[str]:
+    """What to say of classes that no example holds that is trained on.
+
+    Raises:
+        UserError: pixels are ignored, and all that count, in every split, are of one class.
+    """
+    trained_on, *others = (_held(samples, spec) for samples in data.values())
+    _require_two_classes(trained_on.union(*others), spec, data["train"].fit)
+    missing = [index for index in range(spec.num_classes) if index not in trained_on]
+    if not missing:
+        return []
+    names = ", ".join(f"{index} ({spec.classes[index]})" for index in missing)
+    return [f"No training example holds class {names}."]
+
+
+def _require_two_classes(held: set[int], spec: DatasetSpec, fit: Fit) -> None:
+    """Raise UserError where the ignore index has taken what was to be learned.
+
+    What padding ignores says nothing; of more than two classes few may be met.
+    """
+    missing = [index for index in range(spec.num_classes) if index not in held]
+    if spec.ignore_index not in held or len(missing) < spec.num_classes - 1:
+        return
+    if fit == "stretch" or spec.num_classes == 2:
+        raise UserError(
+            f"{spec.name}: no example of any split holds class {missing[0]} "
+            f"({spec.classes[missing[0]]}), while {spec.ignore_index} is ignored; with an ignore "
+            "index (data.ignore_index) masks hold class numbers, 0 and 1, not 0 and 255"
+        )
+
+
+def _held(samples: Samples, spec: DatasetSpec) -> set[int]:
+    """The values that masks hold; those of the classes whole, of others what was met on the way."""
+    found: set[int] = set()
+    classes = set(range(spec.num_classes))
+    for mask in samples.masks:
+        found.update(torch.bincount(mask.flatten(), minlength=256).nonzero().flatten().tolist())
+        if classes <= found:
+            break
+    return found
 
 
 def _absent(root: Path) -> bool:
@@ -257,7 +311,7 @@ def _fitting(entry: Entry, spec: DatasetSpec) -> Entry:
 
 def _cache(settings: DataSettings, mib: float) -> Path | None:
     if settings.cache_dir is not None:
-        return Path(settings.cache_dir).expanduser()
+        return home(settings.cache_dir)
     if mib <= settings.memory_limit_mib:
         return None
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
