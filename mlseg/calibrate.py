@@ -32,7 +32,7 @@ from torch import Tensor
 from mlseg.commands import guarded, make_console
 from mlseg.errors import UserError
 from mlseg.evaluate import above_zero, choose_threads, own_data, probability
-from mlseg.files import write_text, writing
+from mlseg.files import home, write_text, writing
 from mlseg.machine import choose_device
 from mlseg.segmentation import calibration
 from mlseg.segmentation.data import Samples, to_float
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="mlseg calibrate", description="Choose k and threshold on validation images."
     )
-    made.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    made.add_argument("runs", type=home, nargs="+", metavar="RUN", help="run directories")
     made.add_argument("--k", type=above_zero, nargs="+", default=KS, help="0.1 to 1")
     made.add_argument(
         "--thresholds", type=probability, nargs="+", default=THRESHOLDS, help="0.2 to 0.8"

@@ -47,6 +47,9 @@ class _Lasting:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
+        except UnicodeEncodeError as error:  # a file's name that isn't UTF-8, or a plain terminal
+            shown = text.encode(error.encoding, "backslashreplace").decode(error.encoding)
+            return self.write(shown)
         except OSError as error:
             self._end(error)
             return len(text)

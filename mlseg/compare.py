@@ -30,7 +30,7 @@ from mlseg.comparison.cells import Cell, Runner
 from mlseg.comparison.settings import Comparison, parse
 from mlseg.comparison.tasks.base import all_tasks
 from mlseg.errors import UserError
-from mlseg.files import claimed, write_text
+from mlseg.files import claimed, home, write_text
 from mlseg.hypergradients import names
 
 NEEDED = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}
@@ -62,8 +62,8 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("config", nargs="?", help="YAML file; may be left out with --resume")
     made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="seeds=[0,1,2]")
-    made.add_argument("--out", type=Path, help="directory (runs/<config>/<time>)")
-    made.add_argument("--resume", type=Path, metavar="DIR", help="keep DIR's finished cells, go on")
+    made.add_argument("--out", type=home, help="directory (runs/<config>/<time>)")
+    made.add_argument("--resume", type=home, metavar="DIR", help="keep DIR's finished cells, go on")
     made.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1)")
     threads.add_flag(made)
     return made

@@ -28,7 +28,7 @@ from mlseg import config
 from mlseg.commands import guarded, make_console
 from mlseg.engines.segmentation import check_same_data
 from mlseg.errors import UserError
-from mlseg.files import write_json
+from mlseg.files import home, write_json
 from mlseg.machine import choose_device
 from mlseg.run import begun_with, parse_run
 from mlseg.segmentation.calibration import calibrated, describe
@@ -39,6 +39,7 @@ from mlseg.segmentation.data import (
     load_data,
     load_examples,
 )
+from mlseg.segmentation.data.layout import folder_layout
 from mlseg.segmentation.metrics import SCORES
 from mlseg.segmentation.scoring import score
 from mlseg.segmentation.trained import Ensemble, load_runs
@@ -52,19 +53,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Its arguments."""
     made = argparse.ArgumentParser(prog="mlseg evaluate", description="Score a finished run.")
-    made.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    made.add_argument("runs", type=home, nargs="+", metavar="RUN", help="run directories")
     made.add_argument("--data", nargs="+", metavar="NAME", help="data sets; default: the run's own")
     made.add_argument("--root", help="folder of the data set, when one is named")
+    for key, text in (
+        ("images", "folder of its images (images)"),
+        ("masks", "folder of its masks (masks)"),
+        ("mask-pattern", "how masks are named, such as {id}_mask* ({id})"),
+    ):
+        made.add_argument(
+            f"--{key}",
+            help=f"of --data folder: {text}; as data.{key.replace('-', '_')} of a config",
+        )
     made.add_argument("--scale", choices=("native", "trained"), help="default: the run's own")
     add_choices(made)
     threads.add_flag(made)
-    made.add_argument("--out", type=Path, help="JSON file for all figures, per image too")
+    made.add_argument("--out", type=home, help="JSON file for all figures, per image too")
     return made
 
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.root is not None and len(arguments.data or ()) != 1:
         raise UserError("--root: the folder of one data set; name exactly one with --data")
+    where = arguments.images, arguments.masks, arguments.mask_pattern
+    if any(where) and arguments.data != ["folder"]:
+        raise UserError("--images, --masks, --mask-pattern: are of --data folder alone; drop them")
+    layout = folder_layout(*where) if any(where) else None
     device = choose_device(arguments.device)
     ensemble = load_chosen(arguments, device)
     chosen = choose_threads(arguments).use()
@@ -77,7 +91,9 @@ def _run(arguments: argparse.Namespace) -> int:
             raise _nothing_of_its_own(arguments.runs[0], data.manifest["dataset"])
     else:
         sets = {
-            name: load_examples(name, arguments.root, trained.image_size, trained.spec, trained.fit)
+            name: load_examples(
+                name, arguments.root, trained.image_size, trained.spec, trained.fit, layout
+            )
             for name in arguments.data
         }
     scale = arguments.scale or trained.scoring

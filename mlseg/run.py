@@ -29,7 +29,7 @@ from mlseg.config.registry import run_imports
 from mlseg.dry_run import dry_run
 from mlseg.engines.engine import Engine
 from mlseg.errors import UserError
-from mlseg.files import claimed, write_json, write_text
+from mlseg.files import claimed, home, write_json, write_text
 from mlseg.machine import device_name, versions
 from mlseg.problems.systems import AnyRunSettings, all_systems, load_system
 from mlseg.randomness import seed_everything
@@ -61,8 +61,8 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("config", nargs="?", help="YAML file; may be left out with --resume")
     made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="engine.iterations=100")
-    made.add_argument("--out", type=Path, help="run directory (runs/<config>/<time>)")
-    made.add_argument("--resume", type=Path, metavar="DIR", help="go on with an interrupted run")
+    made.add_argument("--out", type=home, help="run directory (runs/<config>/<time>)")
+    made.add_argument("--resume", type=home, metavar="DIR", help="go on with an interrupted run")
     made.add_argument("--dry-run", action="store_true", help="build, run each level once, report")
     threads.add_flag(made)
     return made

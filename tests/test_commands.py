@@ -1,5 +1,7 @@
 """The commands, as a user types them: what they leave, what they say, their exit codes."""
 
+import argparse
+import io
 import json
 import os
 import sys
@@ -11,7 +13,9 @@ import tiny
 import torch
 from PIL import Image
 
-from mlseg import evaluate, predict, run
+from mlseg import calibrate, compare, config, evaluate, predict, run
+from mlseg.commands import guarded, make_console
+from mlseg.errors import UserError
 from mlseg.files import claimed
 
 
@@ -140,6 +144,74 @@ def test_predict_writes_masks_at_each_images_own_size(
     assert {f"{name}.png" for name in sizes} <= done, "the others are segmented all the same"
     assert predict.main([str(out), str(tmp_path / "none"), "--out", str(masks)]) == 2
     assert "none" in one_line(capsys)
+
+
+def test_what_predict_takes_for_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "photographs"
+    for name in ("a.png", "b/c.JPG", "b/._c.png", "__MACOSX/d.png", ".thumbs/e.png", "._a.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "Thumbs.db").touch()
+    (folder / "folder.png").mkdir()
+    (folder / "gone.png").symlink_to("/nowhere/gone.png")
+    (folder / "up").symlink_to(folder)
+    (folder / "b" / "up").symlink_to(tmp_path)
+    (folder / os.fsdecode(b"caf\xe9.png")).touch()
+
+    def found(where: str) -> set[str]:
+        return {str(path.relative_to(folder)) for path in predict.find_images(where)}
+
+    here = {"a.png", "gone.png", os.fsdecode(b"caf\xe9.png")}
+    assert found(str(folder)) == here
+    assert found(f"{folder}/*.png") == here
+    assert found(f"{folder}/**/*.[pJ]*") == here | {"b/c.JPG"}
+    assert found(f"{folder}/**/c.*") == found(f"{folder}/*/c.*") == {"b/c.JPG"}
+    assert found(f"{folder}/._a.png") == {"._a.png"}, "where it is named"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert found("~/photographs") == found("~/photographs/*.png") == here
+    with pytest.raises(UserError, match="no images there"):
+        predict.find_images(f"{folder}/none/**/*.png")
+
+
+def test_a_tilde_is_the_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for command, given in (
+        (run, ["--out=~/x", "--resume=~/x"]),
+        (compare, ["--out=~/x", "--resume=~/x"]),
+        (evaluate, ["~/x", "--out=~/x"]),
+        (predict, ["~/x", "~/images", "--out=~/x"]),
+        (calibrate, ["~/x"]),
+    ):
+        arguments = vars(command.parser().parse_args(given))
+        paths = [*arguments.get("runs", []), arguments.get("out"), arguments.get("resume")]
+        assert {path for path in paths if path is not None} == {tmp_path / "x"}, command.__name__
+    (tmp_path / "a.yaml").write_text("base: ~/b.yaml\n")
+    (tmp_path / "b.yaml").write_text("seed: 3\n")
+    assert config.load("~/a.yaml").values == {"seed": 3}
+    for override in ("gan.pretrained=~/x.pt", "gan.pretrained=~nobody-of-that-name/x.pt"):
+        changes = {"gan.pretrained": override.partition("=")[2]}
+        path = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug", changes)
+        assert run.main([str(path), "--dry-run"]) == 2
+        expected = tmp_path / "x.pt" if "~/" in override else "~nobody-of-that-name/x.pt"
+        assert f"{expected}: no such" in one_line(capsys)
+    assert not list(tmp_path.glob("~*"))
+
+
+def test_what_a_terminal_cannot_show_is_shown_in_another_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii", write_through=True))
+
+    def command(arguments: argparse.Namespace) -> int:
+        make_console().print(os.fsdecode(b"caf\xe9 \xc3\xa9"))
+        return 0
+
+    assert guarded(command, argparse.Namespace()) == 0
+    assert written.getvalue() == b"caf\\udce9 \\xe9\n"
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

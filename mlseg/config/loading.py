@@ -30,6 +30,7 @@ import pydantic
 from mlseg.config import yaml12
 from mlseg.config.explaining import explain, quoted
 from mlseg.errors import UserError
+from mlseg.files import home
 
 COMMAND_LINE = "command line"
 _COMPONENT_KEYS = ("name", "method")
@@ -115,7 +116,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
         UserError: a file is missing or unreadable, isn't YAML, inherits from itself, or
             an override isn't of that form.
     """
-    source = os.path.normpath(Path(path).expanduser())
+    source = os.path.normpath(home(str(path)))
     tree = _load_file(Path(source), (), None)
     given = _read_overrides(overrides)
     tree.notes.extend(_dropped(tree.values, given.values))
@@ -180,7 +181,7 @@ def _load_file(path: Path, below: tuple[Path, ...], named_by: str | None) -> Tre
     at_base = origins.pop(("base",))
     if not isinstance(base, str):
         raise UserError(f"{at_base}: base: expected a file's name, got {quoted(base)}")
-    base_path = Path(os.path.normpath(path.parent / Path(base).expanduser()))
+    base_path = Path(os.path.normpath(path.parent / home(base)))
     merged = _load_file(base_path, (*below, real), at_base)
     _merge(merged, tree)
     return Tree(merged.values, merged.origins, name)

@@ -17,6 +17,7 @@ from mlseg.segmentation.data.entry import Entry, Example, Part, data_set
 from mlseg.segmentation.data.fetch import fetch, incomplete
 from mlseg.segmentation.data.layout import find_examples
 from mlseg.segmentation.data.placement import Fit
+from mlseg.segmentation.data.presence import classes_missing, held_values, require_two_classes
 from mlseg.segmentation.data.samples import DatasetSpec, Samples
 from mlseg.segmentation.data.scenes import synthetic_scenes
 from mlseg.segmentation.data.settings import OWN_DATA, DataSettings, check_fit, resolve_root
@@ -127,8 +128,6 @@ def load_examples(
     try:
         entry = _fitting(_as_trained(data_set(name), spec), spec)
         if layout is not None:
-            if name != "folder":
-                raise UserError(f"{name}: says where its own masks are; that is for --data folder")
             entry = replace(entry, layouts=({"all": layout},))
         check_fit(fit, entry, "a model of padded images can only be scored on sets that have one")
     except ValueError as error:
@@ -142,50 +141,8 @@ def load_examples(
     examples = _whole(entry, find_examples(entry, folder))
     samples = decode(examples, entry, entry.spec, size, fit=fit)
     if fit == "stretch":  # padding is ignored in images of healthy people too
-        _require_two_classes(_held(samples, spec), spec, fit)
+        require_two_classes(held_values(samples, spec), spec, fit)
     return samples
-
-
-def classes_missing(data: dict[str, Samples], spec: DatasetSpec) -> list[str]:
-    """What to say of classes that no example holds that is trained on.
-
-    Raises:
-        UserError: pixels are ignored, and all that count, in every split, are of one class.
-    """
-    trained_on, *others = (_held(samples, spec) for samples in data.values())
-    _require_two_classes(trained_on.union(*others), spec, data["train"].fit)
-    missing = [index for index in range(spec.num_classes) if index not in trained_on]
-    if not missing:
-        return []
-    names = ", ".join(f"{index} ({spec.classes[index]})" for index in missing)
-    return [f"No training example holds class {names}."]
-
-
-def _require_two_classes(held: set[int], spec: DatasetSpec, fit: Fit) -> None:
-    """Raise UserError where the ignore index has taken what was to be learned.
-
-    What padding ignores says nothing; of more than two classes few may be met.
-    """
-    missing = [index for index in range(spec.num_classes) if index not in held]
-    if spec.ignore_index not in held or len(missing) < spec.num_classes - 1:
-        return
-    if fit == "stretch" or spec.num_classes == 2:
-        raise UserError(
-            f"{spec.name}: no example of any split holds class {missing[0]} "
-            f"({spec.classes[missing[0]]}), while {spec.ignore_index} is ignored; with an ignore "
-            "index (data.ignore_index) masks hold class numbers, 0 and 1, not 0 and 255"
-        )
-
-
-def _held(samples: Samples, spec: DatasetSpec) -> set[int]:
-    """The values that masks hold; those of the classes whole, of others what was met on the way."""
-    found: set[int] = set()
-    classes = set(range(spec.num_classes))
-    for mask in samples.masks:
-        found.update(torch.bincount(mask.flatten(), minlength=256).nonzero().flatten().tolist())
-        if classes <= found:
-            break
-    return found
 
 
 def _absent(root: Path) -> bool:

@@ -11,7 +11,7 @@ from mlseg.config import Settings
 from mlseg.files import home
 from mlseg.segmentation.data.entry import DATA_SETS, Entry, data_set
 from mlseg.segmentation.data.layout import folder_layout
-from mlseg.segmentation.data.palettes import spread_palette
+from mlseg.segmentation.data.palettes import class_palette
 from mlseg.segmentation.data.placement import Fit
 
 OWN_DATA = ("folder", "pairs")
@@ -164,7 +164,7 @@ class DataSettings(Settings):
             classes=classes,
             ignore_index=self.ignore_index,
             metric=self.metric or "jaccard",
-            palette=spread_palette(len(classes)),
+            palette=class_palette(len(classes)),
         )
         binary = len(classes) == 2 and self.ignore_index is None
         entry = replace(entry, spec=spec, masks="binary" if binary else "index")
