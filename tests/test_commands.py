@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mlseg import calibrate, compare, config, evaluate, predict, run
 from mlseg.commands import guarded, make_console
@@ -43,6 +44,10 @@ def test_a_run_leaves_its_whole_directory(
     assert {p.stem for p in (out / "checkpoints").iterdir()} == {"last", "best"}
     assert list((out / "tensorboard").iterdir())
     assert {p.name.partition("_")[0] for p in (out / "samples").iterdir()} == {"validation"}
+    curves = EventAccumulator(str(out / "tensorboard"), size_guidance={"images": 0}).Reload()
+    (*_, shown) = curves.Images("validation")
+    with Image.open(out / "samples" / f"validation_{shown.step:06d}.png") as sheet:
+        assert np.array_equal(sheet, Image.open(io.BytesIO(shown.encoded_image_string)))
     results = json.loads((out / "results.json").read_text())
     assert results["provenance"] == "synthetic"
     assert results["seed"] == 1

@@ -18,7 +18,6 @@ LINE = 20  # height of a line of text
 TEXT = 15
 OPACITY = 0.5
 INK = (0, 0, 0)
-IGNORED = (128, 128, 128)
 
 # Of two classes, whose own colours are black and white: a white tint can't be seen on skin or on an
 # X-ray, and red is to some eyes the brown and green around it. Sky blue of Okabe and Ito (2008).
@@ -49,10 +48,17 @@ def to_rgb(image_CHW: Tensor) -> Picture:
 
 
 def colour(mask_HW: NDArray[np.uint8], palette: Sequence[Sequence[int]]) -> Picture:
-    """A label map as (H, W, 3) in its classes' colours; anything else is mid grey."""
-    table = np.full((256, 3), IGNORED, dtype=np.uint8)
+    """A label map as (H, W, 3) in its classes' colours; see `ignored_colour` for anything else."""
+    table = np.full((256, 3), ignored_colour(palette), dtype=np.uint8)
     table[: len(palette)] = np.asarray(palette, dtype=np.uint8)
     return table[mask_HW]
+
+
+def ignored_colour(palette: Sequence[Sequence[int]]) -> tuple[int, int, int]:
+    """Of pixels that don't count: mid grey, or white or magenta where that is a class's."""
+    taken = {tuple(rgb) for rgb in palette}
+    candidates = ((128, 128, 128), (255, 255, 255), (255, 0, 255))
+    return next((rgb for rgb in candidates if rgb not in taken), candidates[0])
 
 
 def overlay(
@@ -120,7 +126,7 @@ def legend(spec: DatasetSpec, truths: Tensor, tinted: bool = True) -> Legend:
     if tinted and spec.num_classes == 2:
         entries.append((TWO_CLASSES, f"{spec.classes[1]}, over the image"))
     if spec.ignore_index is not None and bool((truths == spec.ignore_index).any()):
-        entries.append((IGNORED, "ignored"))
+        entries.append((ignored_colour(spec.palette), "ignored"))
     return Legend(entries)
 
 

@@ -77,8 +77,7 @@ class LoadRecords(Hooks):
     def _draw_changed_maps(self, engine: Engine, path: Path) -> None:
         """Rows of image, truth, label map before and after, of those that changed most, if any did.
 
-        Images are of the validation split; pixels that are ignored in the truth don't count, and
-        are grey in the truth.
+        Images are of the validation split; pixels that are ignored in the truth don't count.
 
         Raises:
             RunError: the file can't be written.
