@@ -136,7 +136,7 @@ class Segmentation(Hooks):
         metrics = SegmentationMetrics(spec.num_classes, spec.ignore_index, spec.classes)
         metrics.update(labels, masks, ids)
         scores = metrics.per_image()
-        words = [f"{name}   {self.metric} {scores[name][self.metric]:.3f}" for name in ids]
+        words = [f"{name}   {spec.metric} {scores[name][spec.metric]:.3f}" for name in ids]
         picture = comparison(images, masks, labels, spec, words)
         engine.recorder.picture("validation", engine.global_step, picture)
 

@@ -47,7 +47,8 @@ def test_a_run_leaves_its_whole_directory(
     curves = EventAccumulator(str(out / "tensorboard"), size_guidance={"images": 0}).Reload()
     (*_, shown) = curves.Images("validation")
     with Image.open(out / "samples" / f"validation_{shown.step:06d}.png") as sheet:
-        assert np.array_equal(sheet, Image.open(io.BytesIO(shown.encoded_image_string)))
+        again = Image.open(io.BytesIO(shown.encoded_image_string))
+        assert np.array_equal(np.asarray(sheet), np.asarray(again))
     results = json.loads((out / "results.json").read_text())
     assert results["provenance"] == "synthetic"
     assert results["seed"] == 1

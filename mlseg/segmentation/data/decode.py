@@ -102,7 +102,8 @@ def _read_labels(
     image = _upright(image, path)
     if kind != "index":
         return labels.foreground(image, how, path, nonzero=kind == "nonzero")
-    numbers = labels.class_numbers(image, how, path)
+    known = labels.known_classes(num_classes, ignore_index) if remap is None else remap.keys()
+    numbers = labels.class_numbers(image, how, path, known)
     if remap is not None:
         return labels.remapped(numbers, remap, ignore_index)
     return labels.check_classes(numbers, num_classes, ignore_index, path)

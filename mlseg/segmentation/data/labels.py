@@ -5,7 +5,7 @@ around, and keeps 8 of 16 bits a colour; so it is asked first how a file holds i
 file whose numbers can't be had with certainty is refused.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from mlseg.errors import UserError
 
 # Darkest grey that a lossy file may hold where the mask is empty.
 _NOISE = 32
+# Lightest grey that 0 and 1 may become in one.
+_FAINT = 4
 _PHOTOMETRIC, _SUBFILE = 262, 254  # TIFF tags
 _PREVIEW_OR_MASK = 1 | 4  # bits of the latter
 
@@ -64,7 +66,7 @@ def _is_lossy(image: Image.Image, path: Path) -> bool:
         with path.open("rb") as file:
             return b"VP8L" not in file.read()
     jpeg = image.format == "TIFF" and "jpeg" in str(image.info.get("compression"))
-    return jpeg or image.format in ("JPEG", "MPO", "JPEG2000")
+    return jpeg or image.mode == "LAB" or image.format in ("JPEG", "MPO", "JPEG2000")
 
 
 def pictures(image: Image.Image) -> int:
@@ -89,8 +91,11 @@ def _is_beside(image: Image.Image, page: int) -> bool:
 # ------------------------------------------------------------------------------ class numbers
 
 
-def class_numbers(image: Image.Image, how: Storage, path: Path) -> Numbers:
+def class_numbers(image: Image.Image, how: Storage, path: Path, known: Collection[int]) -> Numbers:
     """(H, W) numbers as the file stores them; of a palette the indices.
+
+    Args:
+        known: numbers that mean something.
 
     Raises:
         UserError: there are none, or they can't be had.
@@ -104,7 +109,9 @@ def class_numbers(image: Image.Image, how: Storage, path: Path) -> Numbers:
     if how.wide:
         raise _too_wide(path)
     if image.mode == "P":
-        return np.asarray(image)
+        indices = np.asarray(image)
+        _check_greys(indices, _palette(image), known, path)
+        return indices
     if image.mode == "1":
         return np.asarray(image).astype(np.uint8)
     if image.mode == "L" or image.mode.startswith("I"):
@@ -128,6 +135,36 @@ def class_numbers(image: Image.Image, how: Storage, path: Path) -> Numbers:
     return numbers
 
 
+def _check_greys(
+    indices: Numbers, palette: NDArray[np.uint8], known: Collection[int], path: Path
+) -> None:
+    """Refuse a palette whose greys are class numbers too, other ones than its indices.
+
+    A program that makes files small turns grey into such a palette, ordered in its own way.
+    """
+    level = palette[:, 0]
+    grey = (palette == level[:, None]).all(1) & np.isin(level, list(known))
+    if not (grey & (level != np.arange(256))).any():
+        return
+    used = np.bincount(indices.ravel(), minlength=256) > 0
+    if grey[used].all() and (level != np.arange(256))[used].any():
+        raise UserError(f"{path}: a palette of greys that are class numbers, but not those of the "
+                        "indices; save the mask as grey")  # fmt: skip
+
+
+def _palette(image: Image.Image) -> NDArray[np.uint8]:
+    """(256, 3); black where the file has no colour."""
+    palette = np.zeros((256, 3), np.uint8)
+    colours = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
+    palette[: len(colours)] = colours
+    return palette
+
+
+def known_classes(num_classes: int, ignore_index: int | None) -> set[int]:
+    """The numbers that a mask may hold."""
+    return set(range(num_classes)) | ({ignore_index} if ignore_index is not None else set())
+
+
 def check_classes(
     numbers: Numbers, num_classes: int, ignore_index: int | None, path: Path
 ) -> NDArray[np.uint8]:
@@ -136,7 +173,7 @@ def check_classes(
     Raises:
         UserError: one is neither a class nor the ignore index.
     """
-    known = list(range(num_classes)) + ([] if ignore_index is None else [ignore_index])
+    known = list(known_classes(num_classes, ignore_index))
     if numbers.dtype == np.uint8:
         table = np.zeros(256, bool)
         table[known] = True
@@ -193,6 +230,9 @@ def foreground(image: Image.Image, how: Storage, path: Path, nonzero: bool) -> N
     """
     if how.wide:
         raise _too_wide(path)
+    if nonzero and how.lossy:
+        raise UserError(f"{path}: compressed with loss, which leaves little of what is 0; a mask "
+                        "whose foreground is all but 0 is PNG or the like")  # fmt: skip
 
     def decided(values: Numbers, lossy: bool = how.lossy) -> NDArray[np.uint8]:
         return _above_zero(values, path) if nonzero else _cut(values, path, lossy)
@@ -222,10 +262,7 @@ def _shown(image: Image.Image, how: Storage, path: Path) -> Numbers:
         stored = _unscaled(values, how)
         return stored if stored.max(initial=0) <= 1 else values
     if image.mode == "P":
-        palette = np.zeros((256, 3), np.uint8)
-        colours = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
-        palette[: len(colours)] = colours
-        return palette[np.asarray(image)]
+        return _palette(image)[np.asarray(image)]
     return np.asarray(converted(image, "RGB", path))
 
 
@@ -246,6 +283,9 @@ def _cut(values: Numbers, path: Path, lossy: bool) -> NDArray[np.uint8]:
     if lowest < 0 or highest > 65535 or not np.isfinite(highest):
         raise UserError(f"{path}: mask value {lowest if lowest < 0 else highest} is neither "
                         "background nor foreground")  # fmt: skip
+    if lossy and 0 < highest <= _FAINT:
+        raise UserError(f"{path}: values up to {highest}, compressed with loss: either nothing or "
+                        "a mask of 0 and 1; save it as PNG")  # fmt: skip
     top = next(limit for limit in (1, 255, 65535) if highest <= limit)
     found = light > top / 2
     # Antialiased borders have many greys; 1 beside 255 and no other is a class beside void.

@@ -207,9 +207,11 @@ def test_palettes_of_any_order_give_what_rgb_files_give(tmp_path: Path) -> None:
         image.putpalette(palette.astype(np.uint8).ravel().tolist())
         image.save(tmp_path / f"{number}.png")
         image.convert("RGB").save(tmp_path / f"{number}_rgb.png")
-        masks = [read_mask(tmp_path / f"{number}{end}.png", "binary", 2) for end in ("", "_rgb")]
-        assert np.array_equal(*masks)
-        assert 0 < masks[0].mean() < 1
+        by_palette, by_rgb = (
+            read_mask(tmp_path / f"{number}{end}.png", "binary", 2) for end in ("", "_rgb")
+        )
+        assert np.array_equal(by_palette, by_rgb)
+        assert 0 < by_palette.mean() < 1
 
 
 @pytest.mark.parametrize(
@@ -349,6 +351,36 @@ def test_label_maps_whose_numbers_cannot_be_had(tmp_path: Path) -> None:
     refused(tmp_path / "la.png", "its colours and its transparency show different objects")
 
 
+def test_a_palette_of_greys_in_another_order_is_refused(tmp_path: Path) -> None:
+    """What a program that makes files small does to a grey label map; colours are left alone."""
+    values = np.array([[0, 0, 1, 2]], np.uint8)
+    for palette, fine in (
+        ([1, 1, 1, 2, 2, 2, 0, 0, 0], False),
+        ([0, 0, 0, 1, 1, 1, 2, 2, 2, 9, 9, 9], True),
+        ([0, 0, 0, 120, 120, 120, 240, 240, 240], True),
+        ([1, 1, 1, 200, 0, 0, 0, 200, 0], True),
+    ):
+        image = Image.fromarray(values, "P")
+        image.putpalette(palette)
+        image.save(tmp_path / "m.png")
+        if fine:
+            assert np.array_equal(read_mask(tmp_path / "m.png", "index", 4, 255), values)
+        else:
+            refused(tmp_path / "m.png", "a palette of greys that are class numbers")
+
+
+def test_faint_masks_compressed_with_loss_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.jpg"
+    Image.fromarray(half_mask((40, 44), 1)).save(path)
+    with pytest.raises(UserError, match=r"m\.jpg: values up to \d, compressed with loss"):
+        read_mask(path, "binary", 2)
+    Image.fromarray(half_mask((40, 44))).save(path)
+    with pytest.raises(UserError, match=r"m\.jpg: compressed with loss"):
+        read_mask(path, "nonzero", 2)
+    Image.fromarray(np.zeros((40, 44), np.uint8)).save(path)
+    assert not read_mask(path, "binary", 2).any()
+
+
 def test_16_bit_pictures_whose_zero_is_white_are_refused(tmp_path: Path) -> None:
     Image.fromarray(half_mask().astype(np.uint16) * 257).save(tmp_path / "m.tif")
     _white_is_zero(tmp_path / "m.tif")
@@ -373,7 +405,7 @@ def test_stacks_and_animations_are_refused(suffix: str, tmp_path: Path) -> None:
 def test_previews_are_no_stack(tmp_path: Path) -> None:
     image = Image.fromarray(half_mask((32, 48)))
     preview = image.resize((12, 8))
-    preview.encoderinfo = {"tiffinfo": {254: 1}}  # type: ignore[attr-defined]
+    preview.encoderinfo = {"tiffinfo": {254: 1}}
     image.save(tmp_path / "m.tif", save_all=True, append_images=[preview])
     assert read_mask(tmp_path / "m.tif", "binary", 2).shape == (32, 48)
     colour = image.convert("RGB")

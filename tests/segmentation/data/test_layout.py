@@ -318,7 +318,7 @@ def test_names_that_are_not_utf_8(folder: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------- an own folder's layout
 
 
-def own_layout(root: Path, **keys: str) -> dict[str, int]:
+def own_layout(root: Path, **keys: Any) -> dict[str, int]:
     """The examples of a folder by id: how many masks each has."""
     found = find_examples(DataSettings(name="folder", root=str(root), **keys).entry, root)
     return {example.id: len(example.masks) for example in found["all"]}
@@ -381,7 +381,7 @@ def test_several_masks_are_united_where_asked_for_alone(folder: Path) -> None:
         ({"masks": "images"}, r"data\.masks: 'images' is the images' folder too; say by"),
     ],
 )
-def test_faulty_layouts_of_own_folders(keys: dict[str, str], message: str) -> None:
+def test_faulty_layouts_of_own_folders(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DataSettings(name="folder", **keys)
 
