@@ -45,7 +45,8 @@ class Storage:
 
 def storage(image: Image.Image, path: Path) -> Storage:
     """How an open file that isn't loaded yet holds its numbers."""
-    decoder, arguments = (image.tile[0][0], image.tile[0][3]) if image.tile else ("", "")
+    tiles = getattr(image, "tile", None)
+    decoder, arguments = (tiles[0][0], tiles[0][3]) if tiles else ("", "")
     many = arguments if isinstance(arguments, (tuple, list)) else (arguments,)
     raw, *more = many or ("",)
     raw = str(raw)
