@@ -18,6 +18,7 @@ LINE = 20  # height of a line of text
 TEXT = 15
 OPACITY = 0.5
 INK = (0, 0, 0)
+_BAND = 256
 
 # Of two classes, whose own colours are black and white: a white tint can't be seen on skin or on an
 # X-ray, and red is to some eyes the brown and green around it. Sky blue of Okabe and Ito (2008).
@@ -70,19 +71,20 @@ def overlay(
     """
     from scipy import ndimage  # here: it takes long to load
 
-    tint = colour(mask_HW, _tints(palette)).astype(np.float32)
-    shown = mask_HW > 0
-    out = image_HWC.astype(np.float32)
-    out[shown] = (1 - OPACITY) * out[shown] + OPACITY * tint[shown]
+    tints = [palette[0], TWO_CLASSES] if len(palette) == 2 else palette
     reach = 1 + max(1, round(min(mask_HW.shape) / 150))
-    highest = ndimage.maximum_filter(mask_HW, reach)
-    edge = highest != ndimage.minimum_filter(mask_HW, reach)
-    out[edge] = colour(highest, _tints(palette))[edge]
-    return out.round().astype(np.uint8)
-
-
-def _tints(palette: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-    return [palette[0], TWO_CLASSES] if len(palette) == 2 else palette
+    highest_HW = ndimage.maximum_filter(mask_HW, reach)
+    edge_HW = highest_HW != ndimage.minimum_filter(mask_HW, reach)
+    made = np.empty((*mask_HW.shape, 3), np.uint8)
+    for top in range(0, len(made), _BAND):  # floats of a whole photograph take gigabytes
+        rows = slice(top, top + _BAND)
+        mask, edge = mask_HW[rows], edge_HW[rows]
+        shown = mask > 0
+        out = image_HWC[rows].astype(np.float32)
+        out[shown] = (1 - OPACITY) * out[shown] + OPACITY * colour(mask[shown], tints)
+        out[edge] = colour(highest_HW[rows][edge], tints)
+        made[rows] = out.round()
+    return made
 
 
 def comparison(

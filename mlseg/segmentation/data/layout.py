@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from mlseg.errors import UserError
-from mlseg.files import home
+from mlseg.files import reachable, require_file
 from mlseg.segmentation.data.entry import IMAGE_EXTENSIONS, Entry, Example, Part
 
 
@@ -77,40 +77,53 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _NO_DATA
 
 
-def list_files(root: Path) -> list[str]:
+MAX_FILES = 200_000
+"""Files and folders that are looked through for a data set, unless a key or flag says otherwise."""
+_MAX_LIST = 2**26
+"""Bytes of a CSV file or a list of ids."""
+
+
+def list_files(root: Path, most: int = MAX_FILES) -> list[str]:
     """Paths of all files below `root`, with forward slashes, sorted; hidden ones left out.
 
     Each folder comes once, under its own name if it lies below `root`; links that lead out are
-    followed, those that lead to a folder above aren't. A link to nothing is listed, a pipe or a
-    socket isn't.
+    followed, those that lead to a folder above aren't.
 
     Raises:
-        UserError: a folder can't be read.
+        UserError: there are more than `most` files and folders.
     """
     found: list[str] = []
-    seen: set[str] = set()
-    folders, links = [("", str(root))], list[tuple[str, str]]()
+    seen: set[tuple[int, int]] = set()
+    number = 0
+    folders, links = [""], list[str]()
     while folders or links:
-        prefix, folder = folders.pop() if folders else links.pop(0)
-        real = os.path.realpath(folder)
-        if real in seen:
-            continue
-        seen.add(real)
+        prefix = folders.pop() if folders else links.pop(0)
+        here = root / prefix
         try:
-            names = sorted(os.listdir(folder))
-        except OSError as error:
-            raise UserError(f"{folder}: can't be read ({error.strerror})") from None
+            state = here.stat()
+            if (state.st_dev, state.st_ino) in seen:
+                continue
+            seen.add((state.st_dev, state.st_ino))
+            names = sorted(os.listdir(here))
+        except OSError:
+            continue  # a folder that can't be read, lost+found say, is no part of the set
+        number += len(names)
+        if number > most:
+            raise UserError(
+                f"{root}: more than {most} files and folders in it; name the data set's own "
+                "folder, or raise the limit (data.max_files in a config, --max-files)"
+            )
+        real = os.path.realpath(here)
         for name in names:
-            path = os.path.join(folder, name)
+            path = here / name
             if is_hidden(name):
                 continue
-            if os.path.isdir(path):
-                if not os.path.islink(path):
-                    folders.append((f"{prefix}{name}/", path))
-                elif not _lies_in(real, os.path.realpath(path)):
-                    links.append((f"{prefix}{name}/", path))
-            elif os.path.isfile(path) or not os.path.exists(path):
+            if not os.path.isdir(path):
                 found.append(prefix + name)
+            elif not path.is_symlink():
+                folders.append(f"{prefix}{name}/")
+            elif not _lies_in(real, os.path.realpath(path)):
+                links.append(f"{prefix}{name}/")
     return sorted(found)
 
 
@@ -119,19 +132,21 @@ def _lies_in(folder: str, other: str) -> bool:
     return os.path.commonpath([folder, other]) == other
 
 
-def find_examples(entry: Entry, root: Path) -> dict[str, list[Example]]:
+def find_examples(entry: Entry, root: Path, most: int = MAX_FILES) -> dict[str, list[Example]]:
     """All examples of a data set by part ("all", or "train", "val", "test"), sorted by id.
 
     Args:
         entry: of the data set. For "pairs", `root` is a CSV file or a folder with pairs.csv.
+        most: files and folders in `root`.
 
     Raises:
         UserError: nothing in `root` fits a layout; an image without its mask, a mask without its
-            image, two images of one id, several masks where the layout's pattern has no *.
+            image, two images of one id, several masks where the layout's pattern has no *; too
+            many files.
     """
     if entry.examples is not None:
         return _own(entry, root)
-    files = list_files(root)
+    files = list_files(root, most)
     layout = choose_layout(entry, files)
     if layout is None:
         raise UserError(
@@ -213,6 +228,7 @@ def _read_list(root: Path, part: Part, files: Iterable[str]) -> list[str]:
         name = part.listed.replace("**/", "")
         raise UserError(f"{root}: no {name}, which lists the images of the part")
     try:
+        require_file(root / paths[0], _MAX_LIST)
         lines = (root / paths[0]).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{root / paths[0]}: not a readable list ({error})") from None
@@ -292,9 +308,13 @@ def read_pairs(root: Path) -> dict[str, list[Example]]:
         row = dict(zip(columns, cells, strict=False))
         if not row.get("image") or not row.get("mask"):
             raise UserError(f"{path}:{line}: a pair needs an image and a mask")
-        image, mask = (path.parent / home(row[column]) for column in ("image", "mask"))
+        image, mask = (path.parent / row[column] for column in ("image", "mask"))
         for named in (image, mask):
-            if not named.is_file():
+            try:
+                there = reachable(named).is_file()
+            except UserError as error:
+                raise UserError(f"{path}:{line}: {error}") from None
+            if not there:
                 raise UserError(f"{path}:{line}: no file {named}")
         name = row.get("id") or PurePosixPath(image.as_posix()).stem
         part = row.get("split") or "all"
@@ -317,6 +337,7 @@ def read_pairs(root: Path) -> dict[str, list[Example]]:
 def _read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The cells of each line that says something, and its number in the file, from 1."""
     try:
+        require_file(path, _MAX_LIST)
         content = path.read_bytes()
         utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         # Names of files may be any bytes.
@@ -333,5 +354,7 @@ def _read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             comment = "".join(cells).startswith("#") and not (path.parent / cells[0]).is_file()
             if any(cells) and not comment:
                 yield line, cells
+    except UserError:
+        raise
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path}: not a readable CSV file ({error})") from None

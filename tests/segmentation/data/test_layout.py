@@ -276,7 +276,6 @@ def test_what_systems_leave_behind_is_no_data(folder: Path) -> None:
             (place / name).write_bytes(b"what systems leave")
         (place / "__MACOSX").mkdir()
         (place / "__MACOSX" / "p01.png").write_bytes(b"what macOS leaves")
-    os.mkfifo(folder / "images" / "pipe.png")
     assert len(find_examples(data_set("folder"), folder)["all"]) == 12
 
 
