@@ -197,11 +197,11 @@ def test_a_tilde_is_the_home(
     (tmp_path / "a.yaml").write_text("base: ~/b.yaml\n")
     (tmp_path / "b.yaml").write_text("seed: 3\n")
     assert config.load("~/a.yaml").values == {"seed": 3}
-    for given, said in (
+    for start, said in (
         ("~/x.pt", f"{tmp_path}/x.pt: no such"),
         ("~nobody-at-all/x.pt", "no user"),
     ):
-        path = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug", {"gan.pretrained": given})
+        path = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug", {"gan.pretrained": start})
         assert run.main([str(path), "--dry-run"]) == 2
         assert said in one_line(capsys)
     assert not list(tmp_path.glob("~*"))
