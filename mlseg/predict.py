@@ -10,7 +10,8 @@ class indices with the classes' colours as palette), and ``<name>_overlay.png``.
 mean of their probabilities. What ``mlseg.calibrate`` chose for exactly these weights is used.
 
 Nothing is overwritten but what an earlier call has written, which the files say of themselves; with
-``--overwrite`` any file of these names but the images.
+``--overwrite`` any file of these names but the images. A run that names code from outside mlseg
+needs ``--trust``.
 """
 
 import argparse
@@ -31,15 +32,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.progress import track
 
-from mlseg.commands import guarded, make_console
-from mlseg.errors import EXIT_RUN_ERROR, UserError
+from mlseg.commands import guarded, make_console, named
+from mlseg.config.registry import strangers
+from mlseg.errors import EXIT_RUN_ERROR, UserError, printable
 from mlseg.evaluate import add_choices, choose_threads, load_chosen
-from mlseg.files import replacing, writing
+from mlseg.files import reachable, replacing, require_writable, writing
 from mlseg.machine import choose_device
 from mlseg.segmentation.data import PADDING, DatasetSpec, padded, placed, to_float
-from mlseg.segmentation.data.decode import read_image
-from mlseg.segmentation.nets import decide
+from mlseg.segmentation.data.decode import limit_pixels, read_image
 from mlseg.segmentation.pictures import overlay
+from mlseg.segmentation.scoring import label_map
 from mlseg.segmentation.trained import Ensemble
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp"}
@@ -47,7 +49,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    return guarded(_run, parser().parse_args(argv))
+    return guarded(_run_guarded, parser().parse_args(argv))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="mlseg predict", description="Segment images with a run.")
     made.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     made.add_argument("images", help="a folder, a file, or a glob in quotes")
-    made.add_argument("--out", type=Path, required=True, help="folder for masks and overlays")
+    made.add_argument("--out", type=named, required=True, help="folder for masks and overlays")
     made.add_argument(
         "--overwrite", action="store_true", help="also files there that predict hasn't written"
     )
@@ -64,22 +66,29 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _run_guarded(arguments: argparse.Namespace) -> int:
+    with strangers(arguments.trust):
+        return _run(arguments)
+
+
 def _run(arguments: argparse.Namespace) -> int:
+    limit_pixels(arguments.max_megapixels)
     paths = find_images(arguments.images)
     check_outputs(paths, arguments.out, arguments.overwrite)
+    require_writable(arguments.out)
     ensemble = load_chosen(arguments, choose_device(arguments.device))
     choose_threads(arguments).use()
     spec = ensemble.first.spec
     with writing(arguments.out):
         arguments.out.mkdir(parents=True, exist_ok=True)
     console = make_console(stderr=True)
-    failed = 0
+    failed: list[Path] = []
     for path in track(paths, "Segmenting", console=console, disable=not console.is_terminal):
         try:
             image = read_image(path, spec.channels)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            failed += 1
+            print(f"error: {printable(str(error))}", file=sys.stderr)
+            failed.append(path)
             continue
         mask = segment(ensemble, image)
         shown = Image.fromarray(overlay(_rgb(image), mask, spec.palette))
@@ -88,7 +97,10 @@ def _run(arguments: argparse.Namespace) -> int:
         ):
             with writing(file), replacing(file) as temporary:
                 picture.save(temporary, "PNG", pnginfo=_mark())
-    console.print(f"{len(paths) - failed} masks and overlays in {arguments.out}")
+    console.print(f"{len(paths) - len(failed)} masks and overlays in {arguments.out}")
+    if failed:
+        names = ", ".join(path.name for path in failed)
+        print(printable(f"failed: {len(failed)} of {len(paths)} images: {names}"), file=sys.stderr)
     return EXIT_RUN_ERROR if failed else 0
 
 
@@ -98,7 +110,7 @@ def find_images(where: str) -> list[Path]:
     Raises:
         UserError: there are none, or two would get the same mask's name.
     """
-    path = Path(where)
+    path = reachable(where)
     if path.is_dir():
         found = [p for p in path.iterdir() if p.suffix.lower() in SUFFIXES]
     elif path.is_file():
@@ -184,8 +196,8 @@ def segment(ensemble: Ensemble, image_CHW: np.ndarray) -> np.ndarray:
     native, size = (image_CHW.shape[1], image_CHW.shape[2]), ensemble.first.image_size
     resized = _resized(image_CHW, placed(native, size, ensemble.first.fit))
     tensor = torch.from_numpy(padded(resized, size, PADDING)).unsqueeze(0).to(device)
-    found = ensemble.probabilities(to_float(tensor), native)
-    return decide(found, ensemble.threshold)[0].to("cpu", torch.uint8).numpy()
+    found = ensemble.probabilities(to_float(tensor))
+    return label_map(found, native, ensemble.first.fit, ensemble.threshold).cpu().numpy()
 
 
 def _resized(image_CHW: np.ndarray, size: tuple[int, int]) -> np.ndarray:

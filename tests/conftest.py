@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 NOT_NUMERICAL = {
     "benchmarks",
     "test_checkout.py",
+    "test_cache.py",
     "test_commands.py",
     "test_config.py",
     "test_configs.py",

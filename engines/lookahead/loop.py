@@ -42,6 +42,7 @@ class LookaheadLoop(Hooks):
         hold_out: scores the model.
         buffer, training: of the discriminator; None for a controller that never asks for them.
         start_state: gives what ``start.pt`` holds beside the model.
+        drop_momentum: a model that is put back starts with an optimizer that has made no step.
     """
 
     name = LOOKAHEAD
@@ -58,6 +59,7 @@ class LookaheadLoop(Hooks):
         buffer: MapBuffer | None,
         training: DiscriminatorTraining | None,
         start_state: Callable[[], Mapping[str, Any]] = dict,
+        drop_momentum: bool = False,
     ) -> None:
         self.controller = controller
         self.stepper = stepper
@@ -66,6 +68,7 @@ class LookaheadLoop(Hooks):
         self.buffer = buffer
         self.training = training
         self.start_state = start_state
+        self.drop_momentum = drop_momentum
         self.snapshots = {
             slot: Snapshot(stepper.module, stepper.optimizer) for slot in ("start", "peak")
         }
@@ -174,6 +177,8 @@ class LookaheadLoop(Hooks):
 
     def _restore(self, engine: Engine, _: Mapping[str, Any]) -> None:
         self.snapshots["start"].restore()
+        if self.drop_momentum:
+            self.stepper.optimizer.state.clear()
 
     def _flush(self, engine: Engine, values: Mapping[str, Any]) -> None:
         assert self.buffer is not None

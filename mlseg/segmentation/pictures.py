@@ -9,6 +9,7 @@ from mlseg.segmentation.data import DatasetSpec
 
 GAP = 4
 OPACITY = 0.5
+_BAND = 256
 
 
 def to_rgb(image_CHW: Tensor) -> np.ndarray:
@@ -27,17 +28,22 @@ def overlay(
     image_HWC: np.ndarray, mask_HW: np.ndarray, palette: Sequence[Sequence[int]]
 ) -> np.ndarray:
     """The image with every class but the first tinted in its colour and outlined."""
-    tint = colour(mask_HW, palette).astype(np.float32)
-    if len(palette) == 2:  # a white tint can't be seen on skin or on an X-ray
-        tint[:] = (255.0, 64.0, 64.0)
-    shown = mask_HW > 0
-    out = image_HWC.astype(np.float32)
-    out[shown] = (1 - OPACITY) * out[shown] + OPACITY * tint[shown]
-    edge = np.zeros_like(shown)
-    edge[1:] |= mask_HW[1:] != mask_HW[:-1]
-    edge[:, 1:] |= mask_HW[:, 1:] != mask_HW[:, :-1]
-    out[edge] = tint[edge]
-    return out.round().astype(np.uint8)
+    edge_HW = np.zeros(mask_HW.shape, bool)
+    edge_HW[1:] |= mask_HW[1:] != mask_HW[:-1]
+    edge_HW[:, 1:] |= mask_HW[:, 1:] != mask_HW[:, :-1]
+    made = np.empty((*mask_HW.shape, 3), np.uint8)
+    for top in range(0, len(made), _BAND):  # floats of a whole photograph take gigabytes
+        rows = slice(top, top + _BAND)
+        mask, edge = mask_HW[rows], edge_HW[rows]
+        tint = colour(mask, palette).astype(np.float32)
+        if len(palette) == 2:  # a white tint can't be seen on skin or on an X-ray
+            tint[:] = (255.0, 64.0, 64.0)
+        shown = mask > 0
+        out = image_HWC[rows].astype(np.float32)
+        out[shown] = (1 - OPACITY) * out[shown] + OPACITY * tint[shown]
+        out[edge] = tint[edge]
+        made[rows] = out.round()
+    return made
 
 
 def comparison(

@@ -68,6 +68,7 @@ class Pretraining(Hooks):
             "image_size": settings.data.image_size,
             "channels": list(self._channels),
             "alphas": "random" if settings.architecture.mode == "random" else "uniform",
+            "selection": settings.architecture.selection,
         }
 
     def stage_end(self, engine: Engine, stage: Stage) -> None:
@@ -92,7 +93,8 @@ class Pretraining(Hooks):
         if "shape" not in state:
             raise UserError(f"gan.pretrained: {path} is no GAN; name a run's checkpoints/gan.pt")
         for key, value in self._shape.items():
-            found = state["shape"].get(key, value)
+            # A file without the key is from before there was a choice.
+            found = state["shape"].get(key, "softmax" if key == "selection" else value)
             if found != value:
                 raise UserError(
                     f"gan.pretrained: {path} has {key} {found}, this config {value}; use the same, "

@@ -127,6 +127,7 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
         buffer,
         training,
         start_state=lambda: {"pretraining": training_state(pretraining)},
+        drop_momentum=settings.lookahead.momentum == "drop",
     )
     return Engine(
         [pretraining, generator, discriminator],

@@ -8,11 +8,11 @@ truncation, it loses part of its foreground. Shapes are stretched or padded, nev
 import hashlib
 import json
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
-from mlseg.errors import RunError, UserError
+from mlseg.errors import UserError
+from mlseg.files import require_file
+from mlseg.segmentation.data.cache import kept
 from mlseg.segmentation.data.entry import Entry, Example, RawFormat
 from mlseg.segmentation.data.placement import PADDING, Fit, padded, placed
 from mlseg.segmentation.data.samples import DatasetSpec, Samples
@@ -33,8 +36,19 @@ CACHE_FORMAT = 1
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What files may be, whatever their names say: none for which Pillow starts another program."""
 _LOSSY = {"JPEG", "WEBP"}
+MEGAPIXELS = 89
+"""Millions of pixels that an image or mask may have: Pillow's own limit; see `limit_pixels`."""
 # Darkest grey that a lossy file may hold where the mask is empty.
 _NOISE = 32
+
+
+def limit_pixels(megapixels: float) -> None:
+    """Set how many millions of pixels an image or mask may have, in this whole process.
+
+    It is Pillow's limit, beyond which it warns; here such files are refused before decoding.
+    """
+    Image.MAX_IMAGE_PIXELS = int(megapixels * 1e6)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def read_image(
@@ -53,7 +67,7 @@ def read_image(
         raw: format of files without a header, where `path` has its suffix.
 
     Raises:
-        UserError: the file isn't a readable image.
+        UserError: the file isn't a readable image, or has too many pixels.
     """
     image = _open_image(path, raw).convert("L" if channels == 1 else "RGB")
     if size is not None and image.size != size[::-1]:
@@ -117,12 +131,9 @@ def image_size(path: Path, raw: RawFormat | None = None) -> tuple[int, int]:
     if path.suffix.lower() == ".txt":
         width, height = _load_text(path).size
         return height, width
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except Exception as error:  # a damaged file makes decoders fail in any way
-        raise _unreadable(path, error) from error
+    with _opened(path) as image:
+        width, height = image.size
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
 
 
@@ -140,12 +151,12 @@ def decode(
         size: (H, W) of the arrays.
         fit: how images of other shapes get there; "pad" fills them with grey, and the masks with
             the ignore index, which `spec` must have.
-        cache: a folder for memory-mapped files; what is there already and was made from the same
-            files is used. None: in memory.
+        cache: a folder for memory-mapped files; what is there already, was made from the same
+            files and isn't damaged is used. None: in memory.
 
     Raises:
         UserError: a file is unreadable, image and mask differ in size, a mask has wrong values.
-        RunError: the cache can't be written.
+        RunError: the cache can't be written, as on a full disk.
     """
     ids = [example.id for example in examples]
 
@@ -163,14 +174,7 @@ def decode(
         fill(images, masks)
         return samples(images, masks, mapped=False)
     folder = cache / f"{spec.name}-{_key(examples, entry, spec, size, fit)}"
-    if not folder.is_dir():
-        try:
-            _write(folder, shapes, fill)
-        except OSError as error:
-            raise RunError(f"{cache}: can't keep decoded images here ({error})") from None
-    # Mode "c" gives writable pages that never reach the file; torch wants writable memory.
-    images, masks = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("images", "masks"))
-    return samples(images, masks, mapped=True)
+    return samples(*kept(folder, shapes, fill), mapped=True)
 
 
 def _read_masks(
@@ -207,7 +211,7 @@ def _fill(
             console = Console(file=sys.stderr)
             for _ in track(
                 done,
-                f"decoding {spec.name}",
+                f"decoding {escape(spec.name)}",
                 len(examples),
                 console=console,
                 transient=True,
@@ -236,32 +240,6 @@ def _native_size(example: Example, entry: Entry) -> tuple[int, int]:
     return height, width
 
 
-def _write(
-    folder: Path,
-    shapes: tuple[tuple[int, ...], tuple[int, ...]],
-    fill: Callable[[NDArray[np.uint8], NDArray[np.uint8]], None],
-) -> None:
-    """Decode into files; the folder appears under its name only when it is complete."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
-        images, masks = (
-            np.lib.format.open_memmap(work / f"{name}.npy", "w+", np.uint8, shape)
-            for name, shape in zip(("images", "masks"), shapes, strict=True)
-        )
-        fill(images, masks)
-        images.flush()
-        masks.flush()
-        del images, masks
-        try:
-            os.replace(work, folder)
-        except OSError:
-            if not folder.is_dir():  # else another run has just made the same
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
 def _key(
     examples: Sequence[Example],
     entry: Entry,
@@ -273,7 +251,10 @@ def _key(
     files = []
     for example in examples:
         for path in (example.image, *example.masks):
-            state = path.stat()
+            try:
+                state = path.stat()
+            except OSError as error:
+                raise _unreadable(path, error) from None
             files.append([example.id, str(path.resolve()), state.st_size, state.st_mtime_ns])
     remap = sorted((entry.remap or {}).items())
     what = [
@@ -305,10 +286,29 @@ def _open_image(path: Path, raw: RawFormat | None) -> Image.Image:
 
 
 def _load(path: Path) -> Image.Image:
+    with _opened(path) as image:
+        image.load()
+        return image
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image of which only the head is read; what fails in the block is the file's fault."""
     try:
+        require_file(path)
         with Image.open(path, formats=FORMATS) as image:
-            image.load()
-            return image
+            most = Image.MAX_IMAGE_PIXELS
+            if most is not None and image.width * image.height > most:
+                raise Image.DecompressionBombError
+            yield image
+    except UserError:
+        raise
+    except Image.DecompressionBombError:
+        most = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise UserError(
+            f"{path}: more than {most:.0f} million pixels; make it smaller, or raise the limit "
+            "(data.max_megapixels in a config, --max-megapixels)"
+        ) from None
     except Exception as error:  # a damaged file makes decoders fail in any way
         raise _unreadable(path, error) from error
 
@@ -316,7 +316,10 @@ def _load(path: Path) -> Image.Image:
 def _load_text(path: Path) -> Image.Image:
     """A text file of integers, a row per line, as an image of 32 bits."""
     try:
+        require_file(path, 4 * (Image.MAX_IMAGE_PIXELS or 2**30))
         values = np.loadtxt(path, dtype=np.int32, ndmin=2)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
     if not values.size:
@@ -344,15 +347,17 @@ def _is_raw(path: Path, raw: RawFormat | None) -> bool:
 
 
 def _read_raw(path: Path, raw: RawFormat) -> NDArray[np.uint8]:
+    wanted = raw.height * raw.width * 2
     try:
+        require_file(path)
+        size = path.stat().st_size
+        if size != wanted:
+            raise UserError(
+                f"{path}: {size} bytes, but {raw.height}x{raw.width} pixels of 16 bits are {wanted}"
+            )
         values = np.fromfile(path, dtype=">u2")
     except OSError as error:
         raise _unreadable(path, error) from None
-    if values.size != raw.height * raw.width:
-        raise UserError(
-            f"{path}: {values.size * 2} bytes, but {raw.height}x{raw.width} pixels of 16 bits are "
-            f"{raw.height * raw.width * 2}"
-        )
     top = 2**raw.bits - 1
     grey = np.minimum(values.reshape(raw.height, raw.width), top).astype(np.float64) / top
     return np.rint(255 * (1 - grey if raw.white_is_zero else grey)).astype(np.uint8)

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from mlseg.errors import UserError
+from mlseg.files import reachable, require_file
 from mlseg.segmentation.data.entry import IMAGE_EXTENSIONS, Entry, Example, Part
 
 
@@ -28,30 +29,64 @@ def pattern(text: str, ids: str) -> re.Pattern[str]:
     return re.compile(found, re.IGNORECASE)
 
 
-def list_files(root: Path) -> list[str]:
-    """Paths of all files below `root`, with forward slashes, sorted; hidden ones left out."""
-    found = []
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        base = Path(folder).relative_to(root).as_posix()
-        prefix = "" if base == "." else base + "/"
-        found += [prefix + name for name in files if not name.startswith(".")]
+MAX_FILES = 200_000
+"""Files and folders that are looked through for a data set, unless a key or flag says otherwise."""
+_MAX_LIST = 2**26
+"""Bytes of a CSV file or a list of ids."""
+
+
+def list_files(root: Path, most: int = MAX_FILES) -> list[str]:
+    """Paths of all files below `root`, with forward slashes, sorted; hidden ones left out.
+
+    Links are followed, but not back into a folder that a path comes through.
+
+    Raises:
+        UserError: there are more than `most` files and folders.
+    """
+    found: list[str] = []
+    number = 0
+    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    while waiting:
+        prefix, above = waiting.pop()
+        try:
+            state = (root / prefix).stat()
+            here = state.st_dev, state.st_ino
+            if here in above:
+                continue
+            with os.scandir(root / prefix) as entries:
+                for entry in entries:
+                    number += 1
+                    if number > most:
+                        raise UserError(
+                            f"{root}: more than {most} files and folders in it; name the data "
+                            "set's own folder, or raise the limit (data.max_files in a config, "
+                            "--max-files)"
+                        )
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir():
+                        waiting.append((f"{prefix}{entry.name}/", above | {here}))
+                    else:
+                        found.append(prefix + entry.name)
+        except OSError:
+            continue  # a folder that can't be read, lost+found say, is no part of the set
     return sorted(found)
 
 
-def find_examples(entry: Entry, root: Path) -> dict[str, list[Example]]:
+def find_examples(entry: Entry, root: Path, most: int = MAX_FILES) -> dict[str, list[Example]]:
     """All examples of a data set by part ("all", or "train", "val", "test"), sorted by id.
 
     Args:
         entry: of the data set. For "pairs", `root` is a CSV file or a folder with pairs.csv.
+        most: files and folders in `root`.
 
     Raises:
         UserError: nothing in `root` fits a layout; an image without its mask, a mask without its
-            image, two images of one id.
+            image, two images of one id; too many files.
     """
     if entry.examples is not None:
         return _own(entry, root)
-    files = list_files(root)
+    files = list_files(root, most)
     layout = choose_layout(entry, files)
     if layout is None:
         raise UserError(
@@ -133,6 +168,7 @@ def _read_list(root: Path, part: Part, files: Iterable[str]) -> list[str]:
         name = part.listed.replace("**/", "")
         raise UserError(f"{root}: no {name}, which lists the images of the part")
     try:
+        require_file(root / paths[0], _MAX_LIST)
         lines = (root / paths[0]).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{root / paths[0]}: not a readable list ({error})") from None
@@ -180,6 +216,7 @@ def read_pairs(root: Path) -> dict[str, list[Example]]:
     """The pairs of a CSV file, or of the pairs.csv in a folder, by part."""
     path = root if root.suffix.lower() == ".csv" else root / "pairs.csv"
     try:
+        require_file(path, _MAX_LIST)
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             columns = reader.fieldnames or []
@@ -200,7 +237,11 @@ def read_pairs(root: Path) -> dict[str, list[Example]]:
             raise UserError(f"{path}:{line}: a pair needs an image and a mask")
         image, mask = path.parent / row["image"], path.parent / row["mask"]
         for named in (image, mask):
-            if not named.is_file():
+            try:
+                there = reachable(named).is_file()
+            except UserError as error:
+                raise UserError(f"{path}:{line}: {error}") from None
+            if not there:
                 raise UserError(f"{path}:{line}: no file {named}")
         name = row.get("id") or PurePosixPath(image.as_posix()).stem
         part = row.get("split") or "all"

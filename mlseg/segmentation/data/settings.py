@@ -8,7 +8,10 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from mlseg.config import Settings
+from mlseg.files import reachable
+from mlseg.segmentation.data.decode import MEGAPIXELS
 from mlseg.segmentation.data.entry import DATA_SETS, Entry, data_set
+from mlseg.segmentation.data.layout import MAX_FILES
 from mlseg.segmentation.data.palettes import spread_palette
 from mlseg.segmentation.data.placement import Fit
 
@@ -37,7 +40,9 @@ class DataSettings(Settings):
         train, val, test: number of examples; not given: see `mlseg.segmentation.data.splits`.
         split_seed: another seed, another draw of the examples.
         splits: "official" takes the split that the set comes with, "drawn" draws from its
-            examples (from its training part where it comes split). Not given: the set's default.
+            examples (from its training part where it comes split); "official_test" tests on the
+            official test part and draws training and validation from the training part. Not given:
+            the set's default.
         out_of_distribution: names of data sets that are only tested on, whole.
         out_of_distribution_roots: their folders by name, where they aren't data/<name>.
         classes: names of the classes, for own data; two without an ignore index mean a binary mask
@@ -48,6 +53,9 @@ class DataSettings(Settings):
         memory_limit_mib: decoded examples beyond this many MiB are kept in memory-mapped files.
         cache_dir: where those files are; if given, every data set is kept there, so that the next
             run doesn't decode. Default: the user's cache folder, used only beyond the limit.
+        max_files: files and folders that may lie in the data set's folder.
+        max_megapixels: millions of pixels that an image or mask may have. Default: Pillow's limit.
+            Decoding takes some 15 bytes a pixel.
     """
 
     name: str
@@ -60,7 +68,7 @@ class DataSettings(Settings):
     val: Count | None = None
     test: Count | None = None
     split_seed: int = 0
-    splits: Literal["drawn", "official"] | None = None
+    splits: Literal["drawn", "official", "official_test"] | None = None
     out_of_distribution: list[str] = []
     out_of_distribution_roots: dict[str, str] = {}
     classes: list[str] | None = None
@@ -69,6 +77,8 @@ class DataSettings(Settings):
     metric: Literal["jaccard", "dice"] | None = None
     memory_limit_mib: Count = 4096
     cache_dir: str | None = None
+    max_files: Annotated[int, pydantic.Field(ge=1)] = MAX_FILES
+    max_megapixels: Annotated[float, pydantic.Field(gt=0)] = MEGAPIXELS
 
     @pydantic.field_validator("name")
     @classmethod
@@ -175,10 +185,14 @@ def check_fit(fit: Fit, entry: Entry, mend: str) -> None:
 
 
 def resolve_root(name: str, root: str | None) -> Path:
-    """The folder of a data set; see `DataSettings.root`."""
-    path = Path(root).expanduser() if root is not None else Path("data") / name
+    """The folder of a data set; see `DataSettings.root`.
+
+    Raises:
+        UserError: no folder can be there.
+    """
+    path = reachable(root) if root is not None else Path("data") / name
     base = os.environ.get("MLSEG_DATA")
     if path.is_absolute() or not base:
         return path
     parts = path.parts[1:] if path.parts[:1] == ("data",) else path.parts
-    return Path(base).expanduser().joinpath(*parts)
+    return reachable(reachable(base).joinpath(*parts))

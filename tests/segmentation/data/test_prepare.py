@@ -79,6 +79,23 @@ def test_pairs_with_official_splits(folder: Path) -> None:
     assert data.manifest["how"] == "official"
 
 
+def test_the_official_test_part_and_a_drawn_validation(folder: Path) -> None:
+    """No official validation image is seen; the seed draws within the training part."""
+    parts = ["train"] * 6 + ["val"] * 2 + ["test"] * 3
+    lines = [f"images/p{n:02d}.png,masks/p{n:02d}.png,{part}" for n, part in enumerate(parts)]
+    (folder / "pairs.csv").write_text("\n".join(["image,mask,split", *lines]))
+    keys: dict[str, Any] = {"name": "pairs", "root": str(folder / "pairs.csv"), "image_size": 8}
+    keys |= {"splits": "official_test", "train": 4, "val": 2}
+    drawn = set()
+    for seed in range(4):
+        data = load_data(DataSettings(**keys, split_seed=seed))
+        assert {*data.train.ids, *data.val.ids} == {f"p{n:02d}" for n in range(6)}
+        assert sorted(data.test.ids) == ["p08", "p09", "p10"]
+        assert data.manifest["how"] == "official_test"
+        drawn.add(frozenset(data.val.ids))
+    assert len(drawn) > 1
+
+
 def test_more_than_there_is(folder: Path) -> None:
     with pytest.raises(UserError, match="has 12 examples, but train"):
         load_data(own(folder, train=40))
