@@ -31,7 +31,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from mlseg.commands import guarded, make_console
+from mlseg.commands import guarded, make_console, named
 from mlseg.config.registry import strangers
 from mlseg.errors import UserError
 from mlseg.evaluate import above_zero, add_trust, choose_threads, own_data, probability
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="mlseg calibrate", description="Choose k and threshold on validation images."
     )
-    made.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    made.add_argument("runs", type=named, nargs="+", metavar="RUN", help="run directories")
     made.add_argument("--k", type=above_zero, nargs="+", default=KS, help="0.1 to 1")
     made.add_argument(
         "--thresholds", type=probability, nargs="+", default=THRESHOLDS, help="0.2 to 0.8"

@@ -16,6 +16,7 @@ from rich.console import Console
 from mlseg.config import Tree
 from mlseg.engines.interruption import Interrupted
 from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, RunError, UserError, one_line, printable
+from mlseg.files import reachable
 
 
 def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
@@ -117,10 +118,17 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def named(text: str) -> Path:
-    """A path, for argparse; an empty one, left by an unset variable, isn't the working folder."""
+    """A path, for argparse; an empty one, left by an unset variable, isn't the working folder.
+
+    A leading ``~`` is the home; a shell fills it in at the beginning of a word alone, so not in
+    ``--out=~/runs``.
+    """
     if not text:
         raise argparse.ArgumentTypeError("an empty name")
-    return Path(text)
+    try:
+        return reachable(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def say_notes(tree: Tree) -> None:

@@ -63,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("config", nargs="?", help="YAML file; may be left out with --resume")
     made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="seeds=[0,1,2]")
     made.add_argument("--out", type=named, help="directory (runs/<config>/<time>)")
-    made.add_argument("--resume", type=Path, metavar="DIR", help="keep DIR's finished cells, go on")
+    made.add_argument(
+        "--resume", type=named, metavar="DIR", help="keep DIR's finished cells, go on"
+    )
     made.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1)")
     threads.add_flag(made)
     return made

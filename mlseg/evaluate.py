@@ -46,7 +46,7 @@ from mlseg.segmentation.data import (
     load_examples,
 )
 from mlseg.segmentation.data.decode import MEGAPIXELS, limit_pixels
-from mlseg.segmentation.data.layout import MAX_FILES
+from mlseg.segmentation.data.layout import MAX_FILES, folder_layout
 from mlseg.segmentation.metrics import SCORES
 from mlseg.segmentation.scoring import score
 from mlseg.segmentation.trained import Ensemble, load_runs
@@ -60,9 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Its arguments."""
     made = argparse.ArgumentParser(prog="mlseg evaluate", description="Score a finished run.")
-    made.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    made.add_argument("runs", type=named, nargs="+", metavar="RUN", help="run directories")
     made.add_argument("--data", nargs="+", metavar="NAME", help="data sets; default: the run's own")
     made.add_argument("--root", help="folder of the data set, when one is named")
+    for key, text in (
+        ("images", "folder of its images (images)"),
+        ("masks", "folder of its masks (masks)"),
+        ("mask-pattern", "how masks are named, such as {id}_mask* ({id})"),
+    ):
+        made.add_argument(
+            f"--{key}",
+            help=f"of --data folder: {text}; as data.{key.replace('-', '_')} of a config",
+        )
     made.add_argument("--scale", choices=("native", "trained"), help="default: the run's own")
     made.add_argument(
         "--max-files", type=int, default=MAX_FILES, metavar="N", help="in a data set's folder"
@@ -84,6 +93,10 @@ def _run_guarded(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.root is not None and len(arguments.data or ()) != 1:
         raise UserError("--root: the folder of one data set; name exactly one with --data")
+    where = arguments.images, arguments.masks, arguments.mask_pattern
+    if any(where) and arguments.data != ["folder"]:
+        raise UserError("--images, --masks, --mask-pattern: are of --data folder alone; drop them")
+    layout = folder_layout(*where) if any(where) else None
     limit_pixels(arguments.max_megapixels)
     if arguments.out is not None:
         check_output(arguments.out, arguments.overwrite)
@@ -101,7 +114,9 @@ def _run(arguments: argparse.Namespace) -> int:
         size, spec, fit = trained.image_size, trained.spec, trained.fit
         with strangers(trusted=True, said=False):
             sets = {
-                name: load_examples(name, arguments.root, size, spec, fit, arguments.max_files)
+                name: load_examples(
+                    name, arguments.root, size, spec, fit, arguments.max_files, layout
+                )
                 for name in arguments.data
             }
     scale = arguments.scale or trained.scoring

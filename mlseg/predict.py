@@ -5,9 +5,10 @@
     python -m mlseg.predict runs/try 'images/*_left.png' --out masks/
     python -m mlseg.predict runs/a runs/b runs/c images/ --out masks/
 
-For each image two PNGs at its own size: ``<name>.png``, the mask (0 and 255 for two classes, else
-class indices with the classes' colours as palette), and ``<name>_overlay.png``. Several runs: the
-mean of their probabilities. What ``mlseg.calibrate`` chose for exactly these weights is used.
+For each image two PNGs at its own size, upright as it is shown (EXIF): ``<name>.png``, the mask (0
+and 255 for two classes, else class indices with the classes' colours as palette), and
+``<name>_overlay.png``. Several runs: the mean of their probabilities. What ``mlseg.calibrate``
+chose for exactly these weights is used. Hidden files are left out.
 
 Nothing is overwritten but what an earlier call has written, which the files say of themselves; with
 ``--overwrite`` any file of these names but the images. A run that names code from outside mlseg
@@ -19,6 +20,7 @@ import glob
 import os
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from mlseg import threads
@@ -40,6 +42,7 @@ from mlseg.files import reachable, replacing, require_writable, writing
 from mlseg.machine import choose_device
 from mlseg.segmentation.data import PADDING, DatasetSpec, padded, placed, to_float
 from mlseg.segmentation.data.decode import limit_pixels, read_image
+from mlseg.segmentation.data.layout import is_hidden, list_files
 from mlseg.segmentation.pictures import overlay
 from mlseg.segmentation.scoring import label_map
 from mlseg.segmentation.trained import Ensemble
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Its arguments."""
     made = argparse.ArgumentParser(prog="mlseg predict", description="Segment images with a run.")
-    made.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    made.add_argument("runs", type=named, nargs="+", metavar="RUN", help="run directories")
     made.add_argument("images", help="a folder, a file, or a glob in quotes")
     made.add_argument("--out", type=named, required=True, help="folder for masks and overlays")
     made.add_argument(
@@ -112,11 +115,13 @@ def find_images(where: str) -> list[Path]:
     """
     path = reachable(where)
     if path.is_dir():
-        found = [p for p in path.iterdir() if p.suffix.lower() in SUFFIXES]
+        found = [p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and _may_be_image(p)]
     elif path.is_file():
         found = [path]
+    elif "**" in path.parts:
+        found = _below(path)
     else:
-        found = [Path(p) for p in glob.glob(where, recursive=True) if Path(p).is_file()]
+        found = [p for p in map(Path, glob.glob(str(path))) if _may_be_image(p)]
     if not found:
         kinds = ", ".join(sorted(SUFFIXES))
         raise UserError(f"{where}: no images there (a folder, a file or a glob of {kinds})")
@@ -129,6 +134,30 @@ def find_images(where: str) -> list[Path]:
         if f"{stem}_overlay" in names:
             raise UserError(f"{p}: its overlay would be {stem}_overlay.png, another's mask; rename")
     return sorted(found)
+
+
+def _may_be_image(path: Path) -> bool:
+    """Whether it is a file, or a link to nothing, of which the user shall hear."""
+    there = path.is_file() or (path.is_symlink() and not path.exists())
+    return there and not is_hidden(path.name)
+
+
+def _below(pattern: Path) -> list[Path]:
+    """Files that a glob with ** means; each folder once, whatever links lead to it."""
+    first = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
+    base = Path(*pattern.parts[:first])
+    if not base.is_dir():
+        return []
+    wanted = pattern.parts[first:]
+    return [base / name for name in list_files(base) if _fits(name.split("/"), wanted)]
+
+
+def _fits(parts: Sequence[str], wanted: Sequence[str]) -> bool:
+    if not wanted:
+        return not parts
+    if wanted[0] == "**":
+        return any(_fits(parts[start:], wanted[1:]) for start in range(len(parts) + 1))
+    return bool(parts) and fnmatch(parts[0], wanted[0]) and _fits(parts[1:], wanted[1:])
 
 
 def outputs(image: Path, folder: Path) -> tuple[Path, Path]:

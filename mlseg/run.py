@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("config", nargs="?", help="YAML file; may be left out with --resume")
     made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="engine.iterations=100")
     made.add_argument("--out", type=named, help="run directory (runs/<config>/<time>)")
-    made.add_argument("--resume", type=Path, metavar="DIR", help="go on with an interrupted run")
+    made.add_argument("--resume", type=named, metavar="DIR", help="go on with an interrupted run")
     made.add_argument("--dry-run", action="store_true", help="build, run each level once, report")
     threads.add_flag(made)
     return made

@@ -25,6 +25,7 @@ NOT_NUMERICAL = {
     "test_fetch.py",
     "test_habits.py",
     "test_interruption.py",
+    "test_labels.py",
     "test_layout.py",
     "test_packaging.py",
     "test_prepare.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import struct
 import zipfile
 from collections.abc import Sequence
@@ -64,7 +65,10 @@ def fetched(arguments: Sequence[str]) -> int:
 
 
 def _progress(line: str) -> bool:
-    return "reading the directory" in line or "files" in line or "images with their" in line
+    return (
+        line.startswith(("isic2018 (train): ", "isic2018: "))
+        or re.match(r"\d+ files ", line) is not None
+    )
 
 
 def _zip(members: dict[str, bytes]) -> bytes:

@@ -54,7 +54,7 @@ def check_problem(problem: Problem, device: torch.device) -> None:
         )
     ours = isinstance(problem, Revisitable)
     plateau = isinstance(problem.scheduler, ReduceLROnPlateau)
-    if ours and plateau and getattr(config, "scheduler_step", None) != "validation":
+    if ours and plateau and not hasattr(config, "scheduler_step"):
         raise UserError(
             f"problem {name!r}: ReduceLROnPlateau goes by a validation's metric; give the problem "
             "mlseg.Config(scheduler_step='validation')"

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from mlseg import randomness
 from mlseg.errors import RunError, UserError
 from mlseg.hypergradients import Hop, Vector
+from mlseg.hypergradients.second_order.fused import formulas
 from mlseg.hypergradients.substitution import check_none_left, substituted
 from mlseg.multilevel import graph
 from mlseg.multilevel.betty_tables import carry_by_bettys, is_bettys
@@ -123,14 +124,17 @@ class Problem(Revisitable):
         with (
             substituted(self.again.modules(), parameters, leaves) if keeps_graph else nullcontext()
         ):
-            loss, metrics = self.get_loss(batch)
             if keeps_graph:
+                with formulas(self.trajectory.keeps.second_order):
+                    loss, metrics = self.get_loss(batch)
                 both = torch.autograd.grad(
                     loss, [*leaves, *parameters], create_graph=True, allow_unused=True
                 )
                 gradient, left = both[: len(leaves)], both[len(leaves) :]
                 check_none_left(self.name, left, "store to weights")
                 self.trajectory.add_graph(gradient)
+            else:
+                loss, metrics = self.get_loss(batch)
             if keeps_graph and not self._paths:
                 total: list[Any] = [None if g is None else g.detach() for g in gradient]
             else:

@@ -13,10 +13,11 @@ from mlseg.errors import UserError
 from mlseg.files import reachable
 from mlseg.segmentation.data import splits
 from mlseg.segmentation.data.decode import decode, limit_pixels
-from mlseg.segmentation.data.entry import Entry, Example, data_set
+from mlseg.segmentation.data.entry import Entry, Example, Part, data_set
 from mlseg.segmentation.data.fetch import fetch, incomplete
 from mlseg.segmentation.data.layout import MAX_FILES, find_examples
 from mlseg.segmentation.data.placement import Fit
+from mlseg.segmentation.data.presence import classes_missing, held_values, require_two_classes
 from mlseg.segmentation.data.samples import DatasetSpec, Samples
 from mlseg.segmentation.data.scenes import synthetic_scenes
 from mlseg.segmentation.data.settings import OWN_DATA, DataSettings, check_fit, resolve_root
@@ -82,10 +83,12 @@ def load_data(settings: DataSettings) -> SegmentationData:
         of, examples = wanted[key]
         return decode(examples, of, of.spec, settings.size, cache, settings.fit)
 
+    made = {name: decoded(name) for name in splits.SPLITS}
+    notices = classes_missing(made, entry.spec)
+    if left_out:
+        notices.append(f"Not tested on, because missing: {'; '.join(left_out)}.")
     return SegmentationData(
-        train=decoded("train"),
-        val=decoded("val"),
-        test=decoded("test"),
+        **made,
         out_of_distribution={name: decoded(f"other {name}") for name in others},
         spec=entry.spec,
         provenance="real",
@@ -97,7 +100,7 @@ def load_data(settings: DataSettings) -> SegmentationData:
             provenance="real",
             out_of_distribution={n: [e.id for e in found] for n, (_, found) in others.items()},
         ),
-        notice=(f"Not tested on, because missing: {'; '.join(left_out)}." if left_out else None),
+        notice=" ".join(notices) or None,
     )
 
 
@@ -108,6 +111,7 @@ def load_examples(
     spec: DatasetSpec,
     fit: Fit = "stretch",
     max_files: int = MAX_FILES,
+    layout: Part | None = None,
 ) -> Samples:
     """All examples of a data set, for scoring a trained model on it.
 
@@ -119,12 +123,15 @@ def load_examples(
         spec: of the data the model was trained on; classes and channels must fit.
         fit: as `DataSettings.fit`.
         max_files: as `DataSettings.max_files`.
+        layout: of an own folder, see `folder_layout`.
 
     Raises:
         UserError: data are missing, bad, of other classes, or can't be padded.
     """
     try:
         entry = _fitting(_as_trained(data_set(name), spec), spec)
+        if layout is not None:
+            entry = replace(entry, layouts=({"all": layout},))
         check_fit(fit, entry, "a model of padded images can only be scored on sets that have one")
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -135,7 +142,10 @@ def load_examples(
     if _absent(folder):
         raise _missing(entry, folder)
     examples = _whole(entry, find_examples(entry, folder, max_files))
-    return decode(examples, entry, entry.spec, size, fit=fit)
+    samples = decode(examples, entry, entry.spec, size, fit=fit)
+    if fit == "stretch":  # padding is ignored in images of healthy people too
+        require_two_classes(held_values(samples, spec), spec, fit)
+    return samples
 
 
 def _absent(root: Path) -> bool:

@@ -11,8 +11,8 @@ from mlseg.config import Settings
 from mlseg.files import reachable
 from mlseg.segmentation.data.decode import MEGAPIXELS
 from mlseg.segmentation.data.entry import DATA_SETS, Entry, data_set
-from mlseg.segmentation.data.layout import MAX_FILES
-from mlseg.segmentation.data.palettes import spread_palette
+from mlseg.segmentation.data.layout import MAX_FILES, folder_layout
+from mlseg.segmentation.data.palettes import class_palette
 from mlseg.segmentation.data.placement import Fit
 
 OWN_DATA = ("folder", "pairs")
@@ -45,6 +45,11 @@ class DataSettings(Settings):
             the set's default.
         out_of_distribution: names of data sets that are only tested on, whole.
         out_of_distribution_roots: their folders by name, where they aren't data/<name>.
+        images, masks: for "folder", where these are within `root` if not in images/ and masks/: "."
+            is `root` itself, "*" any folder, {id} an image's name.
+        mask_pattern: for "folder", how a mask is named: {id} is its image's name, * anything, and
+            several masks that fit are united; "{id}_mask*" reads a_mask.png and a_mask_1.png of
+            a.jpg. Default {id}.
         classes: names of the classes, for own data; two without an ignore index mean a binary mask
             (0 and 255, or 0 and 1), otherwise the mask's values are class indices.
         ignore_index: mask value that doesn't count, for own data.
@@ -71,6 +76,9 @@ class DataSettings(Settings):
     splits: Literal["drawn", "official", "official_test"] | None = None
     out_of_distribution: list[str] = []
     out_of_distribution_roots: dict[str, str] = {}
+    images: str | None = None
+    masks: str | None = None
+    mask_pattern: str | None = None
     classes: list[str] | None = None
     ignore_index: Annotated[int, pydantic.Field(ge=0, le=255)] | None = None
     channels: Literal[1, 3] | None = None
@@ -78,7 +86,7 @@ class DataSettings(Settings):
     memory_limit_mib: Count = 4096
     cache_dir: str | None = None
     max_files: Annotated[int, pydantic.Field(ge=1)] = MAX_FILES
-    max_megapixels: Annotated[float, pydantic.Field(gt=0)] = MEGAPIXELS
+    max_megapixels: Annotated[float, pydantic.Field(gt=0)] = float(MEGAPIXELS)
 
     @pydantic.field_validator("name")
     @classmethod
@@ -128,6 +136,10 @@ class DataSettings(Settings):
                         f"{key} is for own data (name: {' or '.join(OWN_DATA)}); "
                         f"{self.name!r} states its own"
                     )
+        for key in ("images", "masks", "mask_pattern"):
+            if self.name != "folder" and getattr(self, key) is not None:
+                raise ValueError(f"{key} is for name: folder; {self.name!r} says where its own are")
+        folder_layout(self.images, self.masks, self.mask_pattern)
         unused = sorted(set(self.out_of_distribution_roots) - set(self.out_of_distribution))
         if unused:
             raise ValueError(f"out_of_distribution_roots: {unused[0]!r} isn't tested on")
@@ -136,7 +148,12 @@ class DataSettings(Settings):
     @pydantic.model_validator(mode="after")
     def _can_pad(self) -> "DataSettings":
         stretch = "set data.fit to stretch"
-        mend = f"set data.ignore_index, or {stretch[4:]}" if self.name in OWN_DATA else stretch
+        mend = stretch
+        if self.name in OWN_DATA:
+            mend = (
+                f"set data.ignore_index, or {stretch[4:]}; with an ignore index masks hold class "
+                "numbers (0 and 1, not 0 and 255)"
+            )
         check_fit(self.fit, self.entry, mend)
         for name in self.out_of_distribution:
             check_fit(self.fit, data_set(name), stretch)
@@ -155,10 +172,14 @@ class DataSettings(Settings):
             classes=classes,
             ignore_index=self.ignore_index,
             metric=self.metric or "jaccard",
-            palette=spread_palette(len(classes)),
+            palette=class_palette(len(classes)),
         )
         binary = len(classes) == 2 and self.ignore_index is None
-        return replace(entry, spec=spec, masks="binary" if binary else "index")
+        entry = replace(entry, spec=spec, masks="binary" if binary else "index")
+        if self.name != "folder":
+            return entry
+        layout = folder_layout(self.images, self.masks, self.mask_pattern)
+        return replace(entry, layouts=({"all": layout},))
 
     @property
     def size(self) -> tuple[int, int]:
