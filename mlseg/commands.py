@@ -94,7 +94,7 @@ def _guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.N
     except RunError as error:
         print(f"failed: {printable(str(error))}", file=sys.stderr)
         return EXIT_RUN_ERROR
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         print(f"failed: {one_line(error)} Lower a batch_size or image_size.", file=sys.stderr)
         return EXIT_RUN_ERROR
     except Interrupted as interrupted:

@@ -304,10 +304,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except UserError:
         raise
     except Image.DecompressionBombError:
-        most = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         raise UserError(
-            f"{path}: more than {most:.0f} million pixels; make it smaller, or raise the limit "
-            "(data.max_megapixels in a config, --max-megapixels)"
+            f"{path}: more than {(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels; make it "
+            "smaller, or raise the limit (data.max_megapixels in a config, --max-megapixels)"
         ) from None
     except Exception as error:  # a damaged file makes decoders fail in any way
         raise _unreadable(path, error) from error
