@@ -17,9 +17,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mlseg import calibrate, checkpoint, compare, config, evaluate, predict, run
+from mlseg import data as data_command
 from mlseg.commands import guarded, make_console
 from mlseg.errors import UserError
 from mlseg.files import claimed
+from mlseg.segmentation.data.entry import DATA_SETS, data_set
 
 
 def train(tmp_path: Path, *overrides: str) -> Path:
@@ -61,7 +63,8 @@ def test_a_run_leaves_its_whole_directory(
     assert {"torch", "betty-ml", "python"} <= set(results["versions"])
     said = capsys.readouterr()
     assert said.err.count("SYNTHETIC") == 2, "once at the start, once at the end"
-    assert "Scores" in said.out
+    title = "Scores, mean over images, counted at the size of each mask's file"
+    assert title in " ".join(said.out.split())
 
 
 def test_evaluate_gives_what_the_run_gave(tmp_path: Path) -> None:
@@ -278,6 +281,19 @@ def test_mistakes_are_one_line(
     assert run.main([str(config), override, "--out", str(out)]) == 2
     assert names in one_line(capsys)
     assert not out.exists(), "nothing was done"
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "300"])
+def test_the_list_of_data_sets_cuts_nothing(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert data_command.main([]) == 0
+    said = capsys.readouterr().out
+    for name in DATA_SETS.names():
+        (line,) = [line for line in said.splitlines() if name in line.split()]
+        assert data_set(name).source in line
+    assert "…" not in said
 
 
 def test_help_lists_the_systems(capsys: pytest.CaptureFixture[str]) -> None:
