@@ -130,7 +130,7 @@ class Discriminator(Problem):
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """Binary cross-entropy; real and fake maps have half of the weight each."""
         self.module.train()
-        logits, loss = self._loss(batch)
+        logits, loss = self._cross_entropy(batch)
         right = ((logits > 0) == (batch[2] > 0)).float().mean()
         return {"loss": loss / len(logits), "accuracy": right}
 
@@ -138,10 +138,10 @@ class Discriminator(Problem):
     def verdict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits and the sum of the loss, in evaluation mode."""
         self.module.eval()
-        logits, loss = self._in_precision(self._loss, batch)
+        logits, loss = self._in_precision(self._cross_entropy, batch)
         return logits.float(), loss
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _cross_entropy(self, batch: Batch) -> tuple[Tensor, Tensor]:
         image, label, real, weight = batch
         logits = self(image, one_hot(label, self.num_classes))
         loss = functional.binary_cross_entropy_with_logits(
