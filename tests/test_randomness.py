@@ -32,6 +32,45 @@ def test_restoring_repeats_every_draw(drawn_before: int) -> None:
     assert [draw() for _ in range(3)] == first
 
 
+def test_a_capture_sees_a_normal_number_that_is_kept_for_later() -> None:
+    """numpy draws them in pairs; the second stands elsewhere than the generator's words."""
+    np.random.seed(3)
+    for _ in range(5):
+        state = capture()
+        first = [np.random.randn() for _ in range(3)]
+        restore(state)
+        assert [np.random.randn() for _ in range(3)] == first
+        restore(state)
+        np.random.randn()  # the next state is one draw further on
+
+
+def test_what_nobody_drew_from_is_not_copied_again() -> None:
+    np.random.seed(3)
+    state = capture()
+    torch.rand(())
+    assert capture()["numpy"] is state["numpy"]
+    np.random.rand()
+    assert capture()["numpy"] is not state["numpy"]
+    restore(state)
+    again = capture()["numpy"]
+    assert again["pos"] == state["numpy"]["pos"]
+    assert again["key"].equal(state["numpy"]["key"])
+
+
+def test_another_generator_of_numpys_is_captured() -> None:
+    own = np.random.get_bit_generator()
+    state = capture()
+    try:
+        np.random.set_bit_generator(np.random.MT19937(11))
+        first = capture()
+        drawn = np.random.rand()
+        restore(first)
+        assert np.random.rand() == drawn
+    finally:
+        np.random.set_bit_generator(own)
+    assert capture()["numpy"]["key"].equal(state["numpy"]["key"])
+
+
 def test_a_state_survives_a_checkpoint() -> None:
     draw()
     file = io.BytesIO()
