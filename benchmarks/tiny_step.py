@@ -238,7 +238,7 @@ def main() -> None:
             for a, b in zip(getattr(one, attribute).parameters(), theirs, strict=True):
                 if not torch.allclose(a, b, rtol=1e-2, atol=1e-3):
                     raise SystemExit(f"{name}: other {attribute} than by hand")
-    report = {"machine": machine.describe(torch.device("cpu")), "seconds": seconds}
+    report: dict[str, Any] = {"machine": machine.describe(torch.device("cpu")), "seconds": seconds}
     print(machine.head(report["machine"]), "\n", sep="")
     print("| an outer step of 10 inner ones | ms | to Betty | to the loop by hand |")
     print("|---|---|---|---|")

@@ -116,7 +116,9 @@ class Problem(Revisitable):
 
     def _take_gradient(self, batch: Any, parameters: Vector) -> dict[str, Any]:
         """Evaluate the loss and accumulate its (hyper)gradient into ``.grad``."""
-        keeps_graph = self.trajectory.is_open and self.trajectory.keeps.graph
+        keeps_graph = (
+            self.trajectory.is_open and self._steps_to_hop() < self.trajectory.keeps.graphs
+        )
         # With a graph that is to outlive the step, the optimizer must not write into its leaves.
         leaves = self.trajectory.leaves() if keeps_graph else parameters
         with (

@@ -197,6 +197,11 @@ class Revisitable(graph.KnowsLevels, betty.problems.ImplicitProblem):
             self.trajectory.begin(parameters, self.optimizer)
         self.trajectory.see(batch, random_state)
 
+    def _steps_to_hop(self) -> int:
+        """How many steps follow this one before the levels above may step."""
+        taken = (self._count - 1) // self.gas
+        return self.unroll_steps - 1 - taken % self.unroll_steps
+
     def _gradient_is_complete(self, batch: Any, parameters: Vector) -> None:
         self.again.end(batch)
         if self.trajectory.is_open:
