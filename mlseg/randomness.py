@@ -5,6 +5,7 @@ the step again must see the same draw: with redrawn augmentation and dropout a f
 next to no correlation with the true hypergradient.
 """
 
+import ctypes
 import hashlib
 import random
 from collections.abc import Iterator
@@ -15,6 +16,96 @@ import numpy as np
 import torch
 
 RandomState = dict[str, Any]
+
+
+class _Numpy:
+    """numpy's global generator. It takes numpy most of a capture to copy its state out, and most
+    steps never draw from it: what is known to be unchanged isn't copied again."""
+
+    def __init__(self) -> None:
+        self._known: RandomState | None = None
+        self._generator: Any = None
+        self._words = b""
+
+    def capture(self) -> RandomState:
+        generator = _generator()
+        words = _words(generator)
+        if self._is_known(generator, words):
+            assert self._known is not None
+            return self._known
+        values = np.random.get_state(legacy=False)
+        self._known = {
+            "bit_generator": values["bit_generator"],
+            "key": torch.from_numpy(values["state"]["key"].astype(np.int64)),
+            "pos": values["state"]["pos"],
+            "has_gauss": values["has_gauss"],
+            "gauss": values["gauss"],
+        }
+        self._generator, self._words = generator, words
+        return self._known
+
+    def restore(self, state: RandomState) -> None:
+        generator = _generator()
+        if state is self._known and self._is_known(generator, _words(generator)):
+            return
+        np.random.set_state(
+            {
+                "bit_generator": state["bit_generator"],
+                "state": {
+                    "key": state["key"].numpy().astype(np.uint32),
+                    "pos": state["pos"],
+                },
+                "has_gauss": state["has_gauss"],
+                "gauss": state["gauss"],
+            }
+        )
+        self._known = None
+
+    def _is_known(self, generator: Any, words: bytes) -> bool:
+        """Whether it is as it was when last captured.
+
+        A normal number that it keeps for the next draw stands elsewhere than its words. Where there
+        was none, a new one would have come with new words; where there was one, it may be gone.
+        """
+        return (
+            self._known is not None
+            and words != b""
+            and generator is self._generator
+            and words == self._words
+            and not self._known["has_gauss"]
+        )
+
+
+def _generator() -> Any:
+    """numpy's global one; its annotations don't know the function."""
+    return np.random.get_bit_generator()  # type: ignore[attr-defined]
+
+
+_WORDS = 4 * 624
+"""Bytes of a Mersenne twister's words; the place among them, an int, follows."""
+
+
+def _words(generator: Any) -> bytes:
+    """A Mersenne twister's words and place as they lie in memory; nothing for other generators."""
+    if type(generator) is not np.random.MT19937 or not _LAID_OUT_SO:
+        return b""
+    return ctypes.string_at(generator.ctypes.state_address, _WORDS + 4)
+
+
+def _is_laid_out_so() -> bool:
+    """Whether this numpy keeps them so."""
+    generator = np.random.MT19937(7)
+    generator.random_raw(3)
+    state = generator.state["state"]
+    raw = ctypes.string_at(generator.ctypes.state_address, _WORDS + 4)
+    place = int(np.frombuffer(raw[_WORDS:], np.int32)[0])
+    return bool((np.frombuffer(raw[:_WORDS], np.uint32) == state["key"]).all()) and (
+        place == state["pos"]
+    )
+
+
+_LAID_OUT_SO = _is_laid_out_so()
+_NUMPY = _Numpy()
 
 
 def capture(device: torch.device | str = "cpu") -> RandomState:
@@ -28,17 +119,10 @@ def capture(device: torch.device | str = "cpu") -> RandomState:
         a dict of tensors, numbers and lists, which ``torch.load(weights_only=True)`` accepts.
     """
     version, internal, gauss = random.getstate()
-    generator = np.random.get_state(legacy=False)
     state: RandomState = {
         "torch": torch.get_rng_state(),
         "python": [version, list(internal), gauss],
-        "numpy": {
-            "bit_generator": generator["bit_generator"],
-            "key": torch.from_numpy(generator["state"]["key"].astype(np.int64)),
-            "pos": generator["state"]["pos"],
-            "has_gauss": generator["has_gauss"],
-            "gauss": generator["gauss"],
-        },
+        "numpy": _NUMPY.capture(),
     }
     device = torch.device(device)
     if device.type == "cuda":
@@ -51,18 +135,7 @@ def restore(state: RandomState, device: torch.device | str = "cpu") -> None:
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    generator = state["numpy"]
-    np.random.set_state(
-        {
-            "bit_generator": generator["bit_generator"],
-            "state": {
-                "key": generator["key"].numpy().astype(np.uint32),
-                "pos": generator["pos"],
-            },
-            "has_gauss": generator["has_gauss"],
-            "gauss": generator["gauss"],
-        }
-    )
+    _NUMPY.restore(state["numpy"])
     device = torch.device(device)
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

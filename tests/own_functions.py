@@ -1,6 +1,5 @@
 """Whether a tensor came about by an autograd function of Python's."""
 
-import torch
 from torch import Tensor
 
 
@@ -9,7 +8,7 @@ def own(y: Tensor) -> bool:
     nodes = [y.grad_fn]
     while nodes:
         node = nodes.pop()
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
+        if "BackwardCFunction" in [kind.__name__ for kind in type(node).__mro__]:
             return True
         nodes += [] if node is None else [following for following, _ in node.next_functions]
     return False

@@ -2,6 +2,7 @@
 
 import io
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,46 @@ def test_restoring_repeats_every_draw(drawn_before: int) -> None:
     first = [draw() for _ in range(3)]
     restore(state)
     assert [draw() for _ in range(3)] == first
+
+
+def test_a_capture_sees_a_normal_number_that_is_kept_for_later() -> None:
+    """numpy draws them in pairs; the second stands elsewhere than the generator's words."""
+    np.random.seed(3)
+    for _ in range(5):
+        state = capture()
+        first = [np.random.randn() for _ in range(3)]
+        restore(state)
+        assert [np.random.randn() for _ in range(3)] == first
+        restore(state)
+        np.random.randn()  # the next state is one draw further on
+
+
+def test_what_nobody_drew_from_is_not_copied_again() -> None:
+    np.random.seed(3)
+    state = capture()
+    torch.rand(())
+    assert capture()["numpy"] is state["numpy"]
+    np.random.rand()
+    assert capture()["numpy"] is not state["numpy"]
+    restore(state)
+    again = capture()["numpy"]
+    assert again["pos"] == state["numpy"]["pos"]
+    assert again["key"].equal(state["numpy"]["key"])
+
+
+def test_another_generator_of_numpys_is_captured() -> None:
+    numpys: Any = np.random  # whose annotations don't know these functions
+    own = numpys.get_bit_generator()
+    state = capture()
+    try:
+        numpys.set_bit_generator(np.random.MT19937(11))
+        first = capture()
+        drawn = np.random.rand()
+        restore(first)
+        assert np.random.rand() == drawn
+    finally:
+        numpys.set_bit_generator(own)
+    assert capture()["numpy"]["key"].equal(state["numpy"]["key"])
 
 
 def test_a_state_survives_a_checkpoint() -> None:

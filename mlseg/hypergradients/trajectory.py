@@ -24,14 +24,15 @@ class Keeps:
         moments: the optimizer's state before the step.
         gradient: the gradient that it stepped along, all of it: over accumulated batches, with what
             came from levels below, before clipping.
-        graph: the graph of that gradient, which the step builds for the purpose.
+        graphs: of how many, the last ones before an upper level steps, the graph of that gradient,
+            which the step builds for the purpose.
         second_order: by whose formulas that graph is differentiated.
     """
 
     steps: int = 0
     moments: bool = False
     gradient: bool = False
-    graph: bool = False
+    graphs: int = 0
     second_order: SecondOrder = "torch"
 
 
@@ -130,6 +131,9 @@ class Trajectory:
             ]
         self.steps.append(self._open)
         self._open = None
+        if len(self.steps) > self.keeps.graphs:
+            old = self.steps[-1 - self.keeps.graphs]
+            old.leaves, old.graphs = [], []
         if len(self.steps) > self.keeps.steps:
             self._spare = self.steps.popleft()
 

@@ -81,9 +81,9 @@ class PenaltyProblem(Problem):
         """The problem whose steps are evaluated again by this one."""
         return self.lower
 
-    def _take_gradient(self, batch: Any) -> dict[str, Any]:
+    def _take_gradient(self, batch: Any, parameters: Vector) -> dict[str, Any]:
         lower: Any = self.levels[self.lower]
-        parameters, own = lower.trainable_parameters(), self.trainable_parameters()
+        own, parameters = parameters, lower.trainable_parameters()
         twin = self._twin or [p.detach().clone() for p in parameters]
         strength = self._strength
         if strength is None:

@@ -102,23 +102,28 @@ class Problem(Revisitable):
             self.cur_batch = self.get_batch()
             batch = self.cur_batch
         self._set_learning_rates()
+        parameters = self.trainable_parameters()
         if self._is_differentiated:
-            self._step_begins(batch)
-        metrics = self._take_gradient(batch)
+            self._step_begins(batch, parameters)
+        metrics = self._take_gradient(batch, parameters)
         if self.is_implemented("grad_callback"):
             self.grad_callback()
         if self.gradient_accumulation_boundary():
-            self._gradient_is_complete(batch)
+            self._gradient_is_complete(batch, parameters)
             self.optimizer_step()
             if self.is_implemented("param_callback"):
                 self.param_callback()
-            self.zero_grad()
+            if type(self).zero_grad is Problem.zero_grad:
+                _clear(parameters)  # the list is there already
+            else:
+                self.zero_grad()
         return metrics
 
-    def _take_gradient(self, batch: Any) -> dict[str, Any]:
+    def _take_gradient(self, batch: Any, parameters: Vector) -> dict[str, Any]:
         """Evaluate the loss and accumulate its (hyper)gradient into ``.grad``."""
-        parameters = self.trainable_parameters()
-        keeps_graph = self.trajectory.is_open and self.trajectory.keeps.graph
+        keeps_graph = (
+            self.trajectory.is_open and self._steps_to_hop() < self.trajectory.keeps.graphs
+        )
         # With a graph that is to outlive the step, the optimizer must not write into its leaves.
         leaves = self.trajectory.leaves() if keeps_graph else parameters
         with (
@@ -465,6 +470,8 @@ def _on(device: torch.device | str, batch: Any) -> Any:
     """A batch on ``device``: a tensor, or mappings, dataclasses and sequences of anything."""
     if isinstance(batch, Tensor):
         return to_device(batch, device)
+    if type(batch) in (list, tuple):  # what most batches are
+        return tuple([_on(device, value) for value in batch])
     if isinstance(batch, Mapping):
         return {key: _on(device, value) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -475,6 +482,11 @@ def _on(device: torch.device | str, batch: Any) -> Any:
     if isinstance(batch, (list, tuple)):
         return tuple(_on(device, value) for value in batch)
     return batch
+
+
+def _clear(parameters: Vector) -> None:
+    for p in parameters:
+        p.grad = None
 
 
 def _move_state(optimizer: torch.optim.Optimizer, device: torch.device | str) -> None:

@@ -198,19 +198,24 @@ class Revisitable(graph.KnowsLevels, betty.problems.ImplicitProblem):
 
     # -------------------------------------------------------------- taking a step
 
-    def _step_begins(self, batch: Any) -> None:
+    def _step_begins(self, batch: Any, parameters: Vector) -> None:
         """Remember what a later evaluation of this step needs."""
         random_state = self.again.begin()
         if not self.trajectory.keeps.steps:
             return
         if not self.trajectory.is_open:
-            self.trajectory.begin(self.trainable_parameters(), self.optimizer)
+            self.trajectory.begin(parameters, self.optimizer)
         self.trajectory.see(batch, random_state)
 
-    def _gradient_is_complete(self, batch: Any) -> None:
+    def _steps_to_hop(self) -> int:
+        """How many steps follow this one before the levels above may step."""
+        taken = (self._count - 1) // self.gas
+        return self.unroll_steps - 1 - taken % self.unroll_steps
+
+    def _gradient_is_complete(self, batch: Any, parameters: Vector) -> None:
         self.again.end(batch)
         if self.trajectory.is_open:
-            self.trajectory.end(self.trainable_parameters(), self.gradient_clipping > 0.0)
+            self.trajectory.end(parameters, self.gradient_clipping > 0.0)
 
     def _forget_steps(self) -> None:
         keeps = Keeps()

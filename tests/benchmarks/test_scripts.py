@@ -62,6 +62,11 @@ def test_every_script_is_here() -> None:
     assert scripts == tested | HELP_ONLY | elsewhere
 
 
+def test_tiny_step(script: Script) -> None:
+    shown = script("tiny_step", "--rounds", 2)
+    assert columns(shown, 0) == [("mlseg",), ("Betty",), ("by hand",)]
+
+
 def test_cell(script: Script) -> None:
     shown = script(
         "cell", "--channels", 2, "--batches", 1, 2, "--largest", 2, "--repeats", 1

@@ -34,6 +34,7 @@ pytestmark = [
 METHODS: dict[str, dict[str, Any]] = {
     "weights": {"method": "unrolled"},
     "graphs": {"method": "unrolled", "store": "graphs"},
+    "last graphs": {"method": "unrolled", "store": {"graphs": 2}},
     "forward over reverse": {"method": "unrolled", "mode": "forward_over_reverse"},
     "forward": {"method": "forward"},
     # Pairs in every direction: a central difference of the whole run.
@@ -190,6 +191,12 @@ def test_memory_of_one_graph_and_not_of_all() -> None:
     engine = program({"method": "unrolled", "store": "graphs"}, sgd())
     run(engine, 1)
     assert all(step.graphs for step in engine.low.trajectory.steps)
+    engine = program({"method": "unrolled", "store": {"graphs": 2}}, sgd())
+    for _ in range(2):
+        run(engine, 1)
+        steps = engine.low.trajectory.steps
+        assert [bool(step.graphs) for step in steps] == [False, True, True]
+        assert [bool(step.leaves) for step in steps] == [False, True, True]
     assert "graphs" not in str(engine.low.trajectory.state_dict().keys())
 
 
@@ -250,7 +257,7 @@ PLAIN: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         ({}, lambda p: torch.optim.Adadelta(p), {}, "step of Adadelta can't be differentiated"),
         ({"store": "graphs"}, sgd(), {"precision": "bf16"}, "set store to weights, or precision"),
         (
-            {"store": "graphs", "mode": "forward_over_reverse"},
+            {"store": {"graphs": 1}, "mode": "forward_over_reverse"},
             sgd(),
             {},
             "set store to weights, or mode",

@@ -8,7 +8,7 @@ from mlseg.hypergradients.second_order.products import Mode, directional
 
 
 @register("identity")
-class Identity(Scaled, Differentiating):
+class Identity(Differentiating, Scaled):
     """Mixed second derivative along the incoming vector, by automatic differentiation.
 
     .. math:: q = \\nabla_s \\langle \\nabla_w l(w, s), v \\rangle

@@ -9,6 +9,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from mlseg.config import Settings
 from mlseg.errors import UserError
 from mlseg.hypergradients.base import Cotangents, Diagnostics, Differentiating, Hop, Level, Vector
 from mlseg.hypergradients.optimizers import Moments, optimizer_of
@@ -18,6 +19,16 @@ from mlseg.hypergradients.second_order.fused import SecondOrder
 from mlseg.hypergradients.second_order.products import Mode, directional, pull_through
 from mlseg.hypergradients.trajectory import Keeps, Step
 from mlseg.hypergradients.vectors import accumulate
+
+
+class LastGraphs(Settings):
+    """To keep the graphs of some steps.
+
+    Attributes:
+        graphs: how many, the last ones before the level above steps.
+    """
+
+    graphs: PositiveInt
 
 
 @register("unrolled")
@@ -42,7 +53,8 @@ class Unrolled(Differentiating):
     A level records its steps as it takes them: weights, moments, batches, random states, learning
     rates. With ``store: weights`` each is evaluated again at its own weights, one at a time, from
     the last to the first: the graphs of no two steps exist together. ``store: graphs`` keeps each
-    step's graph from training itself, so that nothing is evaluated twice.
+    step's graph from training itself, so that nothing is evaluated twice; ``store: {graphs: k}``
+    keeps those of the last ``k`` steps, and the others are evaluated again.
 
     Cost per hop: per step 1 forward, 1 backward pass and 1 Hessian-vector product, which gives the
     share of ``s`` as well; with ``store: graphs`` the product alone, and a slower training step.
@@ -74,7 +86,7 @@ class Unrolled(Differentiating):
     """
 
     steps: PositiveInt | None = None
-    store: Literal["weights", "graphs"] = "weights"
+    store: Literal["weights", "graphs"] | LastGraphs = "weights"
     optimizer_state: Literal["carried", "fresh"] = "carried"
     mode: Mode = "double_backward"
     backend: Literal["mlseg", "higher"] = "mlseg"
@@ -101,9 +113,15 @@ class Unrolled(Differentiating):
             steps=self.steps or level.unroll_steps,
             moments=self.optimizer_state == "carried",
             gradient=gradient and self.backend == "mlseg",
-            graph=self.store == "graphs",
+            graphs=self._graphs(level),
             second_order=self.formulas(),
         )
+
+    def _graphs(self, level: Level) -> int:
+        """Of how many steps training keeps the graphs."""
+        if isinstance(self.store, LastGraphs):
+            return self.store.graphs
+        return (self.steps or level.unroll_steps) if self.store == "graphs" else 0
 
     def formulas(self) -> SecondOrder:
         """``second_order`` where a graph is differentiated here."""
@@ -115,15 +133,15 @@ class Unrolled(Differentiating):
         if self.backend == "higher":
             from mlseg.hypergradients import higher_backend
 
-            higher_backend.check_differentiable(level, self.store == "graphs")
+            higher_backend.check_differentiable(level, self.store != "weights")
             return
         optimizer_of(level)
-        if self.store == "graphs" and level.precision == "bf16":
+        if self.store != "weights" and level.precision == "bf16":
             raise UserError(
                 f"problem {level.name!r}: store: graphs would keep graphs in bfloat16, too coarse "
                 "for second derivatives; set store to weights, or precision to fp32"
             )
-        if self.store == "graphs" and self.mode == "forward_over_reverse":
+        if self.store != "weights" and self.mode == "forward_over_reverse":
             raise UserError(
                 f"problem {level.name!r}: forward_over_reverse keeps no graphs; set store to "
                 "weights, or mode to double_backward"

@@ -52,11 +52,8 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         mask = wanted(ctx, 3)
-        saved = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            found = _Backward.apply(g, *saved, ctx.kernel, ctx.eps, mask)
-        else:
-            found = _gradients(g, *saved, ctx.kernel, ctx.eps, mask)
+        take: Any = _Backward.apply if torch.is_grad_enabled() else _gradients
+        found = take(g, *ctx.saved_tensors, ctx.kernel, ctx.eps, mask)
         gradients = [t if asked else None for t, asked in zip(found, mask, strict=True)]
         return *gradients, None, None, None
 

@@ -34,7 +34,7 @@ def apply_to(*tensors: Tensor | None) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch._C._is_tracing()
     )
 
 
@@ -99,7 +99,7 @@ def by_arithmetic(
         return [next(found), *(None if t is None else next(found) for t in operands)]
 
 
-def normalised(x: Tensor, axes: Sequence[int], eps: float) -> Tensor:
+def normalised(x: Tensor, axes: list[int], eps: float) -> Tensor:
     """``(x - mean) / sqrt(var + eps)`` over ``axes``, for :func:`by_arithmetic`."""
     centred = x - x.mean(axes, keepdim=True)
     return centred * ((centred * centred).mean(axes, keepdim=True) + eps).rsqrt()

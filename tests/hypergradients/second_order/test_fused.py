@@ -114,11 +114,11 @@ def test_evaluation_mode_is_torchs() -> None:
 def test_attention_can_be_differentiated_twice() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double()
     x = torch.randn(2, 5, 8, dtype=torch.float64)
-    weights = list(layer.parameters())
+    weights: list[Tensor] = list(layer.parameters())
     with formulas("fused"):
         loss = layer(x).square().mean()
     gradient = torch.autograd.grad(loss, weights, create_graph=True)
-    size = sum(g.square().sum() for g in gradient)
+    size = torch.stack([g.square().sum() for g in gradient]).sum()
     along = [g.detach() for g in gradient]
     found = torch.autograd.grad(size, weights)
 
@@ -168,12 +168,12 @@ def test_only_what_is_asked_for_is_computed(by: str, passes: int) -> None:
     """A mixed product by a variable that enters late needs no pass back through the network."""
     x = torch.randn(2, 3, 6, 6)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 5, 3)).requires_grad_()
-    weights = list(net.parameters())
+    weights: list[Tensor] = list(net.parameters())
     early, late = torch.zeros(3, 6, 6, requires_grad=True), torch.zeros(5, 1, 1, requires_grad=True)
     with formulas("fused"):
         loss = (net(x + early) * late.exp()).square().mean()
     gradient = torch.autograd.grad(loss, weights, create_graph=True)
-    targets = {"late": [late], "early": [early], "weights": weights}[by]
+    asked: dict[str, list[Tensor]] = {"late": [late], "early": [early], "weights": weights}
     with Counted() as counted:
-        torch.autograd.grad(gradient, targets, [torch.ones_like(w) for w in weights])
+        torch.autograd.grad(gradient, asked[by], [torch.ones_like(w) for w in weights])
     assert counted.passes == passes

@@ -61,34 +61,33 @@ def cases() -> Iterator[tuple[str, Case]]:
             options = {**options, "output_padding": options.get("stride", 1) - 1}
             ours = convolution(TRANSPOSED[dims - 1], dims, True, name != "plain", **options)
             yield f"conv_transpose{dims}d {name}", ours
-    same = {"padding": "same"}
     yield (
         "conv2d same",
         (
-            lambda x, w, b: F.conv2d(x, w, b, **same),
+            lambda x, w, b: F.conv2d(x, w, b, padding="same"),
             [(2, 3, 5, 4), (2, 3, 4, 3), (2,)],
         ),
     )
     yield "conv1d unbatched", (lambda x, w, b: F.conv1d(x, w, b), [(3, 6), (2, 3, 3), (2,)])
     spaces: dict[str, tuple[int, ...]] = {"": (), " 1d": (4,), " 2d": (3, 2), " 3d": (2, 1, 3)}
-    for dims, space in spaces.items():
+    for axes, space in spaces.items():
         for affine in (True, False):
             given = (4,) if affine else None
             plain = "" if affine else " plain"
-            yield f"batch_norm{dims}{plain}", (batch_norm, [(5, 4, *space), given, given])
+            yield f"batch_norm{axes}{plain}", (batch_norm, [(5, 4, *space), given, given])
             # Groups of at least four: of two values nothing but their sign is left.
             eight = (8,) if affine else None
-            yield f"group_norm{dims}{plain}", (group_norm, [(3, 8, *space), eight, eight])
+            yield f"group_norm{axes}{plain}", (group_norm, [(3, 8, *space), eight, eight])
             if space:
-                yield f"instance_norm{dims}{plain}", (instance_norm, [(3, 4, *space), given, given])
+                yield f"instance_norm{axes}{plain}", (instance_norm, [(3, 4, *space), given, given])
     for shape in ((5,), (3, 5)):
-        for given in (shape, None):
+        for weight in (shape, None):
 
             def layer_norm(x: Tensor, w: Any, b: Any, shape: Any = shape) -> Tensor:
                 return F.layer_norm(x, shape, w, b)
 
-            name = f"layer_norm {shape}" + ("" if given else " plain")
-            yield name, (layer_norm, [(2, 3, 5), given, given])
+            name = f"layer_norm {shape}" + ("" if weight else " plain")
+            yield name, (layer_norm, [(2, 3, 5), weight, weight])
     yield "layer_norm whole", (lambda x, w, b: F.layer_norm(x, (6,), w, b), [(6,), (6,), (6,)])
     yield "batch_norm, gamma alone", (batch_norm, [(5, 4, 2), (4,), None])
 
