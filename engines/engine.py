@@ -411,11 +411,17 @@ class Engine(KnowsLevels, betty.engine.Engine):
         able = super().do_validation() or any(hook.overrides("validate") for hook in self._hooks)
         return last and self._stage.validate and able
 
-    def _validate_if_due(self) -> None:
+    def _validation_is_due(self) -> bool:
+        """Whether this iteration ends with a validation."""
+        return self._time_to_validate() and self.do_validation()
+
+    def _time_to_validate(self) -> bool:
         if self._as_on_betty:
-            if self._stage_step % self.valid_step:
-                return
-        elif not self._is_due(self._settings.validate_every or self._stage.iterations):
+            return bool(self._stage_step % self.valid_step == 0)
+        return self._is_due(self._settings.validate_every or self._stage.iterations)
+
+    def _validate_if_due(self) -> None:
+        if not self._time_to_validate():
             return
         if self.do_validation():
             self.validate()

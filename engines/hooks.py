@@ -47,12 +47,14 @@ class Hooks:
     Attributes:
         name: under which :meth:`state_dict` is saved; needed by hooks that have a state.
         metric: the validation figure that chooses the best weights, where settings name none.
+        counted: how its validation figures are counted, shown behind them: ``at 256x256``.
         notice: said when a run starts and when it ends.
         shown_events: kinds of events that the progress display shows.
     """
 
     name: str = ""
     metric: str | None = None
+    counted: str | None = None
     notice: str | None = None
     shown_events: ClassVar[Sequence[str]] = ()
 

@@ -71,6 +71,7 @@ class Segmentation(Hooks):
         self.parts = parts or {}
         self.metric = data.spec.metric
         self.notice = data.notice
+        self.counted = "at {}x{}".format(*data.val.image_size)
         self.counts: dict[str, dict[str, SegmentationMetrics]] = {}
         """What the final scores were computed from: by weights and split."""
 

@@ -31,7 +31,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from mlseg.commands import guarded, make_console, named
+from mlseg.commands import guarded, make_console, named, print_whole
 from mlseg.config.registry import strangers
 from mlseg.errors import UserError
 from mlseg.evaluate import above_zero, add_trust, choose_threads, own_data, probability
@@ -95,11 +95,13 @@ def _run(arguments: argparse.Namespace) -> int:
     ks, thresholds = sorted(set(arguments.k)), sorted(set(arguments.thresholds))
     grid, choice = choose(ensemble, samples, device, ks, thresholds, native, metric)
     console = make_console()
-    console.print(table(grid, ks, thresholds, choice))
+    print_whole(console, table(grid, ks, thresholds, choice))
     console.print(
         f"k {choice.k:g}, threshold {choice.threshold:g}: {metric} {choice.value:.4f}; "
         f"with {calibration.describe(ensemble)} it was {choice.before:.4f}"
     )
+    for remark in at_the_edge(grid, ks, thresholds, choice):
+        console.print(remark)
     number = len(ensemble.members)
     stem = "calibration_grid" if number == 1 else f"calibration_grid_{number}_runs"
     for member in ensemble.members:
@@ -200,6 +202,31 @@ def best_cell(grid: Tensor, ks: Sequence[float], thresholds: Sequence[float]) ->
     """Row and column of the highest value; of several the largest k, then the nearest to 0.5."""
     cells = [(row, column) for row in range(len(ks)) for column in range(len(thresholds))]
     return max(cells, key=lambda c: (float(grid[c]), ks[c[0]], -abs(thresholds[c[1]] - 0.5)))
+
+
+def at_the_edge(
+    grid: Tensor, ks: Sequence[float], thresholds: Sequence[float], choice: calibration.Choice
+) -> list[str]:
+    """What to say where the best value of an axis is its first or last: a better may lie beyond.
+
+    Nothing where the value before it serves as well: then there is no slope to follow.
+    """
+    row, column = ks.index(choice.k), thresholds.index(choice.threshold)
+    axes = (
+        ("k", "--k", ks, row, grid[:, column].tolist()),
+        ("threshold", "--thresholds", thresholds, column, grid[row].tolist()),
+    )
+    remarks = []
+    for name, flag, values, place, scores in axes:
+        inner = {0: 1, len(values) - 1: len(values) - 2}.get(place)
+        if len(values) < 2 or inner is None or scores[inner] >= scores[place]:
+            continue
+        end, way = ("lowest", "smaller") if place == 0 else ("highest", "larger")
+        remarks.append(
+            f"{name} {values[place]:g} is the {end} of the grid: a better one may lie beyond; try "
+            f"{way} values with {flag}"
+        )
+    return remarks
 
 
 def table(

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from mlseg.config import Tree
 from mlseg.engines.interruption import Interrupted
@@ -137,6 +138,10 @@ def say_notes(tree: Tree) -> None:
         print(f"note: {printable(note)}", file=sys.stderr)
 
 
+_WIDEST = 10_000
+"""Columns; nothing that is printed has more."""
+
+
 def make_console(stderr: bool = False) -> Console:
     """For tables and messages; where the output is no terminal, wide enough not to cut a table.
 
@@ -146,3 +151,13 @@ def make_console(stderr: bool = False) -> Console:
     if not made.is_terminal:
         made.width = 140
     return made
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table with no cell cut, however wide: a narrow terminal wraps its lines."""
+    former, console.width = console.width, _WIDEST
+    try:
+        console.width = max(former, console.measure(table).maximum)
+        console.print(table, crop=False)
+    finally:
+        console.width = former

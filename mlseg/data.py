@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
+from mlseg.commands import make_console, print_whole
 from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, RunError, UserError, printable
 from mlseg.segmentation.data.entry import DATA_SETS, data_set
 from mlseg.segmentation.data.fetch import fetch, how_to_get
@@ -58,7 +58,7 @@ def _list() -> None:
         table.add_row(
             name, str(spec.num_classes), str(spec.channels), spec.metric, by, entry.source
         )
-    Console(markup=False).print(table)
+    print_whole(make_console(), table)
 
 
 if __name__ == "__main__":

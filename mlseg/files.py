@@ -199,6 +199,7 @@ def claimed(directory: Path | None, parent: Path) -> Iterator[Path]:
             directory = _timestamped(parent)
             new = [directory, *new]
         lock, holder = FileLock(directory / _LOCK, timeout=0), directory / _HOLDER
+        theirs = not (directory / _LOCK).exists()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what is refused below
@@ -220,6 +221,11 @@ def claimed(directory: Path | None, parent: Path) -> Iterator[Path]:
         ) from error
     try:
         yield directory
+    except UserError:
+        if theirs:  # refused: it stays as it was found
+            with suppress(OSError):
+                (directory / _LOCK).unlink(missing_ok=True)
+        raise
     finally:
         with suppress(OSError):
             holder.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +217,7 @@ def report(engine: Engine, results: dict[str, Any], console: Console) -> None:
     if scores:
         metric = results["metric"]
         shown = list(dict.fromkeys([metric, "jaccard", "dice", "accuracy"]))
-        table = Table("weights", "split", "images", *shown, title="Scores, mean over images")
+        table = Table("weights", "split", "images", *shown, title=f"Scores, {_counted(results)}")
         steps = {"last": results["steps"], "best": results["best"]["step"]}
         for weights, splits in scores.items():
             label = f"{weights} (step {steps[weights]})" if weights in steps else weights
@@ -231,6 +231,12 @@ def report(engine: Engine, results: dict[str, Any], console: Console) -> None:
         console.print(table)
     for summary in engine.summaries():
         console.print(summary)
+
+
+def _counted(results: Mapping[str, Any]) -> str:
+    """How the final scores are counted, which needn't be how those of validations were."""
+    sizes = {"native": "the size of each mask's file", "trained": "the network's size"}
+    return f"mean over images, counted at {sizes[results['scored_at']]}"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mlseg import calibrate, compare, config, evaluate, predict, run
+from mlseg import calibrate, checkpoint, compare, config, evaluate, predict, run
+from mlseg import data as data_command
 from mlseg.commands import guarded, make_console
 from mlseg.errors import UserError
 from mlseg.files import claimed
+from mlseg.segmentation.data.entry import DATA_SETS, data_set
 
 
 def train(tmp_path: Path, *overrides: str) -> Path:
@@ -60,7 +63,8 @@ def test_a_run_leaves_its_whole_directory(
     assert {"torch", "betty-ml", "python"} <= set(results["versions"])
     said = capsys.readouterr()
     assert said.err.count("SYNTHETIC") == 2, "once at the start, once at the end"
-    assert "Scores" in said.out
+    title = "Scores, mean over images, counted at the size of each mask's file"
+    assert title in " ".join(said.out.split())
 
 
 def test_evaluate_gives_what_the_run_gave(tmp_path: Path) -> None:
@@ -279,6 +283,19 @@ def test_mistakes_are_one_line(
     assert not out.exists(), "nothing was done"
 
 
+@pytest.mark.parametrize("columns", ["40", "80", "300"])
+def test_the_list_of_data_sets_cuts_nothing(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert data_command.main([]) == 0
+    said = capsys.readouterr().out
+    for name in DATA_SETS.names():
+        (line,) = [line for line in said.splitlines() if name in line.split()]
+        assert data_set(name).source in line
+    assert "…" not in said
+
+
 def test_help_lists_the_systems(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         run.main(["--help"])
@@ -485,3 +502,111 @@ def test_too_much_memory_or_too_many_threads_are_one_line(
     monkeypatch.setattr(run, "parse_run", raises)
     with pytest.raises(RuntimeError, match="a bug"):
         run.main([path, *out])
+
+
+def test_a_directory_with_somebodys_files_is_no_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml")
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "results.json").write_text("precious")
+    for command in (run.main, compare.main):
+        assert command([str(config), "--out", str(theirs)]) == 2
+        assert "isn't empty (results.json is in it)" in one_line(capsys)
+    assert [path.read_text() for path in theirs.iterdir()] == ["precious"]
+    with pytest.raises(SystemExit) as stopped:
+        run.main([str(config), "--out", ""])
+    assert stopped.value.code == 2
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.write_config(tmp_path / "tiny.yaml")
+    assert run.main(["tiny.yaml", "--out", "[bold]a[/red]"]) == 0
+    assert "All of it is in [bold]a[/red]" in capsys.readouterr().err
+    assert evaluate.main(["[bold]a[/red]"]) == 0
+    assert "[bold]a[/red]" in capsys.readouterr().out
+
+
+def test_evaluate_overwrites_nothing_but_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, scores = train(tmp_path), tmp_path / "scores.json"
+    for text in ("precious", "[]", "{}", "[" * 10**5):
+        scores.write_text(text)
+        capsys.readouterr()
+        assert evaluate.main([str(out), "--out", str(scores)]) == 2
+        assert "is there already, and not by evaluate" in one_line(capsys)
+        assert scores.read_text() == text
+    for bad, said in ((tmp_path, "is a folder"), (scores / "x.json", "can't write there")):
+        assert evaluate.main([str(out), "--out", str(bad)]) == 2
+        assert said in one_line(capsys)
+    for more in (["--overwrite"], []):
+        assert evaluate.main([str(out), "--out", str(scores), *more]) == 0
+    assert json.loads(scores.read_text())["scores"]
+
+
+IMPORTER = "mlseg.config.registry"
+EVIL = (
+    "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\n"
+    "def build(channels, classes): raise ValueError('evil')\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "needed"),
+    [
+        ({"system": "evil:build"}, False),
+        ({"imports": ["evil"]}, False),
+        ({"segmentor.name": "evil:build"}, False),
+        ({"data.name": "evil:build"}, True),
+        ({"data.name": f"{IMPORTER}:import_module", "data.options": {"name": "evil"}}, True),
+        ({"data.name": "no_such_set", "imports": ["evil"]}, True),
+    ],
+)
+def test_a_foreign_run_brings_no_code(
+    change: dict[str, Any],
+    needed: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its config names a module; scoring asks for trust where it can't do without."""
+    out = train(tmp_path)
+    (tmp_path / "evil.py").write_text(EVIL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    tiny.write_config(out / "config.yaml", changes=change)
+    Image.new("RGB", (40, 40)).save("image.png")
+    capsys.readouterr()
+    for command in (evaluate.main, calibrate.main):
+        assert command([str(out)]) == (2 if needed else 0)
+        if needed:
+            assert "give --trust, which imports " in one_line(capsys)
+    assert predict.main([str(out), "image.png", "--out", "masks"]) == 0
+    assert not (tmp_path / "evil.ran").exists()
+    assert "evil" not in sys.modules
+
+
+def test_a_foreign_checkpoint_brings_no_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = train(tmp_path)
+    (tmp_path / "evil.py").write_text(EVIL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    Image.new("RGB", (40, 40)).save("image.png")
+    best = out / "checkpoints" / "best.pt"
+    state = torch.load(best, weights_only=True)
+    for found in ({"module": "evil"}, {"settings": {"name": "evil:build"}}):
+        checkpoint.save(best, {**state, "segmentor": {**state["segmentor"], **found}})
+        capsys.readouterr()
+        assert predict.main([str(out), "image.png", "--out", "masks"]) == 2
+        assert "give --trust, which imports evil" in one_line(capsys)
+        assert not (tmp_path / "evil.ran").exists()
+    assert predict.main([str(out), "image.png", "--out", "masks", "--trust"]) == 2
+    assert "note: --trust: importing evil\n" in capsys.readouterr().err
+    del sys.modules["evil"]

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 
 from mlseg.errors import UserError
-from mlseg.files import write_json
+from mlseg.files import require_file, write_json
 from mlseg.segmentation.trained import Ensemble
 
 FILE = "calibration.json"
@@ -36,8 +36,8 @@ class Choice(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
-    k: float
-    threshold: float
+    k: Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+    threshold: Annotated[float, pydantic.Field(gt=0, lt=1)]
     metric: str
     value: float
     before: float
@@ -107,9 +107,10 @@ def _read(run: Path) -> list[Choice]:
     if not path.exists():
         return []
     try:
+        require_file(path, 2**24)
         found: Any = json.loads(path.read_text(encoding="utf-8"))
         return [Choice.model_validate(entry) for entry in found]
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         raise UserError(
             f"{path}: not a readable calibration; remove it and run mlseg.calibrate again"
         ) from None

@@ -15,6 +15,8 @@ from mlseg.segmentation.metrics import SegmentationMetrics
 from mlseg.segmentation.nets import decide
 
 SCORING_BATCH = 16
+_AT_ONCE = 2**27
+"""Probabilities of one image that are held at once: 512 MiB."""
 
 Predict = Callable[[Tensor], Tensor]
 """(B, C, H, W) images in [-1, 1] to (B, K, H, W) class probabilities."""
@@ -101,9 +103,10 @@ def at_native(probabilities_BKHW: Tensor, native: tuple[int, int], fit: Fit) -> 
 def label_map(
     probabilities_1KHW: Tensor, native: tuple[int, int], fit: Fit, threshold: float
 ) -> Tensor:
-    """The decision about one image at its own size, in memory for two classes, however many.
+    """The decision about one image at its own size: ``decide(at_native(...))``.
 
-    The same as ``decide(at_native(...))``.
+    Of a large image class by class, in memory for two of them; that may differ in the last place of
+    probabilities, and so where two classes are as probable.
 
     Args:
         native, fit: as of :func:`at_native`.
@@ -112,6 +115,8 @@ def label_map(
     Returns:
         (H', W') uint8 class indices.
     """
+    if probabilities_1KHW.shape[1] * native[0] * native[1] <= _AT_ONCE:
+        return decide(at_native(probabilities_1KHW, native, fit), threshold)[0].to(torch.uint8)
     if probabilities_1KHW.shape[1] == 2:
         foreground = at_native(probabilities_1KHW[:, 1:], native, fit)[0, 0]
         return (foreground > threshold).to(torch.uint8)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,7 @@ def test_calibrate_stores_its_choice_and_the_others_take_it(
     assert calibrate.main([*map(str, fresh), *arguments]) == 0
     said = capsys.readouterr().out
     assert "t 0.15" in said
+    assert "threshold 0.15 is the lowest of the grid: a better one may lie beyond" in said
     stored = json.loads((fresh[1] / calibration.FILE).read_text())
     assert len(stored) == 1
     assert stored[0]["threshold"] == 0.15, "the lower threshold is never less sensitive"
@@ -253,6 +255,42 @@ def test_a_choice_is_not_for_weights_that_came_later(tmp_path: Path) -> None:
     assert calibration.find(load_runs([out], CPU, "last")) is not None
     assert run.main(["--resume", str(out), "engine.iterations=14"]) == 0
     assert calibration.find(load_runs([out], CPU, "last")) is None
+
+
+def choice_of(grid: Tensor, ks: list[float], thresholds: list[float]) -> calibration.Choice:
+    row, column = calibrate.best_cell(grid, ks, thresholds)
+    values: dict[str, Any] = {"k": ks[row], "threshold": thresholds[column], "metric": "dice"}
+    values |= {"value": 1.0, "before": 1.0, "images": 1, "scored_at": "native"}
+    return calibration.Choice(**values, runs=[], checkpoints=[])
+
+
+@pytest.mark.parametrize(
+    ("grid", "expected"),
+    [
+        (
+            [[0.1, 0.2, 0.3], [0.2, 0.3, 0.9]],
+            ["k 0.6 is the highest", "threshold 0.5 is the highest"],
+        ),
+        (
+            [[0.9, 0.2, 0.1], [0.2, 0.3, 0.1]],
+            ["k 0.3 is the lowest", "threshold 0.3 is the lowest"],
+        ),
+        ([[0.1, 0.2, 0.1], [0.2, 0.3, 0.1]], ["k 0.6 is the highest"]),
+        ([[0.1, 0.5, 0.1], [0.1, 0.5, 0.1]], []),
+    ],
+)
+def test_a_choice_at_the_edge_of_the_grid_is_said(
+    grid: list[list[float]], expected: list[str]
+) -> None:
+    scores, ks, thresholds = torch.tensor(grid), [0.3, 0.6], [0.3, 0.4, 0.5]
+    said = calibrate.at_the_edge(scores, ks, thresholds, choice_of(scores, ks, thresholds))
+    assert len(said) == len(expected)
+    for line, words in zip(said, expected, strict=True):
+        assert line.startswith(words)
+        way = "larger" if "highest" in words else "smaller"
+        assert re.search(rf"may lie beyond; try {way} values with --(k|thresholds)$", line)
+    one = scores[:1, :1]
+    assert calibrate.at_the_edge(one, [0.3], [0.3], choice_of(one, [0.3], [0.3])) == []
 
 
 def test_of_equal_cells_the_gentlest_is_chosen() -> None:

@@ -11,8 +11,10 @@ from tiny_files import write_image
 from torch import Tensor
 from torch.nn import functional
 
-from mlseg.segmentation.data import DataSettings, Samples, load_data
-from mlseg.segmentation.scoring import at_native, score
+from mlseg.segmentation import scoring
+from mlseg.segmentation.data import DataSettings, Fit, Samples, load_data
+from mlseg.segmentation.nets import decide
+from mlseg.segmentation.scoring import at_native, label_map, score
 
 SIZE = 24
 IGNORED = 255
@@ -121,3 +123,17 @@ def test_stretched_probabilities_are_stretched_back() -> None:
     assert torch.equal(at_native(found, (8, 6), "stretch"), found)
     assert torch.equal(at_native(found, (8, 6), "pad"), found)
     assert torch.equal(at_native(found, (5, 4), "pad"), found[..., :5, :4])
+
+
+@pytest.mark.parametrize("classes", [2, 3, 12])
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+@pytest.mark.parametrize("at_once", [0, 10**9])
+def test_a_label_map_class_by_class_is_the_decision_about_all(
+    classes: int, fit: Fit, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "_AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(classes)
+    found = torch.randn(1, classes, SIZE, SIZE, generator=generator).softmax(1)
+    for native in ((SIZE, SIZE), (50, 37), (11, 90)):
+        expected = decide(at_native(found, native, fit), 0.4)[0]
+        assert torch.equal(label_map(found, native, fit, 0.4).long(), expected)

@@ -308,7 +308,7 @@ class _Remote:
                 self.url, "rb", block_size=_BLOCK, cache_type="readahead", **_patience(self.url)
             ).open()
             bounded = _Bounded(self._file, MAX_DIRECTORY)
-            self._zip = zipfile.ZipFile(bounded)  # type: ignore[call-overload]
+            self._zip = zipfile.ZipFile(bounded)
             bounded.most = MAX_MEMBER
         return self._zip
 

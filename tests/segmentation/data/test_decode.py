@@ -1,3 +1,5 @@
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,14 @@ from PIL import Image
 from tiny_files import half_mask, write_image
 
 from mlseg.errors import UserError
+from mlseg.segmentation.data.decode import (
+    MEGAPIXELS,
+    image_size,
+    limit_pixels,
+    read_image,
+    read_mask,
+)
 from mlseg.segmentation.data.decode import decode as decode_examples
-from mlseg.segmentation.data.decode import image_size, read_image, read_mask
 from mlseg.segmentation.data.entry import DATA_SETS, Entry, Example, RawFormat, data_set
 from mlseg.segmentation.data.layout import find_examples
 
@@ -255,3 +263,36 @@ def test_sizes_that_differ(folder: Path) -> None:
         UserError, match=r"p07\.png: mask of 12x12 pixels for the image p07\.png of 12x10"
     ):
         decode_examples(examples, entry, entry.spec, SIZE)
+
+
+@pytest.fixture
+def few_pixels() -> Iterator[None]:
+    limit_pixels(1e-4)  # 100
+    yield
+    limit_pixels(MEGAPIXELS)
+
+
+@pytest.mark.usefixtures("few_pixels")
+def test_a_file_of_too_many_pixels_is_refused(tmp_path: Path) -> None:
+    for width, refused in ((10, False), (11, True), (40, True)):  # beyond twice Pillow itself stops
+        path = write_image(tmp_path / f"{width}.png", np.zeros((10, width), np.uint8))
+        for read in (lambda p: read_image(p, 3), lambda p: read_mask(p, "binary", 2), image_size):
+            if not refused:
+                read(path)
+                continue
+            with pytest.raises(UserError, match=r"more than 0 million.*data\.max_megapixels"):
+                read(path)
+
+
+def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
+    raw = RawFormat("IMG", 4, 6, 12, white_is_zero=True)
+    for name in ("a.png", "a.IMG", "a.txt"):
+        os.mkfifo(tmp_path / name)
+    for path in (tmp_path / "a.png", tmp_path / "a.IMG", Path("/dev/zero")):
+        with pytest.raises(UserError, match="a pipe or a device, not a file"):
+            read_image(path, 1, raw=raw)
+    for name in ("a.png", "a.txt"):
+        with pytest.raises(UserError, match="a pipe or a device, not a file"):
+            read_mask(tmp_path / name, "index", 2)
+    with pytest.raises(UserError, match="not a readable image"):
+        read_image(tmp_path, 3)

@@ -534,3 +534,40 @@ def test_sets_whose_test_labels_are_kept_back(tmp_path: Path) -> None:
     assert (len(data.train), len(data.val), len(data.test)) == (3, 3, 0)
     with pytest.raises(UserError, match="test labels of voc2012 are not public"):
         load_data(DataSettings.model_validate(settings | {"test": 2}))
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A folder of three images and masks."""
+    for number in range(3):
+        write_image(tmp_path / f"images/{number}.png", 20 * number, "RGB")
+        write_image(tmp_path / f"masks/{number}.png", half_mask())
+    return tmp_path
+
+
+def test_links_that_lead_back_end(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file.png").touch()
+        (tmp_path / name / "up").symlink_to(tmp_path)
+        (tmp_path / name / "other").symlink_to(tmp_path / ("b" if name == "a" else "a"))
+    assert set(list_files(tmp_path)) == {
+        f"{path}file.png" for path in ("a/", "b/", "a/other/", "b/other/")
+    }
+
+
+def test_more_files_than_a_data_set_has(small: Path) -> None:
+    assert len(list_files(small, 8)) == 6  # and two folders
+    with pytest.raises(UserError, match=r"more than 7 files.*data\.max_files"):
+        list_files(small, 7)
+    with pytest.raises(UserError, match=r"data\.max_files"):
+        load_data(DataSettings(name="folder", root=str(small), max_files=3))
+
+
+def test_a_pipe_is_no_table(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pairs.csv")
+    with pytest.raises(UserError, match="a pipe or a device"):
+        find_examples(data_set("pairs"), tmp_path)
+    (tmp_path / "own.csv").write_text("image,mask\n" + "x" * 300 + ",b.png\n")
+    with pytest.raises(UserError, match=r"own\.csv:2: .*File name too long"):
+        find_examples(data_set("pairs"), tmp_path / "own.csv")
