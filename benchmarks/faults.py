@@ -92,6 +92,7 @@ def _run(arguments: argparse.Namespace) -> int:
     end = time.monotonic() + 60 * arguments.minutes
     with tempfile.TemporaryDirectory(prefix="faults_", ignore_cleanup_errors=True) as work:
         fixtures = Fixtures(Path(work) / "fixtures")
+        fixtures.run()  # here, or the first kind would pay for it
         spent = dict.fromkeys(arguments.only, 0.0)
         numbers = dict.fromkeys(arguments.only, arguments.number or 0)
         while spent and time.monotonic() < end:
