@@ -11,6 +11,7 @@ python -m mlseg.sweep configs/tables/e2eaug_isic.yaml --table            # of wh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import shlex
 import sys
@@ -27,11 +28,11 @@ from rich.table import Table
 
 from mlseg.commands import guarded, make_console
 from mlseg.dry_run import span
-from mlseg.errors import EXIT_RUN_ERROR, UserError
+from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, UserError
 from mlseg.files import Held, locked
 from mlseg.sweeps import running
 from mlseg.sweeps.grid import CONFIG, Cell, Grid
-from mlseg.workers import Tally, make_pool, shard
+from mlseg.workers import Pool, Tally, make_pool, shard
 
 NEEDED = ("matplotlib", "pandas")
 
@@ -88,19 +89,42 @@ def _sweep(arguments: argparse.Namespace) -> int:
         _list(grid, cells, console)
         return 0
     _require_extra()
-    if not chosen:
-        raise UserError("--only and --shard: no cell is left; name others")
-    code = 0
-    if not arguments.table:
-        code = _run(arguments, grid, cells)
-        running.check_found(grid, whole)
-    if arguments.table or arguments.shard is None or all(running.finished(grid, c) for c in whole):
-        _write(grid, arguments.command, console, code)
+    if not chosen and arguments.shard is None:
+        raise UserError("--only: no cell is left; name others")
+    if arguments.table:
+        if not any(running.finished(grid, cell) for cell in grid.shown):
+            raise UserError(f"no run below {out} has finished yet")
+        _write(grid, console)
+        return 0
+    pool = make_pool(arguments.jobs, arguments.ray, fresh=True, what="mlseg sweep")
+    _take_place(grid, whole, arguments.command)
+    code = _run(arguments, grid, cells, pool)
+    if code > EXIT_USER_ERROR:
+        return code  # a signal: no time for tables
+    running.check_found(grid, whole)
+    done = [running.finished(grid, cell) for cell in grid.shown]
+    if all(done) or (any(done) and arguments.shard is None):
+        _write(grid, console)
     return code
 
 
-def _run(arguments: argparse.Namespace, grid: Grid, cells: Sequence[Cell]) -> int:
-    pool = make_pool(arguments.jobs, arguments.ray, fresh=True, what="mlseg sweep")
+def _take_place(grid: Grid, cells: Sequence[Cell], command: str) -> None:
+    """Note the command in the directory, unless that is another thing's."""
+    from mlseg.sweeps import report
+
+    own = (report.HISTORY, ".table.lock", "logs")
+    other = [path for path in grid.out.glob("*") if path.name not in own]
+    runs = (cell for cell in cells if (grid.directory(cell) / CONFIG).exists())
+    if other and not (grid.out / report.HISTORY).exists() and next(runs, None) is None:
+        raise UserError(
+            f"--out: {grid.out} holds {other[0].name} and no run of this grid; name another "
+            "directory"
+        )
+    with contextlib.suppress(Held), locked(grid.out / ".table.lock"):
+        report.remember(grid, command)
+
+
+def _run(arguments: argparse.Namespace, grid: Grid, cells: Sequence[Cell], pool: Pool) -> int:
     console = make_console(stderr=True)
     console.print(f"{len(cells)} cells, writing to {grid.out}", markup=False)
     jobs = arguments.jobs if arguments.ray is None else 1
@@ -118,18 +142,14 @@ def _say(tally: Tally[Cell], console: Console) -> None:
         console.print(f"failed: {cell}: {text}", markup=False, soft_wrap=True)
 
 
-def _write(grid: Grid, command: str, console: Console, code: int) -> None:
+def _write(grid: Grid, console: Console) -> None:
     """The tables of what has finished, unless another caller is writing them."""
     from mlseg.sweeps import report
     from mlseg.sweeps.frame import Finished
 
-    done = [cell for cell in grid.shown if running.finished(grid, cell)]
-    if not done and code:
-        return
     try:
         with locked(grid.out / ".table.lock"):
-            commands = report.remember(grid, command)
-            text = report.write(grid, Finished(grid, grid.shown), commands)
+            text = report.write(grid, Finished(grid, grid.shown))
     except Held:
         console.print(f"Another process is writing {grid.out / 'table.md'}", markup=False)
         return

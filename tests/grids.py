@@ -25,7 +25,7 @@ GRID: dict[str, Any] = {
 }
 
 
-def changed(changes: dict[str, Any]) -> dict[str, Any]:
+def changed(changes: dict[Any, Any]) -> dict[str, Any]:
     """The grid with some of its keys set, by dotted key; a key with dots of its own as a tuple."""
     grid = copy.deepcopy(GRID)
     for key, value in changes.items():
@@ -37,9 +37,9 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
     return grid
 
 
-def write(folder: Path, changes: dict[Any, Any] | None = None, **more: Any) -> Path:
+def write(folder: Path, changes: dict[Any, Any] | None = None, more: Any = None) -> Path:
     """A grid's file, and beside it the config that it names."""
-    tiny.write_config(folder / "tiny.yaml", changes={**QUICK, **more})
+    tiny.write_config(folder / "tiny.yaml", changes={**QUICK, **(more or {})})
     path = folder / "grid.yaml"
     path.write_text(yaml.safe_dump(changed(changes or {}), sort_keys=False), encoding="utf-8")
     return path

@@ -48,9 +48,9 @@ class Finished:
             from mlseg.sweeps.sections import calibrated
 
             self.runs = {cell: calibrated(run) for cell, run in self.runs.items()}
-        some = next(iter(self.runs.values()))
         report = grid.settings.report
-        self.metrics = report.metrics or [str(some.results.get("metric"))]
+        own = dict.fromkeys(str(run.results.get("metric")) for run in self.runs.values())
+        self.metrics = report.metrics or list(own)
         found = dict.fromkeys(
             split
             for run in self.runs.values()
@@ -86,10 +86,10 @@ class Finished:
     def _frame(self) -> pd.DataFrame:
         import pandas as pd
 
-        records = []
+        records, wanted = [], self.grid.settings.report.metrics
         for cell, run in self.runs.items():
             for split in self.splits or [""]:
-                for metric in self.metrics:
+                for metric in wanted or [str(run.results.get("metric"))]:
                     values = {n: _value(f, run, split, metric) for n, f in self.figures.items()}
                     place = {"seed": cell.seed, "split": split, "metric": metric}
                     records.append({**cell.values, **place, **values})
@@ -117,10 +117,11 @@ class Finished:
         return [*self.grid.axes, *beside]
 
     def of(self, figures: Sequence[str], where: Where) -> pd.DataFrame:
-        """One record for each cell, split and metric that ``where`` names."""
+        """One record for each cell, split and metric that ``where`` names and that have any."""
         dimensions = self.dimensions(figures)
         kept = self.frame[[fits(where, r) for r in self.frame.to_dict("records")]]
-        return kept.drop_duplicates([*dimensions, "seed"])[[*dimensions, "seed", *figures]]
+        kept = kept.drop_duplicates([*dimensions, "seed"])[[*dimensions, "seed", *figures]]
+        return kept.dropna(how="all", subset=list(figures))
 
     def selected(self, table: TableSettings) -> tuple[pd.DataFrame, list[dict[str, str]]]:
         """The records of a table, and what was chosen on validation images where."""

@@ -93,7 +93,7 @@ class Grid:
         self._all = dict.fromkeys(self._product())
         self._takes = {cell: self._taken(cell) for cell in self._all}
         self._check_order()
-        self.shown = [cell for cell in self._all if self._is_shown(cell)]
+        self.shown = [cell for cell in self._all if self.is_shown(cell)]
         if not self.shown:
             raise self.tree.error("leave_out", "no cell is left that a table shows; leave less out")
         check_report(self.tree, self.settings, self.axes)
@@ -136,7 +136,8 @@ class Grid:
             UserError: there is no such axis or value.
         """
         where: dict[str, list[str]] = {}
-        known = {**self.axes, "seed": {str(seed): None for seed in self.settings.seeds}}
+        known: dict[str, list[str]] = {axis: list(values) for axis, values in self.axes.items()}
+        known["seed"] = [str(seed) for seed in self.settings.seeds]
         for text in only:
             axis, equals, values = text.partition("=")
             if not equals:
@@ -199,7 +200,7 @@ class Grid:
                 k: d.file and self.directory(c) / d.file for k, (d, c) in self._takes[cell].items()
             }
             taken = {key: str(path) for key, path in paths.items() if path is not None}
-        at = {(): self.tree.where("seeds")}
+        at: dict[tuple[str | int, ...], str] = {(): self.tree.where("seeds")}
         config.override(tree, [Override(key, value, at) for key, value in [*seeds, *taken.items()]])
         return tree
 
@@ -250,7 +251,8 @@ class Grid:
     def _values(self, cell: Cell) -> Iterator[ValueSettings]:
         return (self._value(*pair) for pair in cell.at)
 
-    def _is_shown(self, cell: Cell) -> bool:
+    def is_shown(self, cell: Cell) -> bool:
+        """Whether it enters tables."""
         return all(value.shown for value in self._values(cell))
 
     def _check_axes(self) -> None:
@@ -277,9 +279,9 @@ class Grid:
             raise tree.error(
                 ("axes", naming[-1]), f"names configs, and so does {naming[0]}; let one axis do it"
             )
-        for name, dependency in self.settings.dependencies.items():
-            if dependency is not None:
-                self._check_dependency(name, dependency)
+        for name, settings in self.settings.dependencies.items():
+            if settings is not None:
+                self._check_dependency(name, settings)
         for position, where in enumerate(self.settings.leave_out):
             check_where(tree, ("leave_out", position), where, self.axes)
 

@@ -57,18 +57,22 @@ def _draw(
         panels = [(_title(place), part) for place, part in records.groupby(several, sort=False)]
     points = max(part[picture.x].nunique() for _, part in panels)
     series = records[picture.series].nunique() if picture.series else 1
-    width = max(3.6, 0.25 * points * (series + 1) + 1.8)
+    width = max(3.6, 0.25 * points * (series + 1) + 1.8 + (picture.series is not None))
     per_row = max(1, min(len(panels), int(14 // width)))
     lines = -(-len(panels) // per_row)
     figure = Figure(figsize=(width * per_row, 3.4 * lines + 0.4), layout="constrained")
     axes = figure.subplots(lines, per_row, squeeze=False, sharey=True).flatten()
-    metric = str(records["metric"].iloc[0]) if "metric" in dimensions else finished.metrics[0]
+    metric = ", ".join(records["metric"].unique()) if "metric" in dimensions else ""
     for place, (title, part) in zip(axes, panels, strict=False):
         _panel(place, finished, picture, part)
         place.set_title(title, fontsize=9)
+    if picture.series is not None:
+        found = [place.get_legend_handles_labels() for place in axes]
+        handles = {name: handle for both in found for handle, name in zip(*both, strict=True)}
+        figure.legend(handles.values(), map(plain, handles), loc="outside right upper", fontsize=8)
     for place in axes[len(panels) :]:
         place.set_visible(False)
-    shown = plain(metric) if "{metric}" in (finished.figures[picture.figure].of or "") else ""
+    shown = plain(metric)
     for row in range(lines):
         axes[row * per_row].set_ylabel(f"{shown} ({picture.figure})" if shown else picture.figure)
     figure.suptitle(name, fontsize=11)
@@ -87,16 +91,22 @@ def _panel(place: Any, finished: Finished, picture: PictureSettings, part: pd.Da
     there = set(part[picture.x])
     order = [value for value in _order(finished, picture.x) if value in there]
     numbers = _numbers(order)
-    series = [None]
+    log = numbers is not None and min(numbers) > 0 and max(numbers) > 20 * min(numbers)
+    series: Sequence[str | None] = [None]
     if picture.series is not None:
-        series = [s for s in _order(finished, picture.series) if s in set(part[picture.series])]
+        series = _order(finished, picture.series)
     for index, name in enumerate(series):
         own = part if name is None else part[part[picture.series] == name]
         means = aggregate(own, [picture.x], picture.figure)
         values = [value for value in order if (value,) in means]
-        x = [order.index(value) + 0.6 * ((index + 0.5) / len(series) - 0.5) for value in values]
+        if not values:
+            continue
+        aside = (index + 0.5) / len(series) - 0.5  # series beside each other
+        x = [order.index(value) + 0.6 * aside for value in values]
         if numbers is not None:
+            span = max(numbers) - min(numbers)
             x = [numbers[order.index(value)] for value in values]
+            x = [n * 1.15**aside if log else n + 0.04 * aside * span for n in x]
         y, error = zip(*((means[v,][0], means[v,][1] or 0.0) for v in values), strict=True)
         colour, style = PALETTE[index % len(PALETTE)], "o" if numbers is None else "o-"
         place.errorbar(x, y, error, fmt=style, color=colour, ms=5, capsize=3, lw=1.2, label=name)
@@ -110,13 +120,11 @@ def _panel(place: Any, finished: Finished, picture: PictureSettings, part: pd.Da
         place.set_xticks(range(len(order)), map(plain, order), fontsize=8, **(turn if long else {}))
         place.set_xlim(-0.6, len(order) - 0.4)
     else:
-        if min(numbers) > 0 and max(numbers) > 20 * min(numbers):
+        if log:
             place.set_xscale("log")
             place.minorticks_off()
         place.set_xticks(numbers, order, fontsize=8)
         place.set_xlabel(plain(picture.x))
-    if picture.series is not None:
-        place.legend(fontsize=8)
     place.grid(axis="y", lw=0.4, alpha=0.6)
 
 
@@ -136,7 +144,7 @@ def _numbers(values: Sequence[str]) -> list[float] | None:
 
 
 def _title(place: Any) -> str:
-    return ", ".join(map(str, place if isinstance(place, tuple) else (place,)))
+    return ", ".join(plain(str(v)) for v in (place if isinstance(place, tuple) else (place,)))
 
 
 def _steady() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from mlseg import machine
 from mlseg.files import write_json, write_text
 from mlseg.sweeps.checks import fits
-from mlseg.sweeps.frame import Finished, Spread, aggregate
+from mlseg.sweeps.frame import Finished, Spread, aggregate, spread
 from mlseg.sweeps.grid import Cell, Grid
+from mlseg.sweeps.running import finished as is_finished
+from mlseg.sweeps.running import results
 from mlseg.sweeps.settings import BESIDE_AXES, TableSettings, Where
 from mlseg.sweeps.showing import NOTHING, digits_of, markdown, plain, show
 
@@ -34,7 +37,7 @@ class _Made:
     records: list[dict[str, Any]] = field(default_factory=list)
 
 
-def write(grid: Grid, finished: Finished, commands: Sequence[str]) -> str:
+def write(grid: Grid, finished: Finished) -> str:
     """Write all of it below the grid's ``out``.
 
     Returns:
@@ -50,7 +53,7 @@ def write(grid: Grid, finished: Finished, commands: Sequence[str]) -> str:
 
     report, made = grid.settings.report, _Made()
     order = [*grid.axes, *BESIDE_AXES]
-    made.lines += _head(grid, finished, commands)
+    made.lines += _head(grid, finished)
     tables = {n: t for n, t in report.tables.items() if t is not None} or _default(finished)
     for name, table in tables.items():
         _table(finished, name, table, made)
@@ -61,6 +64,8 @@ def write(grid: Grid, finished: Finished, commands: Sequence[str]) -> str:
             for block in blocks:
                 made.lines += ["", f"## {block.title}", ""] if block.head else ["", block.title]
                 made.lines += markdown(block.head, block.rows) if block.head else []
+    if any("minus this" in record["figure"] for record in made.records):
+        made.lines += ["", _DIFFERENCES]
     for name, path in draw(finished, grid.out).items():
         made.lines += ["", f"![{name}]({path.name})"]
     text = "\n".join(made.lines) + "\n"
@@ -76,20 +81,21 @@ def _ordered(frame: pd.DataFrame, first: Sequence[str]) -> str:
     return text
 
 
-def remember(grid: Grid, command: str) -> list[str]:
-    """Keep what was asked for in ``sweep.json``; all commands so far."""
-    import json
-
-    path = grid.out / HISTORY
-    try:
-        commands: list[str] = json.loads(path.read_text(encoding="utf-8"))["commands"]
-    except (OSError, ValueError, KeyError, TypeError):
-        commands = []
+def remember(grid: Grid, command: str) -> None:
+    """Keep in ``sweep.json`` what was asked for."""
+    commands = remembered(grid)
     entry = f"{command}  (at {machine.revision()})"
     if entry not in commands:
-        commands.append(entry)
-        write_json(path, {"grid": str(grid.path), "commands": commands})
-    return commands
+        write_json(grid.out / HISTORY, {"grid": str(grid.path), "commands": [*commands, entry]})
+
+
+def remembered(grid: Grid) -> list[str]:
+    """All commands so far."""
+    try:
+        found: list[str] = json.loads((grid.out / HISTORY).read_text(encoding="utf-8"))["commands"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return found
 
 
 def rows_of(finished: Finished, where: Where) -> dict[str, list[Any]]:
@@ -107,7 +113,7 @@ def label(grid: Grid, cell: Cell) -> str:
     return ", ".join(several or [value for _, value in cell.at])
 
 
-def _head(grid: Grid, finished: Finished, commands: Sequence[str]) -> list[str]:
+def _head(grid: Grid, finished: Finished) -> list[str]:
     runs = list(finished.runs.values())
     data = sorted({str(run.results.get("data")) for run in runs})
     about = machine.describe()
@@ -121,7 +127,7 @@ def _head(grid: Grid, finished: Finished, commands: Sequence[str]) -> list[str]:
         f"# {grid.settings.title}: {', '.join(data)}, {runs[0].results.get('provenance')} images"
     ]
     lines += ["", machine.head(about), f"- runs on: {'; '.join(devices)}"]
-    lines += [f"- command: `{command}`" for command in commands]
+    lines += [f"- command: `{command}`" for command in remembered(grid)]
     for axis, values in grid.axes.items():
         for name, value in values.items():
             said = [f"`{key}={_yaml(v)}`" for key, v in value.overrides.items()]
@@ -131,9 +137,14 @@ def _head(grid: Grid, finished: Finished, commands: Sequence[str]) -> list[str]:
                 said.append(f"`{key}` from {cell} ({dependency.file or dependency.result})")
             shown = f"`{value.config}` " if value.config and len(grid.settings.configs) > 1 else ""
             lines.append(f"- {axis} {name}: {shown}{' '.join(said) or 'as configured'}")
-    asked = sum(1 for _ in grid.shown)
-    if len(runs) < asked:
-        lines += ["", f"**{len(runs)} of {asked} cells have finished.**"]
+    if len(runs) < len(grid.shown):
+        lines += ["", f"**{len(runs)} of {len(grid.shown)} cells have finished.**"]
+    beside: dict[str, list[float]] = {}
+    for cell in grid.closure(grid.shown):
+        if not grid.is_shown(cell) and is_finished(grid, cell):
+            beside.setdefault(label(grid, cell), []).append(results(grid, cell)["seconds"])
+    for row, seconds in beside.items():
+        lines += ["", f"{row}, which other rows build on, took {show(spread(seconds), 0)} s."]
     return lines
 
 
@@ -169,11 +180,9 @@ def _table(finished: Finished, name: str, table: TableSettings, made: _Made) -> 
         if table.versus is not None:
             made.lines += _versus(finished, table, part, made)
     if chosen:
-        several = [{k: v for k, v in c.items() if len(finished.grid.axes[k]) > 1} for c in chosen]
-        said = "; ".join(", ".join(f"{k} {v}" for k, v in c.items()) for c in several)
+        told = [{k: v for k, v in c.items() if len(finished.grid.axes[k]) > 1} for c in chosen]
+        said = "; ".join(", ".join(f"{k} {v}" for k, v in c.items()) for c in told)
         made.lines += ["", f"Chosen on validation images: {said}."]
-    if table.versus is not None:
-        made.lines += ["", _DIFFERENCES]
 
 
 def _several(finished: Finished, dimension: str, records: pd.DataFrame) -> bool:
@@ -259,7 +268,7 @@ def _versus(finished: Finished, table: TableSettings, part: pd.DataFrame, made: 
     assert table.versus is not None
     figures = table.differences or table.figures
     found = finished.differences(part, table.versus, figures)
-    name = ", ".join(table.versus.values())
+    name = ", ".join(f"{a} {v}" if _is_number(v) else v for a, v in table.versus.items())
     if found.empty:
         return []
     dimensions = [
@@ -282,6 +291,14 @@ def _versus(finished: Finished, table: TableSettings, part: pd.DataFrame, made: 
         for record in found.to_dict("records")
     ]
     return ["", f"{name} minus each row:", "", *markdown(head, body)]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _difference(finished: Finished, figure: str, record: Mapping[str, Any]) -> list[str]:

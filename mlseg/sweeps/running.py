@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mlseg import config, threads
 from mlseg.commands import guarded
@@ -115,23 +116,21 @@ def run(
         What became of each, and the number of the signal that ended it early, or None.
     """
     expected = expectations(grid, cells)
-    display = Display(console, cells, expected, jobs)
-    with Interruption() as interruption:
-        pieces = [_work(grid, cell, jobs) for cell in cells]
-        with pool:
-            said = False
+    pieces = [_work(grid, cell, jobs) for cell in cells]
+    said = False
 
-            def stop() -> bool:
-                nonlocal said
-                if interruption.number is not None and not said:
-                    said = True
-                    console.print("stopping: what is at work saves; the same command goes on")
-                return interruption.number is not None
+    def stop() -> bool:
+        nonlocal said
+        if interruption.requested and not said:
+            said = True
+            console.print("stopping: what is at work saves; the same command goes on")
+        return interruption.requested
 
-            tally = work_off(
-                pieces, pool, told=display.told, stop=stop, saves=True, strict=strict, retries=1
-            )
-        return tally, interruption.number
+    with Interruption() as interruption, Display(console, cells, expected, jobs) as display, pool:
+        tally = work_off(
+            pieces, pool, told=display.told, stop=stop, saves=True, strict=strict, retries=1
+        )
+    return tally, interruption.number
 
 
 def _work(grid: Grid, cell: Cell, jobs: int) -> Work[Cell]:
@@ -277,7 +276,7 @@ def expectations(grid: Grid, cells: Sequence[Cell]) -> dict[Cell, tuple[float, f
 
 
 class Display:
-    """A line for every cell that has ended, with how far the whole is."""
+    """A line for every cell that has ended, with how far the whole is; on a terminal a bar too."""
 
     def __init__(
         self,
@@ -287,6 +286,22 @@ class Display:
         jobs: int,
     ) -> None:
         self.console, self.expected, self.jobs = console, expected, jobs
+        self._bar = Progress(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=len(cells))
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
 
     def told(self, tally: Tally[Cell], cell: Cell, ended: Ended | None) -> None:
         """Say what has become of a cell."""
@@ -297,11 +312,10 @@ class Display:
         else:
             what = f"done in {span(tally.seconds[cell])}"
         counts = f"{len(tally.done)} done, {len(tally.running)} running, {len(tally.failed)} failed"
-        waiting = len(tally.waiting) + len(tally.held)
-        left = self._left(tally)
-        self.console.print(
-            f"{cell}: {what} | {counts}, {waiting} waiting{left}", markup=False, soft_wrap=True
-        )
+        whole = f"{counts}, {len(tally.waiting) + len(tally.held)} waiting{self._left(tally)}"
+        self.console.print(f"{cell}: {what} | {whole}", markup=False, soft_wrap=True)
+        ended_so_far = len(tally.done) + len(tally.failed)
+        self._bar.update(self._task, completed=ended_so_far, description=whole)
 
     def _left(self, tally: Tally[Cell]) -> str:
         """The time left, from what cells of the same row took, or else all of them."""

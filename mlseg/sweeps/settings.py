@@ -24,7 +24,7 @@ it takes from other cells. What is set to null is left out: an axis, a value, a 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
@@ -235,6 +235,5 @@ class GridSettings(Settings):
         return seeds
 
 
-Kind = Literal["split", "metric"]
 BESIDE_AXES = ("split", "metric")
 """What tables may have rows and columns of beside a grid's axes."""

@@ -6,6 +6,7 @@ The machines have to see the same files under the same names, and the same mlseg
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -47,6 +48,7 @@ class Cluster:
                 address="local" if address == LOCAL else address,
                 runtime_env={"env_vars": passed},
                 log_to_driver=False,
+                logging_level=logging.ERROR,
                 include_dashboard=False if address == LOCAL else None,
             )
         except Exception as error:  # whatever it raises, by address and version
@@ -55,7 +57,7 @@ class Cluster:
                 "local"
             ) from error
         self._ray: Any = ray
-        self._task = ray.remote(_at).options(max_calls=1 if fresh else 0, max_retries=0)
+        self._task = ray.remote(max_calls=1 if fresh else 0, max_retries=0)(_at)
         self._at_work: dict[Any, Hashable] = {}
         self._cancelled: set[Any] = set()
 

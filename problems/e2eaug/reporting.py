@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mlseg.problems.reporting import FIGURES, SECTIONS, Block, FinishedRun
 
@@ -27,7 +28,7 @@ def entropy(run: FinishedRun) -> float | None:
 def largest_move(run: FinishedRun) -> float | None:
     """How far a selection weight went at most."""
     record = _record(run)
-    return None if record is None else max(max(cell) for cell in record["moved"])
+    return None if record is None else float(max(max(cell) for cell in record["moved"]))
 
 
 @SECTIONS.register("e2eaug.choices")
@@ -42,11 +43,11 @@ def choices(rows: Mapping[str, Sequence[FinishedRun]]) -> list[Block]:
     return [Block("Operators chosen", ["row", "seed", "cells"], body)] if body else []
 
 
-def _record(run: FinishedRun) -> dict[str, list[list[float]]] | None:
+def _record(run: FinishedRun) -> dict[str, Any] | None:
     """``architecture.json`` of a run that learns its alphas."""
     learned = run.config.get("architecture", {}).get("mode") == "learned"
     path = run.directory / "architecture.json"
     if not learned or run.config["gan"]["frozen"] or not path.exists():
         return None
-    found: dict[str, list[list[float]]] = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found

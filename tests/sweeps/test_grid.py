@@ -11,7 +11,7 @@ from mlseg.sweeps.grid import Grid
 
 TABLES = Path(__file__).parents[2] / "configs" / "tables"
 SCORE = "scores.best.{split}.{metric}"
-TUNED = {
+TUNED: dict[str, Any] = {
     "axes.rate": {"0.1": {"overrides": {"problems.segmentor.optimizer.lr": 0.1}}, "0.2": {}},
     "report.figures": {"test": {"of": SCORE}, "val": {"of": "scores.best.val.{metric}"}},
     "report.tables": {"Best": {"rows": ["row"], "figures": ["test"], "select": {"rate": "test"}}},

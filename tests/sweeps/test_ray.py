@@ -43,7 +43,7 @@ def test_a_killed_cell_is_taken_up_again(
         "resources": {"cpus": 0.5},
     }
     more = {"engine.iterations": 4, "engine.checkpoint_every": 1, "engine.samples": 0}
-    grids.write(tmp_path, changes, **more)
+    grids.write(tmp_path, changes, more)
     assert sweep.main(["grid.yaml", "--out", "out", "--ray", "local"]) == 0
     said = capsys.readouterr().err
     assert "8 done, 0 running, 0 failed" in said

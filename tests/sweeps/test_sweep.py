@@ -231,7 +231,7 @@ def test_what_another_process_is_at_is_waited_for(
     path = Path("out/off/seed_0/results.json")
     whole = path.read_text()
     path.unlink()
-    bring, begun = running.bring_to_end, []
+    bring, begun = run.bring_to_end, []
 
     def bring_to_end(directory: Path, tree: Any = None) -> None:
         begun.append(directory.parent.name)
@@ -255,8 +255,8 @@ def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     """Starts a sweep of cells that train until they are told to end."""
     monkeypatch.chdir(tmp_path)
     long = {"engine.iterations": 1_000_000, "engine.validate_every": 1_000_000}
-    grids.write(tmp_path, **long, **{"engine.checkpoint_every": 20})
-    begun = []
+    grids.write(tmp_path, more={**long, "engine.checkpoint_every": 20})
+    begun: list[children.Child] = []
 
     def start(*arguments: str) -> children.Child:
         begun.append(

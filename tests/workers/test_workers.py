@@ -1,5 +1,6 @@
 """Pieces of work in processes: what comes back, in which order, and what of those that die."""
 
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -136,6 +137,6 @@ class TestRay:
     def test_without_ray(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from mlseg.workers import on_ray
 
-        monkeypatch.setattr(on_ray.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         with pytest.raises(UserError, match="mlseg sweep --ray needs ray; install it"):
             on_ray.Cluster("local", fresh=True, what="mlseg sweep")
