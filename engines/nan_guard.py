@@ -6,6 +6,8 @@ import torch
 from betty.problems import Problem as BettyProblem
 from torch import Tensor
 
+from mlseg.multilevel.problem import Problem
+
 _NEVER = torch.iinfo(torch.int64).max
 
 
@@ -16,7 +18,7 @@ class NanGuard:
     synchronisation; :meth:`first` reads them.
     """
 
-    def __init__(self, problems: Sequence[BettyProblem], device: torch.device) -> None:
+    def __init__(self, problems: Sequence[BettyProblem], device: torch.device | str) -> None:
         self._names = [problem.name for problem in problems]
         self._steps = {
             n: torch.full((), _NEVER, dtype=torch.int64, device=device) for n in self._names
@@ -25,7 +27,7 @@ class NanGuard:
     def watch(self, problems: Sequence[BettyProblem], step: int) -> None:
         """Note the losses of the problems' last steps."""
         for problem in problems:
-            loss = getattr(problem, "metrics", {}).get("loss")
+            loss = problem._metrics.get("loss") if isinstance(problem, Problem) else None
             if isinstance(loss, Tensor):
                 seen = torch.where(torch.isfinite(loss.detach()), _NEVER, step)
                 torch.minimum(self._steps[problem.name], seen, out=self._steps[problem.name])

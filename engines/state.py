@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from mlseg.engines.engine import Engine
 
 _PLAIN = (
-    "global_step",
     "stage_step",
     "best",
     "last_validation",
@@ -26,15 +25,26 @@ _PLAIN = (
 
 def whole(engine: Engine) -> dict[str, Any]:
     """Everything that the next iteration depends on, and where the records stand."""
-    plain = {name: getattr(engine, name) for name in _PLAIN}
+    plain = {name: getattr(engine, f"_{name}") for name in _PLAIN}
     return {
         **_description(engine),
         "problems": {problem.name: problem.state_dict() for problem in engine.problems},
-        "engine": {**plain, "stage": engine.stage.name, "logged": engine.logged},
-        "hooks": {hook.name: hook.state_dict() for hook in engine.hooks if hook.name},
+        "engine": {
+            "global_step": engine.global_step,
+            **plain,
+            "stage": engine._stage.name,
+            "logged": engine._logged,
+        },
+        "hooks": {hook.name: hook.state_dict() for hook in engine._hooks if hook.name},
+        **({"env": engine.env.state_dict()} if keeps_state(engine.env) else {}),
         "random_state": randomness.capture(engine.device),
-        "records": engine.recorder.state_dict(),
+        "records": engine._recorder.state_dict(),
     }
+
+
+def keeps_state(env: Any) -> bool:
+    """Whether an environment of Betty's can be saved and taken up again."""
+    return all(callable(getattr(env, f"{what}state_dict", None)) for what in ("", "load_"))
 
 
 def best(engine: Engine) -> dict[str, Any]:
@@ -42,9 +52,9 @@ def best(engine: Engine) -> dict[str, Any]:
     state = {
         **_description(engine),
         "problems": {p.name: {"module": p.module.state_dict()} for p in engine.problems},
-        "engine": {"global_step": engine.global_step, "best": engine.best},
+        "engine": {"global_step": engine.global_step, "best": engine._best},
     }
-    for hook in engine.hooks:
+    for hook in engine._hooks:
         state = hook.best_state(engine, state)
     return state
 
@@ -56,7 +66,7 @@ def restore(engine: Engine, state: Mapping[str, Any]) -> None:
         UserError: it is of another program.
     """
     own = state["engine"]
-    names = [stage.name for stage in engine.stages]
+    names = [stage.name for stage in engine._stages]
     if own["stage"] not in names:
         raise UserError(
             f"the checkpoint is in stage {own['stage']!r}, this run has {', '.join(names)}; "
@@ -64,8 +74,9 @@ def restore(engine: Engine, state: Mapping[str, Any]) -> None:
         )
     engine.enter_stage(names.index(own["stage"]))
     for name in _PLAIN:
-        setattr(engine, name, own[name])
-    engine.logged = dict(own["logged"])
+        setattr(engine, f"_{name}", own[name])
+    engine.global_step = own["global_step"]
+    engine._logged = dict(own["logged"])
     for problem in engine.problems:
         try:
             problem.load_state_dict(state["problems"][problem.name])
@@ -76,13 +87,15 @@ def restore(engine: Engine, state: Mapping[str, Any]) -> None:
             ) from error
     # The first versions kept them in two places.
     saved = state["hooks"] if "hooks" in state else {**state, **state["companions"]}
-    for hook in engine.hooks:
+    for hook in engine._hooks:
         if hook.name in saved:
             hook.load_state_dict(saved[hook.name])
-    engine.recorder.load_state_dict(state["records"])
+    if "env" in state and keeps_state(engine.env):
+        engine.env.load_state_dict(state["env"])
+    engine._recorder.load_state_dict(state["records"])
     randomness.restore(state["random_state"], engine.device)
 
 
 def _description(engine: Engine) -> dict[str, Any]:
     """What every checkpoint holds beside the problems' states."""
-    return {key: value for hook in engine.hooks for key, value in hook.description(engine).items()}
+    return {key: value for hook in engine._hooks for key, value in hook.description(engine).items()}

@@ -26,13 +26,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mlseg import config, machine
-from mlseg.commands import guarded, make_console, say_notes
+from mlseg.commands import guarded, make_console, named, say_notes
 from mlseg.comparison import figures, phases, report
 from mlseg.comparison.cells import Cell, Runner
 from mlseg.comparison.settings import Comparison, parse
 from mlseg.comparison.tasks.base import all_tasks
 from mlseg.errors import UserError
-from mlseg.files import Held, claimed, write_text
+from mlseg.files import Held, claimed, require_new, write_text
 from mlseg.hypergradients import names
 from mlseg.workers import make_pool, shard
 
@@ -65,8 +65,10 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("config", nargs="?", help="YAML file; may be left out with --resume")
     made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="seeds=[0,1,2]")
-    made.add_argument("--out", type=Path, help="directory (runs/<config>/<time>)")
-    made.add_argument("--resume", type=Path, metavar="DIR", help="keep DIR's finished cells, go on")
+    made.add_argument("--out", type=named, help="directory (runs/<config>/<time>)")
+    made.add_argument(
+        "--resume", type=named, metavar="DIR", help="keep DIR's finished cells, go on"
+    )
     made.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1)")
     made.add_argument("--shard", metavar="I/N", help="one of N parts of the cells, I from 0")
     made.add_argument("--ray", metavar="ADDRESS", help="of a Ray cluster; local: one made here")
@@ -84,11 +86,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.shard is not None:
         return _part(arguments, tree)
     with claimed(arguments.resume or arguments.out, parent) as directory:
-        if arguments.resume is None and (directory / "config.yaml").exists():
-            raise UserError(
-                f"--out: {directory} holds a comparison or run already; go on with it by --resume "
-                f"{directory}, or name another directory"
-            )
+        if arguments.resume is None:
+            require_new(directory)
         comparison = _begin(arguments, tree, directory)
         return _fill(arguments, comparison, directory)
 
@@ -103,6 +102,8 @@ def _part(arguments: argparse.Namespace, tree: config.Tree) -> int:
     for _ in range(600):
         try:
             with claimed(directory, directory.parent):
+                if arguments.resume is None:
+                    require_new(directory)
                 comparison = _begin(arguments, tree, directory)
             return _fill(arguments, comparison, directory)
         except Held:  # another part begins, or all of it is done in one
@@ -130,7 +131,7 @@ def _fill(arguments: argparse.Namespace, comparison: Comparison, directory: Path
     where = str(arguments.jobs) if arguments.ray is None else f"ray, {arguments.ray}"
     circumstances = _circumstances(comparison, where)
     with Progress(
-        TextColumn("[bold]{task.description}"),
+        TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 from rich.console import Console
 from rich.table import Table
 
-from mlseg.commands import guarded, make_console
+from mlseg.commands import guarded, make_console, named
 from mlseg.dry_run import span
 from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, UserError
 from mlseg.files import Held, locked
@@ -56,11 +56,11 @@ def parser() -> argparse.ArgumentParser:
         "interrupted; what was at work has saved",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("grid", type=Path, help="YAML file")
+    made.add_argument("grid", type=named, help="YAML file")
     made.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="of every cell that has such a key"
     )
-    made.add_argument("--out", type=Path, help="directory (runs/<grid>)")
+    made.add_argument("--out", type=named, help="directory (runs/<grid>)")
     made.add_argument("--seeds", type=int, nargs="+", help="instead of the grid's")
     made.add_argument(
         "--only", action="append", default=[], metavar="AXIS=VALUE,...",

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+import pydantic
+from pydantic import PositiveInt
 
 from mlseg.config import Settings
 from mlseg.config.registry import Entry, Registry, find_entry
@@ -29,7 +30,7 @@ class AnyRunSettings(Settings):
 
     system: str
     imports: list[str] = []
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, pydantic.Field(ge=0, lt=2**32)] = 0
     device: str = "auto"
     threads: Literal["auto"] | PositiveInt = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -32,6 +32,7 @@ class Place:
         self.by_itself = callable(getattr(loader, "state_dict", None))
         self._start: dict[str, Any] | None = None
         self._drawn = 0
+        self._waits = False
 
     @property
     def started(self) -> bool:
@@ -45,6 +46,20 @@ class Place:
             self._drawn = 0
         return iter(self.loader)
 
+    def start_and_wait(self) -> Iterator[Any]:
+        """Begin an epoch whose first batch is drawn later, when others may have drawn numbers.
+
+        Betty's problems begin their first one so, while the engine is set up.
+        """
+        self._waits = not self.by_itself
+        return self.start()
+
+    def before_draw(self) -> None:
+        """A batch is about to be drawn."""
+        if self._waits and self._start is not None:
+            self._start["first"] = randomness.capture(self.device)
+            self._waits = False
+
     def draw(self) -> None:
         """A batch of the epoch has been drawn."""
         self._drawn += 1
@@ -53,7 +68,8 @@ class Place:
         """The place, as tensors and plain values."""
         if self.by_itself:
             return {"loader": self.loader.state_dict()}
-        return {"start": self._start, "drawn": self._drawn, "own": self.own_states()}
+        place = {"start": self._start, "drawn": self._drawn, "own": self.own_states()}
+        return {**place, "waits": True} if self._waits else place
 
     def load_state_dict(self, state: dict[str, Any]) -> Iterator[Any] | None:
         """Go there; returns the iterator over the rest of the epoch, None if none was started."""
@@ -61,11 +77,14 @@ class Place:
             self.loader.load_state_dict(state["loader"])
             return iter(self.loader)
         self._start, self._drawn = state["start"], state["drawn"]
+        self._waits = state.get("waits", False)
         rest = None
         if self._start is not None:
             with randomness.replayed(self._start["global"], self.device):
                 self.set_own(self._start["own"])
                 rest = iter(self.loader)
+                if "first" in self._start:
+                    randomness.restore(self._start["first"], self.device)
                 for _ in range(self._drawn):
                     next(rest)
         self.set_own(state["own"])
@@ -121,6 +140,7 @@ class Stream:
         if not place.started:
             # Betty starts the first pass while it sets up; start it here, from a known state.
             self.iterators[index] = place.start()
+        place.before_draw()
         try:
             batch = next(self.iterators[index])
         except StopIteration:

@@ -15,6 +15,7 @@ from mlseg.config import Override, Tree
 from mlseg.config.explaining import quoted
 from mlseg.config.registry import run_imports
 from mlseg.errors import UserError
+from mlseg.files import reachable
 from mlseg.problems.systems import load_system
 from mlseg.run import parse_run
 from mlseg.sweeps.checks import (
@@ -229,7 +230,7 @@ class Grid:
     def _file(self, name: str) -> Path:
         said = self.tree.where(("configs", name))
         place = Path(said.rpartition(":")[0]).parent if ":" in said else self.path.parent
-        return place / Path(self.settings.configs[name]).expanduser()
+        return place / reachable(self.settings.configs[name])
 
     def _naming_axis(self) -> str | None:
         for axis, values in self.axes.items():

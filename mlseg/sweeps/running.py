@@ -22,7 +22,7 @@ from mlseg.config import Tree
 from mlseg.dry_run import MIB, span
 from mlseg.engines.interruption import Interruption
 from mlseg.errors import UserError
-from mlseg.files import Held, claimed, held, write_json
+from mlseg.files import Held, claimed, held, require_new, write_json
 from mlseg.machine import choose_device, peak_memory
 from mlseg.run import bring_to_end, parse_run
 from mlseg.sweeps.checks import value_at
@@ -182,6 +182,8 @@ def run_cell(tree: Tree, directory: str, log: str, note: dict[str, Any]) -> Any:
                 return 0
             going_on = (place / CONFIG).exists()
             if not going_on:
+                (place / NOTE).unlink(missing_ok=True)  # of one that didn't get to begin
+                require_new(place)
                 write_json(place / NOTE, note)
             started = time.time()
             bring_to_end(place, None if going_on else tree)

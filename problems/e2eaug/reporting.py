@@ -6,15 +6,20 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlseg.problems.e2eaug.settings import GanSettings
 from mlseg.problems.reporting import FIGURES, SECTIONS, Block, FinishedRun
 
 
 @FIGURES.register("e2eaug.selected_step")
 def selected_step(run: FinishedRun) -> float:
     """The selected step, counted from the segmentor's first: what pre-training took is left out."""
-    gan = run.config.get("gan")
-    pretraining = gan["pretrain"] if gan and gan["pretrained"] is None else 0
-    return float(run.results["best"]["step"] - pretraining)
+    step, gan = int(run.results["best"]["step"]), run.config.get("gan")
+    if not gan or gan["pretrained"] is not None or not run.config["synthetic_weight"]:
+        return float(step)
+    splits = json.loads((run.directory / "splits.json").read_text(encoding="utf-8"))
+    batch_size = run.config["problems"]["generator"]["batch_size"]
+    settings = GanSettings.model_validate(gan)
+    return float(step - settings.pretraining(len(splits["train"]), batch_size))
 
 
 @FIGURES.register("e2eaug.entropy")

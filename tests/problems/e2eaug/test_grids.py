@@ -1,10 +1,14 @@
 """Cells of a grid of two systems, one of which takes the other's GAN."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import grids
 import tiny
 
+from mlseg.problems.e2eaug.reporting import selected_step
+from mlseg.problems.reporting import FinishedRun
 from mlseg.sweeps.grid import Cell, Grid
 
 
@@ -57,3 +61,20 @@ def test_only_and_what_it_builds_on(tmp_path: Path) -> None:
     assert [str(cell) for cell in some] == ["off, seed 1", "flip, seed 1"]
     some = grid.closure(grid.chosen(grid.shown, ["row=game, all"]))
     assert [cell.values["row"] for cell in some] == ["first", "game, all"] * 2
+
+
+def test_the_selected_step_is_counted_from_the_segmentor(tmp_path: Path) -> None:
+    """Whatever pre-training is given in, and nothing where another run has done it."""
+    (tmp_path / "splits.json").write_text(json.dumps({"train": ["a", "b", "c", "d", "e"]}))
+    results = {"best": {"step": 20}}
+
+    def step(**gan: Any) -> float:
+        settings = {"pretrained": None, **gan}
+        problems = {"generator": {"batch_size": 2}}
+        config = {"gan": settings, "synthetic_weight": 1.0, "problems": problems}
+        return selected_step(FinishedRun(tmp_path, 0, results, config))
+
+    assert step(pretrain=7) == 13.0
+    assert step(pretrain={"epochs": 3}) == 12.0, "three times five images, two at a time"
+    assert step(pretrain=7, pretrained="gan.pt") == 20.0
+    assert selected_step(FinishedRun(tmp_path, 0, results, {})) == 20.0, "a segmentor alone"
