@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": ("mlseg.evaluate", "score a finished run on any data set"),
     "predict": ("mlseg.predict", "images in, mask PNGs and overlays out"),
     "compare": ("mlseg.compare", "hypergradient methods side by side"),
+    "sweep": ("mlseg.sweep", "grids of runs: a paper's tables and figures"),
     "calibrate": ("mlseg.calibrate", "choose k and threshold on validation images"),
     "data": ("mlseg.data", "fetch a data set, or say where to get it"),
 }

@@ -9,9 +9,11 @@ python -m mlseg.compare --resume runs/ridge
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,8 +32,9 @@ from mlseg.comparison.cells import Cell, Runner
 from mlseg.comparison.settings import Comparison, parse
 from mlseg.comparison.tasks.base import all_tasks
 from mlseg.errors import UserError
-from mlseg.files import claimed, require_new, write_text
+from mlseg.files import Held, claimed, require_new, write_text
 from mlseg.hypergradients import names
+from mlseg.workers import make_pool, shard
 
 NEEDED = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}
 
@@ -67,32 +70,66 @@ def parser() -> argparse.ArgumentParser:
         "--resume", type=named, metavar="DIR", help="keep DIR's finished cells, go on"
     )
     made.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1)")
+    made.add_argument("--shard", metavar="I/N", help="one of N parts of the cells, I from 0")
+    made.add_argument("--ray", metavar="ADDRESS", help="of a Ray cluster; local: one made here")
     threads.add_flag(made)
     return made
 
 
 def _compare(arguments: argparse.Namespace) -> int:
     _require_extra()
+    shard([], arguments.shard)
     if arguments.jobs < 1:
         raise UserError(f"--jobs: {arguments.jobs} processes; give 1 or more")
     tree = _what(arguments)
     parent = Path("runs") / Path(arguments.config or "").stem
+    if arguments.shard is not None:
+        return _part(arguments, tree)
     with claimed(arguments.resume or arguments.out, parent) as directory:
         if arguments.resume is None:
             require_new(directory)
-        return _fill(arguments, tree, directory)
+        comparison = _begin(arguments, tree, directory)
+        return _fill(arguments, comparison, directory)
 
 
-def _fill(arguments: argparse.Namespace, tree: config.Tree, directory: Path) -> int:
+def _part(arguments: argparse.Namespace, tree: config.Tree) -> int:
+    """One part of a comparison whose directory others work in too: claimed to begin alone."""
+    directory = arguments.resume or arguments.out
+    if directory is None:
+        raise UserError("--shard: all parts need one directory; name it with --out")
+    if (directory / "config.yaml").is_file():
+        arguments.resume = directory
+    for _ in range(600):
+        try:
+            with claimed(directory, directory.parent):
+                if arguments.resume is None:
+                    require_new(directory)
+                comparison = _begin(arguments, tree, directory)
+            return _fill(arguments, comparison, directory)
+        except Held:  # another part begins, or all of it is done in one
+            arguments.resume = directory
+            time.sleep(0.1)
+    raise UserError(f"{directory}: another process is at work in it; wait until that has ended")
+
+
+def _begin(arguments: argparse.Namespace, tree: config.Tree, directory: Path) -> Comparison:
     _settle_threads(tree, arguments)
     comparison = parse(tree)
     say_notes(tree)
     if arguments.resume is not None:
         _refuse_changes(comparison, directory)
+    write_text(directory / "config.yaml", config.dump(comparison.settings))
+    return comparison
+
+
+def _fill(arguments: argparse.Namespace, comparison: Comparison, directory: Path) -> int:
+    pool = None
+    if arguments.jobs > 1 or arguments.ray is not None:
+        pool = make_pool(arguments.jobs, arguments.ray, fresh=False, what="mlseg compare")
     console = make_console(stderr=True)
     console.print(f"Writing to {directory}, running on {comparison.device}")
-    write_text(directory / "config.yaml", config.dump(comparison.settings))
-    circumstances = _circumstances(comparison, arguments.jobs)
+    where = str(arguments.jobs) if arguments.ray is None else f"ray, {arguments.ray}"
+    circumstances = _circumstances(comparison, where)
     with Progress(
         TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(bar_width=24),
@@ -106,10 +143,18 @@ def _fill(arguments: argparse.Namespace, tree: config.Tree, directory: Path) -> 
         def on_done(cell: Cell) -> None:
             bar.update(shown, advance=1, description=f"{cell.phase}: {cell.task}, {cell.method}")
 
-        with Runner(comparison, directory, arguments.jobs, circumstances, on_done) as runner:
+        with Runner(comparison, directory, pool, circumstances, on_done, arguments.shard) as runner:
             results = phases.run(comparison, runner)
         bar.update(shown, total=bar.tasks[0].completed)
-    _finish(comparison, results, directory, {"command": arguments.command, **circumstances})
+    if runner.missing:
+        console.print(
+            f"{len(runner.missing)} cells of other parts are missing; once those have ended call "
+            "any part again: it does what is left, and the last one writes the report"
+        )
+        return 0
+    alone = contextlib.nullcontext()  # it is claimed, but for parts
+    with alone if arguments.shard is None else claimed(directory, directory.parent):
+        _finish(comparison, results, directory, {"command": arguments.command, **circumstances})
     return 0
 
 
@@ -182,11 +227,11 @@ def _require_extra() -> None:
         )
 
 
-def _circumstances(comparison: Comparison, jobs: int) -> dict[str, str]:
+def _circumstances(comparison: Comparison, processes: str) -> dict[str, str]:
     """What figures may depend on beside the config."""
     found = machine.describe(comparison.device)
     own = {"threads": str(comparison.settings.threads), "spinning": threads.spinning()}
-    return {**found, **own, "processes": str(jobs)}
+    return {**found, **own, "processes": processes}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """``--dry-run``: build everything, run each level once, say what a run would cost."""
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 
@@ -13,6 +11,7 @@ from rich.tree import Tree
 
 from mlseg.commands import make_console
 from mlseg.engines.engine import Engine
+from mlseg.machine import peak_memory
 
 MIB = 2**20
 
@@ -33,11 +32,13 @@ def dry_run(engine: Engine) -> None:
             seconds = _time(work.once, period, engine.device)
             total += seconds * work.times
             iterations += work.times
-            expected = _span(seconds * work.times)
+            expected = span(seconds * work.times)
             table.add_row(work.name, str(work.times), f"{seconds:.3f}", expected)
-    table.add_row("all", str(iterations), "", _span(total))
+    table.add_row("all", str(iterations), "", span(total))
     console.print(table)
-    console.print(f"Peak memory: {_peak_memory(engine.device)}; validation and scoring come on top")
+    where = "on the GPU" if engine.device.type == "cuda" else "of the process"
+    memory = f"{peak_memory(engine.device) / MIB:,.0f} MiB {where}"
+    console.print(f"Peak memory: {memory}; validation and scoring come on top")
 
 
 def graph(engine: Engine) -> Tree:
@@ -100,15 +101,8 @@ def _time(once: Callable[[], object], period: int, device: torch.device) -> floa
     return (time.perf_counter() - started) / period
 
 
-def _peak_memory(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / MIB:,.0f} MiB on the GPU"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
-    return f"{peak / (MIB if sys.platform == 'darwin' else 1024):,.0f} MiB of the process"
-
-
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
+    """A time as a person says it."""
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -154,6 +154,42 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+class Held(UserError):
+    """Another process is at work in a directory, or on a file."""
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold ``path``, a lock file, for as long as the block lasts; it stays behind, empty.
+
+    Raises:
+        Held: another process does.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise Held(f"{path}: another process is at work on it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def held(directory: Path) -> bool:
+    """Whether a process has claimed this run directory at this moment."""
+    path = directory / _LOCK
+    if not path.exists():
+        return False
+    try:
+        with locked(path):
+            return False
+    except Held:
+        return True
+
+
 def require_new(directory: Path) -> None:
     """Check that a claimed directory holds nothing yet: no run, and nobody's files.
 
@@ -189,7 +225,8 @@ def claimed(directory: Path | None, parent: Path) -> Iterator[Path]:
             two.
 
     Raises:
-        UserError: another process works in it, or it can't be made.
+        Held: another process works in it.
+        UserError: it can't be made.
     """
     try:
         place = parent if directory is None else directory
@@ -206,7 +243,7 @@ def claimed(directory: Path | None, parent: Path) -> Iterator[Path]:
                 lock.acquire()
         except Timeout:
             who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
-            raise UserError(
+            raise Held(
                 f"{directory}: {who} is at work in it; wait until that has ended, or name another "
                 "directory"
             ) from None

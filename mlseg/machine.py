@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +38,14 @@ def choose_device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device: there is no {name}, only {torch.cuda.device_count()} GPU(s)")
     return device
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has had at most: of the GPU that it runs on, or of its own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 def versions() -> dict[str, str]:

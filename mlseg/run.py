@@ -83,6 +83,22 @@ def _run(arguments: argparse.Namespace) -> int:
         return _train(arguments, tree, directory)
 
 
+def bring_to_end(directory: Path, tree: config.Tree | None = None) -> None:
+    """Start a run in a directory that is claimed, or go on with the one that it holds.
+
+    Args:
+        tree: of a run that starts; None goes on with ``config.yaml``.
+
+    Raises:
+        UserError, RunError, Interrupted: as the command says them.
+    """
+    going_on = tree is None
+    arguments = argparse.Namespace(
+        config=None, overrides=[], resume=directory if going_on else None, out=None, threads=None
+    )
+    _train(arguments, _resumed(arguments) if tree is None else tree, directory)
+
+
 def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | None) -> int:
     settings, build = parse_run(tree)
     chosen, remark = _threads(arguments, settings)

@@ -29,6 +29,7 @@ class Child:
     """``mlseg run`` with ``arguments``; its standard error goes to ``stderr``.
 
     Args:
+        command: another one, which may have processes of its own.
         before: called in the child before the command, to break something there; a function of this
             module.
     """
@@ -38,10 +39,11 @@ class Child:
         arguments: list[str],
         stderr: Path,
         before: Callable[[], None] | None = None,
+        command: Callable[[list[str]], int] = run.main,
     ) -> None:
         self.stderr = stderr
         self._process = _processes.Process(
-            target=_run, args=(arguments, stderr, before), daemon=True
+            target=_run, args=(arguments, stderr, before, command), daemon=command is run.main
         )
         self._process.start()
 
@@ -66,7 +68,12 @@ class Child:
         return self.stderr.read_text(encoding="utf-8").splitlines()
 
 
-def _run(arguments: list[str], stderr: Path, before: Callable[[], None] | None) -> None:
+def _run(
+    arguments: list[str],
+    stderr: Path,
+    before: Callable[[], None] | None,
+    command: Callable[[list[str]], int],
+) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
     code = 70
     try:
@@ -78,7 +85,7 @@ def _run(arguments: list[str], stderr: Path, before: Callable[[], None] | None) 
             signal.signal(number, signal.default_int_handler)
         if before is not None:
             before()
-        code = run.main(arguments)
+        code = command(arguments)
     except BaseException:  # noqa: BLE001, the exit code is to tell it from any of the command's own
         traceback.print_exc()
     finally:

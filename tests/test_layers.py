@@ -20,6 +20,7 @@ GROUND = (
     "_checkout",
     "_distribution",
     "_version",
+    "workers",
 )
 CORE = {"ground", "config", "hypergradients", "multilevel"}
 MAY_IMPORT = {
@@ -32,7 +33,8 @@ MAY_IMPORT = {
     "testing": CORE | {"engines"},
     "comparison": CORE | {"engines", "testing"},
     "problems": CORE | {"engines", "segmentation", "testing", "comparison"},
-    "commands": CORE | {"engines", "segmentation", "testing", "comparison", "problems"},
+    "sweeps": CORE | {"engines", "segmentation", "problems", "commands"},
+    "commands": CORE | {"engines", "segmentation", "testing", "comparison", "problems", "sweeps"},
 }
 """By room; each also itself."""
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import concurrent.futures as futures
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
-import multiprocessing
-import multiprocessing.connection
-import os
 import re
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,9 +24,11 @@ from mlseg import config
 from mlseg.comparison import measuring
 from mlseg.comparison.settings import DTYPES, Comparison, parse
 from mlseg.comparison.tasks.base import Conditions
+from mlseg.config import yaml12
 from mlseg.engines.interruption import Interrupted, Interruption
 from mlseg.errors import RunError, one_line
-from mlseg.files import write_json
+from mlseg.files import Held, locked, write_json
+from mlseg.workers import HELD, Here, Pool, Work, shard, work_off
 
 Figures = dict[str, Any]
 FAILED = "failed"
@@ -114,38 +113,42 @@ def _measure(comparison: Comparison, cell: Cell) -> Figures:
 class Runner:
     """Computes cells that aren't on disk yet; a context, in which its processes live.
 
+    Several may work on one directory: each cell is computed by one of them.
+
     Args:
         comparison: the checked config.
         directory: each cell is a file in its ``cells``.
-        jobs: processes; 1 computes in this one.
+        pool: where; None: in this process.
         machine: description of this machine, stored with each cell.
         on_done: called with each cell as it is finished or found.
+        part: ``I/N``, one of N parts of each phase's cells; None: all.
     """
 
     def __init__(
         self,
         comparison: Comparison,
         directory: Path,
-        jobs: int,
+        pool: Pool | None,
         machine: Mapping[str, str],
         on_done: Callable[[Cell], None],
+        part: str | None = None,
     ) -> None:
-        self.comparison, self.directory, self.jobs = comparison, directory / "cells", jobs
-        self.machine, self.on_done = dict(machine), on_done
-        self._pool: futures.ProcessPoolExecutor | None = None
+        self.comparison, self.directory = comparison, directory.resolve()
+        self.machine, self.on_done, self.part = dict(machine), on_done, part
+        self.missing: list[Cell] = []
+        """Cells of other parts that nobody has computed yet."""
+        self._pool = pool or Here()
+        self._text = None if pool is None else config.dump(comparison.settings)
 
     def __enter__(self) -> Runner:
+        self._pool.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._pool is not None:
-            processes = list((self._pool._processes or {}).values())
-            self._pool.shutdown(wait=kind is None, cancel_futures=True)
-            for process in processes if kind is not None else ():
-                process.terminate()
+    def __exit__(self, *raised: Any) -> None:
+        self._pool.__exit__(*raised)
 
     def __call__(self, cells: Sequence[Cell]) -> dict[Cell, Figures]:
-        """Figures of all ``cells``, in their order.
+        """Figures of all ``cells``, in their order, but for those that are missing.
 
         A cell that failed with an exception is tried again; its cause may be gone.
 
@@ -153,93 +156,81 @@ class Runner:
             Stopped: SIGINT, SIGTERM or SIGHUP came.
             RunError: a process died, or a cell can't be written.
         """
-        found: dict[Cell, Figures] = {}
-        for cell in cells:
-            kept = self._read(cell)
-            if kept is not None and kept["status"] != FAILED:
-                found[cell] = kept
-                self.on_done(cell)
-        missing = [cell for cell in cells if cell not in found]
+        own = shard(cells, self.part)
+        pieces = [self._piece(cell) for cell in own]
         with Interruption() as interruption:
-            for cell, figures in self._compute(missing, interruption):
-                entry = {**vars(cell), **figures, "machine": self.machine}
-                write_json(self.directory / cell.file, _plain(entry))
-                found[cell] = self._read(cell) or {}
-                self.on_done(cell)
-                if interruption.number is not None:
-                    raise Stopped(interruption.number, len(found), len(cells))
-            if interruption.number is not None:
-                raise Stopped(interruption.number, len(found), len(cells))
-        return {cell: found[cell] for cell in cells}
-
-    def _read(self, cell: Cell) -> Figures | None:
-        try:
-            entry = json.loads((self.directory / cell.file).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError):
-            return None  # damaged: computed again
-        same = isinstance(entry, dict) and all(entry.get(k) == v for k, v in vars(cell).items())
-        return entry if same else None
-
-    def _compute(
-        self, cells: Sequence[Cell], interruption: Interruption
-    ) -> Iterator[tuple[Cell, Figures]]:
-        threads = self.comparison.settings.threads
-        if self.jobs == 1 or len(cells) < 2:
-            with _threads(threads):
-                for cell in cells:
-                    yield cell, compute(self.comparison, cell)
-            return
-        if self._pool is None:
-            self._pool = futures.ProcessPoolExecutor(
-                self.jobs,
-                multiprocessing.get_context("spawn"),
-                initializer=_start_worker,
-                initargs=(config.dump(self.comparison.settings), threads),
+            tally = work_off(
+                pieces,
+                self._pool,
+                told=lambda tally, cell, ended: self.on_done(cell),
+                stop=lambda: interruption.requested,
+                strict=True,
+                retries=1,
             )
-        try:
-            waiting = {self._pool.submit(_compute_in_worker, cell): cell for cell in cells}
-            while waiting and interruption.number is None:
-                done, _ = futures.wait(waiting, 0.2, futures.FIRST_COMPLETED)
-                for future in done:
-                    yield waiting.pop(future), future.result()
-        except futures.process.BrokenProcessPool as error:
-            raise RunError(
-                f"a process of the comparison died (out of memory?): {one_line(error)} Finished "
-                "cells are kept; go on with --resume and fewer --jobs"
-            ) from error
+            for cell, text in tally.failed.items():
+                raise RunError(
+                    f"{cell.task}, {cell.method}, seed {cell.seed}: {text}; finished cells are "
+                    "kept, go on with --resume and fewer --jobs"
+                )
+            if interruption.number is not None:
+                raise Stopped(interruption.number, len(tally.done), len(own))
+        found = {cell: figures for cell in cells if (figures := read(self.directory, cell))}
+        self.missing += [cell for cell in cells if cell not in found]
+        return found
+
+    def _piece(self, cell: Cell) -> Work[Cell]:
+        def arguments() -> Sequence[Any]:
+            what: Any = self.comparison if self._text is None else self._text
+            return (what, cell, self.directory, self.machine)
+
+        return Work(cell, compute_and_keep, arguments, done=lambda: _done(self.directory, cell))
 
 
-_worker: Comparison | None = None
+def read(directory: Path, cell: Cell) -> Figures | None:
+    """The figures of a cell; None where there are none, or their file is damaged."""
+    try:
+        entry = json.loads((directory / "cells" / cell.file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = isinstance(entry, dict) and all(entry.get(k) == v for k, v in vars(cell).items())
+    return entry if same else None
 
 
-def _start_worker(text: str, threads: int) -> None:
-    """Set up a process: the parent alone hears Ctrl-C, and the config is read once."""
-    global _worker
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-    from mlseg.config import yaml12
-
-    values, _ = yaml12.read(text, "config")
-    _worker = parse(config.Tree(values))
+def _done(directory: Path, cell: Cell) -> bool:
+    kept = read(directory, cell)
+    return kept is not None and kept["status"] != FAILED
 
 
-def _end_with_parent() -> None:
-    """End this process once its parent has, however that ended: nobody would read the figures.
+def compute_and_keep(
+    what: Comparison | str, cell: Cell, directory: Path, machine: Mapping[str, str]
+) -> str | None:
+    """Compute a cell and write it, unless another process is at it or has done so meanwhile.
 
-    What is waited for is a pipe whose other end the parent alone holds.
+    Args:
+        what: the comparison; or its config, where it is read once for all cells of a process.
+
+    Raises:
+        RunError: it can't be written.
     """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)  # the main thread may be in the midst of a cell
+    comparison = _parsed(what) if isinstance(what, str) else what
+    lock = directory / ".locks" / f"{cell.file}.lock"
+    try:
+        with locked(lock), _threads(comparison.settings.threads):
+            if not _done(directory, cell):
+                entry = {**vars(cell), **compute(comparison, cell), "machine": dict(machine)}
+                write_json(directory / "cells" / cell.file, _plain(entry))
+            with contextlib.suppress(OSError):  # whoever waits for this very file finds it done
+                lock.unlink()
+                lock.parent.rmdir()
+    except Held:
+        return HELD
+    return None
 
 
-def _compute_in_worker(cell: Cell) -> Figures:
-    assert _worker is not None
-    return compute(_worker, cell)
+@functools.lru_cache(maxsize=1)
+def _parsed(text: str) -> Comparison:
+    values, _ = yaml12.read(text, "config")
+    return parse(config.Tree(values))
 
 
 @contextmanager

@@ -86,12 +86,15 @@ def chosen_rates(
 
 
 def run(comparison: Comparison, runner: Runner) -> Results:
-    """All phases, one after the other."""
+    """All phases, one after the other; without the last where cells of other parts are missing."""
     accuracy = runner(accuracy_cells(comparison))
     settings = comparison.settings.training
     if settings is None:
         return Results(accuracy, {}, {}, {})
-    tuning = runner(tuning_cells(comparison))
+    wanted = tuning_cells(comparison)
+    tuning = runner(wanted)
+    if len(tuning) < len(wanted):
+        return Results(accuracy, tuning, {}, {})
     rates = chosen_rates(comparison, tuning)
     cells = [
         Cell("training", task, method, settings.dtype, seed, rate)

@@ -4,6 +4,26 @@
 :mod:`mlseg.config.registry` finds by name what a config names.
 """
 
-from mlseg.config.loading import Settings, Tree, differences, dump, load, parse
+from mlseg.config.loading import (
+    Override,
+    Settings,
+    Tree,
+    differences,
+    dump,
+    load,
+    override,
+    parse,
+    read_overrides,
+)
 
-__all__ = ["Settings", "Tree", "differences", "dump", "load", "parse"]
+__all__ = [
+    "Override",
+    "Settings",
+    "Tree",
+    "differences",
+    "dump",
+    "load",
+    "override",
+    "parse",
+    "read_overrides",
+]

@@ -18,6 +18,7 @@ Values are those of YAML 1.2's core schema (`mlseg.config.yaml12`). What they ma
 component states in a `Settings` class next to its code.
 """
 
+import copy
 import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -121,10 +122,46 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
     """
     source = os.path.normpath(reachable(path))
     tree = _load_file(Path(source), (), None)
-    given = _read_overrides(overrides)
-    tree.notes.extend(_dropped(tree.values, given.values))
-    _merge(tree, given)
+    override(tree, read_overrides(overrides))
     return tree
+
+
+@dataclass(frozen=True)
+class Override:
+    """One value for one key of a config.
+
+    Attributes:
+        key: dotted.
+        value: plain.
+        origins: places by path below the key; the empty path is the key's own.
+    """
+
+    key: str
+    value: Any
+    origins: Mapping[yaml12.Path, str]
+
+
+def override(tree: Tree, overrides: Sequence[Override]) -> None:
+    """Lay overrides over a config, in place, as one layer; what it drops goes to the notes."""
+    layer = Tree({}, {}, COMMAND_LINE)
+    for given in overrides:
+        # As one layer: the rule about `name:` is for layers, not for keys side by side.
+        parts = given.key.split(".")
+        node = layer.values
+        for part in parts[:-1]:
+            if not isinstance(node.get(part), dict):
+                node[part] = {}
+            node = node[part]
+        node[parts[-1]] = copy.deepcopy(given.value)
+        layer.origins.update({(*parts, *below): at for below, at in given.origins.items()})
+    tree.notes.extend(_dropped(tree.values, layer.values))
+    known = set(tree.origins)
+    _merge(tree, layer)
+    for given in overrides:
+        parts = given.key.split(".")
+        for above in (tuple(parts[:length]) for length in range(1, len(parts))):
+            if above not in known:  # a mapping that the key has made without saying so
+                tree.origins[above] = given.origins.get((), COMMAND_LINE)
 
 
 def parse(settings: type[S], tree: Tree) -> S:
@@ -222,31 +259,28 @@ def _nearest_files(path: Path) -> str:
     return f"; {path.parent} has {', '.join(f.name for f in files[:8])}" if files else ""
 
 
-def _read_overrides(overrides: Sequence[str]) -> Tree:
-    tree = Tree({}, {}, COMMAND_LINE)
-    for override in overrides:
-        key, equals, text = override.partition("=")
+def read_overrides(texts: Sequence[str]) -> list[Override]:
+    """`KEY=VALUE` strings of a command line.
+
+    Raises:
+        UserError: one isn't of that form.
+    """
+    found = []
+    for text in texts:
+        key, equals, written = text.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):
             raise UserError(
-                f"{COMMAND_LINE}: '{override}' is no override; write KEY=VALUE with a dotted "
+                f"{COMMAND_LINE}: '{text}' is no override; write KEY=VALUE with a dotted "
                 "key, as in engine.iterations=100"
             )
         if parts[0] == "base":
             raise UserError(f"{COMMAND_LINE}: base: only a file can say what it inherits from")
         if len(parts) > yaml12.MAX_DEPTH:
             raise UserError(f"{COMMAND_LINE}: a key of more than {yaml12.MAX_DEPTH} parts")
-        value, paths = yaml12.read(text, f"{COMMAND_LINE}: {key.strip()}")
-        # As one layer: the rule about `name:` is for layers, not for keys side by side.
-        node = tree.values
-        for part in parts[:-1]:
-            if not isinstance(node.get(part), dict):
-                node[part] = {}
-            node = node[part]
-        node[parts[-1]] = value
-        path = tuple(parts)
-        tree.origins.update({path + below: COMMAND_LINE for below in paths} | {path: COMMAND_LINE})
-    return tree
+        value, paths = yaml12.read(written, f"{COMMAND_LINE}: {key.strip()}")
+        found.append(Override(key.strip(), value, dict.fromkeys([(), *paths], COMMAND_LINE)))
+    return found
 
 
 def _dropped(old: Mapping[str, Any], new: Mapping[str, Any], above: str = "") -> Iterator[str]:
@@ -302,4 +336,7 @@ def _merge_mapping(
 
 def _other(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether `new` names another component than `old`."""
-    return any(key in old and key in new and old[key] != new[key] for key in _COMPONENT_KEYS)
+    return any(
+        key in old and key in new and old[key] != new[key] and not isinstance(old[key], dict)
+        for key in _COMPONENT_KEYS
+    )

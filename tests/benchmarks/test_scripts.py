@@ -10,15 +10,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import tiny
 
 from mlseg import run
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = BENCHMARKS.parent / "configs" / "e2eaug_isic_small.yaml"
-HELP_ONLY = {"e2eaug_rows", "segan_rows"}
-"""Many runs each."""
 LESIONS = ("data.name=synthetic_lesions", "data.train=4", "data.val=2", "data.test=2")
 NETWORKS = (
     "data.image_size=32",
@@ -49,17 +46,12 @@ def columns(text: str, *numbers: int) -> list[tuple[str, ...]]:
     return [tuple(row[number] for number in numbers) for row in rows(text)]
 
 
-@pytest.mark.parametrize("name", sorted(HELP_ONLY))
-def test_help(script: Script, name: str) -> None:
-    assert f"usage: {name}.py" in script(name, "--help")
-
-
 def test_every_script_is_here() -> None:
     scripts = {p.stem for p in BENCHMARKS.glob("*.py") if "__main__" in p.read_text()}
     here = Path(__file__)
     tested = set(re.findall(r'script\(\s*"(\w+)"', here.read_text()))
     elsewhere = {p.stem.removeprefix("test_") for p in here.parent.glob("test_*.py") if p != here}
-    assert scripts == tested | HELP_ONLY | elsewhere
+    assert scripts == tested | elsewhere
 
 
 def test_tiny_step(script: Script) -> None:

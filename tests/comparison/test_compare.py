@@ -257,6 +257,26 @@ def test_processes_give_the_same_figures() -> None:
     assert differences("one", "two") == []
 
 
+def test_parts_make_the_same_report(capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"accuracy": {"repeats": 1}, "seeds": [0]}
+    assert run("--out", "one", changes=changes) == 0
+    assert run("--out", "two", "--shard", "0/2", changes=changes) == 0
+    assert "cells of other parts are missing" in capsys.readouterr().err
+    assert not Path("two/report.md").exists()
+    assert not any("training" in file.name for file in Path("two/cells").iterdir())
+    assert run("--out", "two", "--shard", "1/2", changes=changes) == 0
+    assert run("--resume", "two", "--shard", "0/2", changes=changes) == 0
+    assert differences("one", "two") == []
+    assert not Path("two/.locks").exists()
+    capsys.readouterr()
+    assert run("--out", "two", "--shard", "0/2", "seeds=[5]", changes=changes) == 2
+    assert "seeds differs" in one_line(capsys)
+    assert run("--shard", "0/2", changes=changes) == 2
+    assert "--shard: all parts need one directory" in one_line(capsys)
+    assert run("--out", "two", "--shard", "2/2", changes=changes) == 2
+    assert "--shard: '2/2' is no part" in one_line(capsys)
+
+
 class TestFailure:
     def test_it_is_a_row(self, capsys: pytest.CaptureFixture[str]) -> None:
         Path("own_task.py").write_text(OWN_TASK)

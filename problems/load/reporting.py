@@ -1,0 +1,66 @@
+"""What LoAd adds to the tables of a sweep: how its cycles ended, and which classes gained."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlseg.problems.load.records import read_events
+from mlseg.problems.reporting import SECTIONS, Block, FinishedRun, mean_and_deviation
+
+Rows = Mapping[str, Sequence[FinishedRun]]
+
+
+@SECTIONS.register("load.cycles")
+def cycles(rows: Rows) -> list[Block]:
+    """Of each run: how many cycles ended how, how long they were, which of them had a peak."""
+    body = []
+    for name, runs in rows.items():
+        for run in runs:
+            ends = [e for e in read_events(run.directory) if e["event"] == "cycle_end"]
+            if not ends:
+                continue  # a control
+            lengths = [b - a for a, b in itertools.pairwise([0, *(e["update"] for e in ends)])]
+            late = lengths[len(lengths) // 2 :]
+            diverged = sum(end["reason"] == "divergence" for end in ends)
+            peaks = [str(end["cycle"]) for end in ends if end["peak"] is not None]
+            span = f"{min(late)} to {max(late)}, median {statistics.median(late):g}"
+            figures = [str(number) for number in (run.seed, len(ends), diverged, lengths[0])]
+            body.append([name, *figures, span, ", ".join(peaks) or "none"])
+    head = ["row", "seed", "cycles", "diverged", "updates in the first"]
+    head += ["in the latter half of the cycles", "cycles with a peak"]
+    return [Block("Cycles", head, body)] if body else []
+
+
+@SECTIONS.register("load.classes")
+def classes(rows: Rows, splits: Sequence[str] = ("test", "val_rest")) -> list[Block]:
+    """IoU of every class before and after, in per cent, by mean gain.
+
+    Args:
+        splits: the first that all runs of a row have is shown.
+    """
+    blocks = []
+    for name, runs in rows.items():
+        changes = [_changes(run) for run in runs]
+        split = next((s for s in splits if all(s in change for change in changes)), None)
+        if split is None:
+            continue
+        found = []
+        for key in changes[0][split]["classes"]:
+            pairs = [[100 * iou for iou in change[split]["classes"][key]] for change in changes]
+            gains = [best - start for start, best in pairs]
+            body = [key, *(mean_and_deviation([p[which] for p in pairs], 2) for which in (0, 1))]
+            found.append((statistics.fmean(gains), [*body, mean_and_deviation(gains, 2, "+")]))
+        found.sort(key=lambda row: -row[0])
+        title = f"{name}: IoU by class, {split}, per cent, by gain"
+        blocks.append(Block(title, ["class", "start", "final", "gain"], [row for _, row in found]))
+    return blocks
+
+
+def _changes(run: FinishedRun) -> dict[str, Any]:
+    path = run.directory / "classes.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
