@@ -4,6 +4,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from betty.problems import Problem as BettyProblem
@@ -39,7 +40,7 @@ def dry_run(engine: Engine) -> None:
             engine.train()
             period = _period(engine, work)
             try:
-                count = counted(lambda once=work.once, n=period: _several(once, n))
+                count = counted(partial(_several, work.once, period))
             except NEEDS_NUMBERS as error:
                 table.add_row(work.name, str(work.times), "not counted", "")
                 remarks.append(f"{work.name} looks at numbers ({one_line(error, 80)})")
@@ -74,14 +75,15 @@ def timed_dry_run(engine: Engine) -> None:
     total, iterations = 0.0, 0
     for index in range(len(engine.stages)):
         for work in _works(engine, index):
-            seconds = _time(work.once, _period(engine, work), engine.device)
+            seconds = _time(work.once, _period(engine, work), torch.device(engine.device))
             total += seconds * work.times
             iterations += work.times
             expected = _span(seconds * work.times)
             table.add_row(work.name, str(work.times), f"{seconds:.3f}", expected)
     table.add_row("all", str(iterations), "", _span(total))
     console.print(table)
-    console.print(f"Peak memory: {_peak_memory(engine.device)}; validation and scoring come on top")
+    peak = _peak_memory(torch.device(engine.device))
+    console.print(f"Peak memory: {peak}; validation and scoring come on top")
 
 
 def _works(engine: Engine, index: int) -> Sequence[Work]:

@@ -7,7 +7,6 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from mlseg import counting
 from mlseg.counting import NEEDS_NUMBERS, counted, faked, held_bytes
 from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings
@@ -85,7 +84,3 @@ def test_no_image_is_drawn_for_its_shape(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(set(data.train.ids + data.val.ids + data.test.ids)) == 1008
     with pytest.raises(AssertionError, match="drawn"):
         load_data(settings)
-
-
-def test_every_table_of_the_counter_is_torchs() -> None:
-    assert torch.ops.aten.convolution in counting.flop_registry
