@@ -184,7 +184,7 @@ class Engine(KnowsLevels, betty.engine.Engine):
         """Choose the device; this engine runs in one process."""
         device = choose_device(self._wanted_device)
         # Betty's is a string, which programs compare.
-        self.device = str(device) if self._as_on_betty else device
+        self.device: Any = str(device) if self._as_on_betty else device
         return {
             "strategy": "default",
             "backend": None,

@@ -8,12 +8,17 @@ next to no correlation with the true hypergradient.
 import ctypes
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 RandomState = dict[str, Any]
 
@@ -108,6 +113,19 @@ _LAID_OUT_SO = _is_laid_out_so()
 _NUMPY = _Numpy()
 
 
+def _by_itself(function: Callable[P, T]) -> Callable[P, T]:
+    """States are numbers: what watches or replaces operations (a dry run's fake tensors) isn't for
+    them."""
+
+    @wraps(function)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return alone
+
+
+@_by_itself
 def capture(device: torch.device | str = "cpu") -> RandomState:
     """The state of every global generator that a step may draw from.
 
@@ -130,6 +148,7 @@ def capture(device: torch.device | str = "cpu") -> RandomState:
     return state
 
 
+@_by_itself
 def restore(state: RandomState, device: torch.device | str = "cpu") -> None:
     """Set every global generator to ``state``; the inverse of :func:`capture`."""
     torch.set_rng_state(state["torch"])

@@ -30,20 +30,24 @@ from rich.table import Table
 from mlseg import config
 from mlseg.commands import guarded, make_console, named, say_notes
 from mlseg.config.registry import run_imports
-from mlseg.dry_run import dry_run
+from mlseg.dry_run import dry_run, timed_dry_run
 from mlseg.engines.engine import Engine
 from mlseg.errors import UserError
 from mlseg.files import claimed, require_new, write_json, write_text
 from mlseg.machine import device_name, versions
 from mlseg.problems.systems import AnyRunSettings, all_systems, load_system
 from mlseg.randomness import seed_everything
+from mlseg.segmentation.data.samples import shapes_alone
 
 RESUMABLE = ("engine.iterations", "threads")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    arguments = parser().parse_intermixed_args(argv)  # overrides may follow options
+    given = sys.argv[1:] if argv is None else argv
+    # Not by a value that may be left out: that would swallow an override behind it.
+    given = ["--timed-dry-run" if word == "--dry-run=timed" else word for word in given]
+    arguments = parser().parse_intermixed_args(given)  # overrides may follow options
     if arguments.config is not None and "=" in arguments.config:
         # An override in the config's place, as in `--resume DIR engine.iterations=200`.
         arguments.overrides.insert(0, arguments.config)
@@ -67,14 +71,19 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="engine.iterations=100")
     made.add_argument("--out", type=named, help="run directory (runs/<config>/<time>)")
     made.add_argument("--resume", type=named, metavar="DIR", help="go on with an interrupted run")
-    made.add_argument("--dry-run", action="store_true", help="build, run each level once, report")
+    made.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build, count what it asks for without doing it; --dry-run=timed runs each level once",
+    )
+    made.add_argument("--timed-dry-run", action="store_true", help=argparse.SUPPRESS)
     threads.add_flag(made)
     return made
 
 
 def _run(arguments: argparse.Namespace) -> int:
     tree = _what(arguments)
-    if arguments.dry_run:
+    if arguments.dry_run or arguments.timed_dry_run:
         return _train(arguments, tree, None)
     parent = Path("runs") / Path(arguments.config or "").stem
     with claimed(arguments.resume or arguments.out, parent) as directory:
@@ -106,7 +115,11 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
     say_notes(tree)
     seed_everything(settings.seed)
     if directory is None:
-        dry_run(build(settings, None))
+        if arguments.timed_dry_run:
+            timed_dry_run(build(settings, None))
+            return 0
+        with shapes_alone():
+            dry_run(build(settings, None))
         return 0
     engine = build(settings, directory)
     console = make_console(stderr=True)

@@ -235,6 +235,21 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "stage training, 4 iterations" in said
     assert "segmentor (Segmentor)" in said
     assert "MiB" in said
+    assert "GFLOP/iteration" in said
+    # An override behind the flag is an override.
+    assert run.main([str(config), "--dry-run", "engine.iterations=7"]) == 0
+    assert "stage training, 7 iterations" in capsys.readouterr().out
+
+
+def test_a_timed_dry_run_takes_the_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml")
+    assert run.main([str(config), "--dry-run=timed", "engine.iterations=7"]) == 0
+    said = capsys.readouterr().out
+    assert "stage training, 7 iterations" in said
+    assert "s/iteration" in said
+    assert set(tmp_path.iterdir()) == {config}
 
 
 def test_resume_takes_the_runs_own_config(

@@ -67,7 +67,7 @@ def test_what_is_refused_is_refused(row: list[str]) -> None:
     field = betty.configs.Config.__dataclass_fields__.get(name)
     if field is None or name in ("type", "precision"):
         return
-    other = not field.default if isinstance(field.default, bool) else field.default + 1
+    other: Any = not field.default if isinstance(field.default, bool) else field.default + 1
     if row[2].startswith("refused"):
         with pytest.raises(ValueError, match=name):
             Config(**{name: other})

@@ -204,9 +204,9 @@ class Problem(Revisitable):
 
     def loss(self, batch: Any) -> Tensor:
         """``training_step``'s loss in full precision, for a hypergradient's evaluations."""
-        return self._loss(batch)
+        return self._full_loss(batch)
 
-    def _loss(self, batch: Any) -> Tensor:
+    def _full_loss(self, batch: Any) -> Tensor:
         return _as_dict(self.training_step(batch), self.name)["loss"]
 
     def _evaluate(self, batch: Any) -> dict[str, Any]:

@@ -86,11 +86,11 @@ class Again:
     def loss(self, batch: Any, random_state: randomness.RandomState | None) -> Tensor:
         """Rewind to ``random_state``, then the loss of ``batch``."""
         self.rewind(random_state)
-        return self._problem._loss(batch)
+        return self._problem._full_loss(batch)
 
     def fresh_loss(self) -> Tensor:
         """The loss of a batch from the same data, in a stream of which training takes no note."""
-        return self._problem._loss(self._problem.fresh_batch())
+        return self._problem._full_loss(self._problem.fresh_batch())
 
     def modules(self) -> list[nn.Module]:
         """Those of all problems of the engine, this one's first."""

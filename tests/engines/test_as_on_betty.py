@@ -163,7 +163,12 @@ def test_early_stopping_works(mode: str, values: list[float], steps: int) -> Non
 def test_early_stopping_of_ones_own() -> None:
     made = engine(config(9, valid_step=1), validation=lambda: {"loss": 1.0})
     seen: list[Any] = []
-    made.early_stopping = lambda values: seen.append(values) or len(seen) == 3
+
+    def third(values: Any) -> bool:
+        seen.append(values)
+        return len(seen) == 3
+
+    made.early_stopping = third
     made.run()
     assert (made.global_step, seen) == (3, [{"loss": 1.0}] * 3)
 

@@ -7,7 +7,6 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from mlseg.engines import progress
 from mlseg.engines.engine import Engine
 from mlseg.engines.hooks import Hooks
 from mlseg.engines.settings import EngineSettings, Stage
@@ -47,7 +46,7 @@ class Lines:
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lines:
     CLOCK["now"] = 0.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: CLOCK["now"])
+    monkeypatch.setattr("mlseg.engines.progress.time.monotonic", lambda: CLOCK["now"])
     return Lines(capsys)
 
 

@@ -319,7 +319,12 @@ def test_what_a_problem_of_ours_calls_is_not_overridden(name: str) -> None:
     assert f"Low: {name!r} is a method of mlseg's Problem already" in said
 
 
-ALONE = {"cg_alpha": 0.1, "sama_adam_alpha": 0.1, "darts_multitask": True, "sama_multitask": True}
+ALONE: dict[str, Any] = {
+    "cg_alpha": 0.1,
+    "sama_adam_alpha": 0.1,
+    "darts_multitask": True,
+    "sama_multitask": True,
+}
 ALONE |= {"initial_dynamic_scale": 2.0, "scale_factor": 3.0, "darts_alpha": 0.1}
 
 

@@ -18,7 +18,7 @@ from mlseg.segmentation.data.fetch import fetch, incomplete
 from mlseg.segmentation.data.layout import MAX_FILES, find_examples
 from mlseg.segmentation.data.placement import Fit
 from mlseg.segmentation.data.presence import classes_missing, held_values, require_two_classes
-from mlseg.segmentation.data.samples import DatasetSpec, Samples
+from mlseg.segmentation.data.samples import DatasetSpec, Samples, blank, wants_shapes_alone
 from mlseg.segmentation.data.scenes import synthetic_scenes
 from mlseg.segmentation.data.settings import OWN_DATA, DataSettings, check_fit, resolve_root
 from mlseg.segmentation.data.synthetic import synthetic_lesions
@@ -81,10 +81,12 @@ def load_data(settings: DataSettings) -> SegmentationData:
 
     def decoded(key: str) -> Samples:
         of, examples = wanted[key]
+        if wants_shapes_alone():
+            return blank([e.id for e in examples], of.spec, settings.size, settings.fit)
         return decode(examples, of, of.spec, settings.size, cache, settings.fit)
 
     made = {name: decoded(name) for name in splits.SPLITS}
-    notices = classes_missing(made, entry.spec)
+    notices = [] if wants_shapes_alone() else classes_missing(made, entry.spec)
     if left_out:
         notices.append(f"Not tested on, because missing: {'; '.join(left_out)}.")
     return SegmentationData(
@@ -335,6 +337,8 @@ def _draw_synthetic(
     spec: DatasetSpec, ids: Sequence[str], size: tuple[int, int], fit: Fit, seed: int
 ) -> Samples:
     """Lesions for two classes, scenes for more, with the channels of `spec`."""
+    if wants_shapes_alone():
+        return blank(ids, spec, size, fit)
     numbers = [int(name.rpartition("-")[2]) for name in ids]
     if spec.num_classes == 2 and spec.ignore_index is None:
         images, masks = synthetic_lesions(numbers, size, seed, spec.channels)

@@ -4,6 +4,8 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -35,6 +37,24 @@ class DatasetSpec:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+
+_SHAPES_ALONE: ContextVar[bool] = ContextVar("_SHAPES_ALONE", default=False)
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Within this block no image is read or drawn: :func:`blank` ones stand in for all."""
+    token = _SHAPES_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _SHAPES_ALONE.reset(token)
+
+
+def wants_shapes_alone() -> bool:
+    """Whether the shapes of images are all that is asked for."""
+    return _SHAPES_ALONE.get()
 
 
 @dataclass(frozen=True)
@@ -127,3 +147,18 @@ def to_float(images: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """The inverse of `to_float`, rounding, for files and pictures; clips what lies outside."""
     return images.detach().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def blank(ids: Sequence[str], spec: DatasetSpec, size: tuple[int, int], fit: Fit) -> Samples:
+    """Black images with stripes of all classes for masks, all of them in the memory of one."""
+    height, width = size
+    image = torch.zeros((1, spec.channels, height, width), dtype=torch.uint8)
+    mask = (torch.arange(height * width) % spec.num_classes).to(torch.uint8)
+    count = len(ids)
+    return Samples(
+        list(ids),
+        image.expand(count, -1, -1, -1),
+        mask.view(1, height, width).expand(count, -1, -1),
+        spec,
+        fit=fit,
+    )
