@@ -242,7 +242,7 @@ def read_scalars(values: Mapping[Any, Any]) -> dict[Any, float]:
     result = {
         k: float(v)
         for k, v in values.items()
-        if isinstance(v, SupportsFloat) and not isinstance(v, Tensor) and np.size(v) == 1
+        if isinstance(v, SupportsFloat) and getattr(v, "size", 1) == 1 and not isinstance(v, Tensor)
     }
     for device in {t.device for t in tensors.values()}:
         keys = [k for k, t in tensors.items() if t.device == device]

@@ -55,7 +55,8 @@ class OwnNames:
     TYPES: dict[str, tuple[type, ...]] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        wrong = name in taken(type(self)) and not callable(value)
+        own: Any = type(self)
+        wrong = name in taken(own) and not callable(value)
         if wrong or (name in self.TYPES and not isinstance(value, self.TYPES[name])):
             raise UserError(
                 f"{type(self).__name__}: {name!r} is a name of mlseg's {_library(type(self))} "
@@ -65,7 +66,8 @@ class OwnNames:
 
     def check_names(self) -> None:
         """Raise UserError where a derived class defines what the library calls."""
-        names = taken(type(self))
+        own: Any = type(self)
+        names = taken(own)
         for cls in type(self).__mro__:
             if cls.__module__.startswith("mlseg."):
                 continue
@@ -79,7 +81,7 @@ class OwnNames:
 
 
 @cache
-def taken(cls: type) -> frozenset[str]:
+def taken(cls: Any) -> frozenset[str]:
     """Public methods and properties of the library's own: not Betty's, not free."""
     ours = [base for base in cls.__mro__ if base.__module__.startswith("mlseg.")]
     bettys = [base for base in cls.__mro__ if base.__module__.startswith("betty.")]

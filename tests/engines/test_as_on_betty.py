@@ -108,7 +108,9 @@ def _until(made: Engine, step: int) -> None:
 @pytest.mark.parametrize(("every", "expected"), [(500, []), (2, [2, 4]), (5, [5])])
 def test_validations_come_when_valid_step_says(every: int, expected: list[int]) -> None:
     seen: list[int] = []
-    made = engine(config(5, valid_step=every), validation=lambda: seen.append(made.global_step))
+    made: Any = engine(
+        config(5, valid_step=every), validation=lambda: seen.append(made.global_step)
+    )
     made.run()
     assert seen == expected
     made.valid_step, seen[:] = 1, []
