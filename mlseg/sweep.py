@@ -113,7 +113,7 @@ def _take_place(grid: Grid, cells: Sequence[Cell], command: str) -> None:
     from mlseg.sweeps import report
 
     own = (report.HISTORY, "logs")
-    # Hidden files are locks, and what another caller writes at this moment; its history comes first.
+    # Hidden files are locks, and what another caller writes just now; its history comes first.
     other = [path for path in grid.out.glob("[!.]*") if path.name not in own]
     runs = (cell for cell in cells if (grid.directory(cell) / CONFIG).exists())
     if other and not (grid.out / report.HISTORY).exists() and next(runs, None) is None:

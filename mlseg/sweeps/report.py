@@ -142,9 +142,9 @@ def _head(grid: Grid, finished: Finished) -> list[str]:
     if finished.missing:
         lines += ["", f"No run has scores on {', '.join(finished.missing)}."]
     beside: dict[str, list[float]] = {}
-    for cell in grid.closure(grid.shown):
-        if not grid.is_shown(cell) and is_finished(grid, cell):
-            beside.setdefault(label(grid, cell), []).append(results(grid, cell)["seconds"])
+    for other in grid.closure(grid.shown):
+        if not grid.is_shown(other) and is_finished(grid, other):
+            beside.setdefault(label(grid, other), []).append(results(grid, other)["seconds"])
     for row, seconds in beside.items():
         lines += ["", f"{row}, which other rows build on, took {show(spread(seconds), 0)} s."]
     return lines
