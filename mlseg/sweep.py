@@ -112,8 +112,9 @@ def _take_place(grid: Grid, cells: Sequence[Cell], command: str) -> None:
     """Note the command in the directory, unless that is another thing's."""
     from mlseg.sweeps import report
 
-    own = (report.HISTORY, ".table.lock", "logs")
-    other = [path for path in grid.out.glob("*") if path.name not in own]
+    own = (report.HISTORY, "logs")
+    # Hidden files are locks, and what another caller writes just now; its history comes first.
+    other = [path for path in grid.out.glob("[!.]*") if path.name not in own]
     runs = (cell for cell in cells if (grid.directory(cell) / CONFIG).exists())
     if other and not (grid.out / report.HISTORY).exists() and next(runs, None) is None:
         raise UserError(

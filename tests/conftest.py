@@ -14,6 +14,8 @@ from torch import Tensor
 HERE = Path(__file__).parent
 NOT_NUMERICAL = {
     "benchmarks",
+    "sweeps",
+    "workers",
     "test_checkout.py",
     "test_cache.py",
     "test_commands.py",

@@ -59,6 +59,8 @@ class Finished:
         )
         given = report.splits
         self.splits = [s for s in (given or found) if s in found and (given or s != "val")]
+        self.missing = [split for split in given or () if split not in found]
+        """Splits that the report names and no run has."""
         self.figures = {n: f for n, f in report.figures.items() if f is not None}
         self.frame = self._frame()
 
@@ -94,21 +96,30 @@ class Finished:
                     place = {"seed": cell.seed, "split": split, "metric": metric}
                     records.append({**cell.values, **place, **values})
         made = pd.DataFrame(records)
+        tree, open_ones = self.grid.tree, []
         for name, figure in self.figures.items():
             if figure.of is not None and not made[name].notna().any():
-                raise self.grid.tree.error(("report", "figures", name, "of"), self._hint(figure))
+                raise tree.error(("report", "figures", name, "of"), self._hint(str(figure.of)))
+            if "{metric}" in (figure.of or ""):
+                open_ones.append(name)
+        for position, metric in enumerate(wanted or ()):
+            if open_ones and not made.loc[made["metric"] == metric, open_ones].notna().any(
+                axis=None
+            ):
+                path = str(self.figures[open_ones[0]].of).replace("{metric}", metric)
+                raise tree.error(("report", "metrics", position), self._hint(path))
         return made
 
-    def _hint(self, figure: FigureSettings) -> str:
+    def _hint(self, wanted: str) -> str:
         known = [
             path.replace(f".{split}.", ".{split}.")
             for run in self.runs.values()
             for split in self.splits or [""]
             for path in _paths(run.results)
         ]
-        near = difflib.get_close_matches(str(figure.of), dict.fromkeys(known), n=1)
+        near = difflib.get_close_matches(wanted, dict.fromkeys(known), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        return f"no finished run has a number at {figure.of}{hint}"
+        return f"no finished run has a number at {wanted}{hint}"
 
     def dimensions(self, figures: Sequence[str]) -> list[str]:
         """What a figure may differ by: the axes, and what its path leaves open."""

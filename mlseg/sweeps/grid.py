@@ -98,7 +98,14 @@ class Grid:
         if not self.shown:
             raise self.tree.error("leave_out", "no cell is left that a table shows; leave less out")
         check_report(self.tree, self.settings, self.axes)
+        self._effective: set[str] = set()
         self.parsed = {c.at: self._settings(c) for c in self.closure(self.shown, one_seed=True)}
+        for given in self._common:
+            if given.key not in self._effective:
+                raise UserError(
+                    f"command line: {given.key}: the axes set it otherwise in every cell; change "
+                    f"it in {path}"
+                )
         self._check_same()
 
     # ----------------------------------------------------------------------------- cells
@@ -206,7 +213,9 @@ class Grid:
         return tree
 
     def _settings(self, cell: Cell) -> Any:
-        settings, _ = parse_run(self.config(cell))
+        tree = self.config(cell)
+        settings, _ = parse_run(tree)
+        self._effective |= {g.key for g in self._common if value_at(tree.values, g.key) == g.value}
         return settings
 
     def _overrides(self, path: tuple[str, ...], values: Mapping[str, Any]) -> list[Override]:
@@ -276,6 +285,8 @@ class Grid:
                 for key, dependency in value.takes.items():
                     place = (*here, "takes", key)
                     check_name(tree, dependency, self.settings.dependencies, "dependency", place)
+                    if key in self.settings.seed_keys:
+                        raise tree.error(place, "the grid's seeds set it")
         if len(set(naming)) > 1:
             raise tree.error(
                 ("axes", naming[-1]), f"names configs, and so does {naming[0]}; let one axis do it"

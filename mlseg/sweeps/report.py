@@ -139,10 +139,12 @@ def _head(grid: Grid, finished: Finished) -> list[str]:
             lines.append(f"- {axis} {name}: {shown}{' '.join(said) or 'as configured'}")
     if len(runs) < len(grid.shown):
         lines += ["", f"**{len(runs)} of {len(grid.shown)} cells have finished.**"]
+    if finished.missing:
+        lines += ["", f"No run has scores on {', '.join(finished.missing)}."]
     beside: dict[str, list[float]] = {}
-    for cell in grid.closure(grid.shown):
-        if not grid.is_shown(cell) and is_finished(grid, cell):
-            beside.setdefault(label(grid, cell), []).append(results(grid, cell)["seconds"])
+    for other in grid.closure(grid.shown):
+        if not grid.is_shown(other) and is_finished(grid, other):
+            beside.setdefault(label(grid, other), []).append(results(grid, other)["seconds"])
     for row, seconds in beside.items():
         lines += ["", f"{row}, which other rows build on, took {show(spread(seconds), 0)} s."]
     return lines

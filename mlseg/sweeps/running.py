@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -200,8 +201,6 @@ def run_cell(tree: Tree, directory: str, log: str, note: dict[str, Any]) -> Any:
         try:
             code = guarded(work_unless_held(work), argparse.Namespace())
         except Exception:  # noqa: BLE001, a bug: its traceback is in the log
-            import traceback
-
             traceback.print_exc()
             code = 1
     if code == _HELD:

@@ -114,6 +114,7 @@ def test_mistakes(
         (["--only", "seed=7"], "--only seed: no value '7'; there are 0, 1"),
         (["--only", "row"], "--only: 'row': write AXIS=VALUE"),
         (["seed=3"], "command line: seed: the grid's seeds set it; use --seeds"),
+        (["augmentation=rotate"], "augmentation: the axes set it otherwise in every cell"),
         (["data.trian=3"], "command line: data.trian: unknown key; did you mean 'data.train'?"),
         (["--table"], "no run below out has finished yet"),
     ],

@@ -112,6 +112,15 @@ def test_a_figure_that_no_run_has(
     said = capsys.readouterr().err
     assert "report.figures.test.of: no finished run has a number at" in said
     assert "did you mean scores.best.{split}.jaccard?" in said
+    grids.write(tmp_path, {"report.metrics": ["jaccard", "jacard_std"]})
+    assert sweep.main(["grid.yaml", "--out", "out", "--table"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "report.metrics.1: no finished run has a number at scores.best.{split}.jacard_std" in said
+    )
+    grids.write(tmp_path, {"report.splits": ["test", "ph2"]})
+    assert sweep.main(["grid.yaml", "--out", "out", "--table"]) == 0
+    assert "No run has scores on ph2." in capsys.readouterr().out
 
 
 def test_expected_times(

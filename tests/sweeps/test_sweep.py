@@ -216,6 +216,16 @@ class TestWhatDoesNotBelong:
         Path("out/off/seed_0/checkpoints/best.pt").write_bytes(b"other")
         assert "off, seed 0 has another checkpoints/best.pt by now" in said()
 
+    def test_a_directory_of_other_things(
+        self, grid: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        Path("out").mkdir()
+        Path("out/table.md").write_text("mine")
+        assert sweep.main(["grid.yaml", "--out", "out"]) == 2
+        assert "--out: out holds table.md and no run of this grid" in capsys.readouterr().err
+        assert os.listdir("out") == ["table.md"]
+        assert Path("out/table.md").read_text() == "mine"
+
     def test_damaged_results(self, grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert sweep.main(["grid.yaml", "--out", "out", "--seeds", "0"]) == 0
         Path("out/off/seed_0/results.json").write_text('{"a": ')
