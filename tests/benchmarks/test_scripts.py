@@ -54,6 +54,11 @@ def test_every_script_is_here() -> None:
     assert scripts == tested | elsewhere
 
 
+def test_second_order(script: Script) -> None:
+    shown = script("second_order", "--sizes", "tiny", "--rounds", 2)
+    assert columns(shown, 1) == [("contiguous",), ("channels_last",)]
+
+
 def test_tiny_step(script: Script) -> None:
     shown = script("tiny_step", "--rounds", 2)
     assert columns(shown, 0) == [("mlseg",), ("Betty",), ("by hand",)]

@@ -99,7 +99,9 @@ class Unrolled(Differentiating):
     )
     because = "exact for what the level did, whether it has converged or not"
     cost = "T E + T H"
-    cost_note = "``store: graphs``: T H, and training steps that build graphs"
+    cost_note = (
+        "``store: graphs``: T H, and training steps that build graphs; ``{graphs: k}``: k of them"
+    )
     memory = "T weights and moments, graph of one gradient; ``graphs``: of T"
 
     def keeps(self, level: Level) -> Keeps:
