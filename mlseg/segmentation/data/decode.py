@@ -36,7 +36,7 @@ CACHE_FORMAT = 1
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What files may be, whatever their names say: none for which Pillow starts another program."""
 _LOSSY = {"JPEG", "WEBP"}
-MEGAPIXELS = 89
+MEGAPIXELS = 89.0
 """Millions of pixels that an image or mask may have: Pillow's own limit; see `limit_pixels`."""
 # Darkest grey that a lossy file may hold where the mask is empty.
 _NOISE = 32
