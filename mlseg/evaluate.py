@@ -169,7 +169,7 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
         type=above_zero,
         default=MEGAPIXELS,
         metavar="N",
-        help=f"largest image, in millions of pixels ({MEGAPIXELS})",
+        help=f"largest image, in millions of pixels ({MEGAPIXELS:g})",
     )
 
 

@@ -35,7 +35,7 @@ from mlseg.segmentation.data.samples import DatasetSpec, Samples
 CACHE_FORMAT = 2
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What files may be, whatever their names say: none for which Pillow starts another program."""
-MEGAPIXELS = 89
+MEGAPIXELS = 89.0
 """Millions of pixels that an image or mask may have: Pillow's own limit; see `limit_pixels`."""
 _ORIENTATION = 0x0112  # EXIF tag
 
