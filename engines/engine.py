@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import betty.configs
 import betty.engine
@@ -21,10 +21,10 @@ from mlseg import checkpoint
 from mlseg.engines import state
 from mlseg.engines.hooks import Hooks, Work
 from mlseg.engines.interruption import Interruption
-from mlseg.engines.nan_guard import NanGuard, all_finite
+from mlseg.engines.nan_guard import NanGuard
 from mlseg.engines.recording import Recorder, read_scalars
 from mlseg.engines.settings import Dependencies, EngineSettings, Stage, as_settings
-from mlseg.errors import RunError
+from mlseg.errors import RunError, UserError
 from mlseg.machine import choose_device
 from mlseg.multilevel.graph import KnowsLevels, introduce
 from mlseg.multilevel.problem import Problem
@@ -88,6 +88,8 @@ class Engine(KnowsLevels, betty.engine.Engine):
         self.stopped_early = False
         self.finished = False
         self.seconds = 0.0
+        self.unproven: Path | None = None
+        """The checkpoint that a run has gone on from, until it has written one itself."""
         self.logged: dict[str, int] = {}  # steps of each problem at the last log
         self._wanted_device = device
         self.leaves: list[BettyProblem] = []
@@ -293,16 +295,42 @@ class Engine(KnowsLevels, betty.engine.Engine):
         found = self._guard.first()
         if found is not None:
             name, step = found
-            self.recorder.event("nan", self.global_step, problem=name, at_step=step)
-            raise RunError(
-                f"the loss of problem {name!r} is not finite at step {step}; "
-                f"{self._what_is_kept()}; try a lower learning rate or gradient clipping"
-            )
+            self._not_finite("the loss", name, step)
+
+    def check_finite(self, problems: Mapping[str, Any]) -> None:
+        """Raise RunError if parameters, buffers or optimizer state aren't finite; synchronises.
+
+        Args:
+            problems: states of problems by name, as a checkpoint is to hold them.
+        """
+        found = self._guard.first_state(problems)
+        if found is not None:
+            problem, kind, name = found
+            self._not_finite(kind, problem, self.global_step, f" ({name})")
+
+    def _not_finite(self, what: str, problem: str, step: int, which: str = "") -> NoReturn:
+        """Raise RunError; a hypergradient that brought it about is named in its place."""
+        mend = "try a lower learning rate or gradient clipping"
+        cause = self._guard.hypergradient()
+        if cause is not None and cause[1] <= step:
+            which = f" (and then {what} of {problem!r}{which})"
+            what, (problem, step) = "the hypergradient", cause
+            mend = "try a lower learning rate, more damping or another hypergradient method"
+        self.recorder.event("nan", self.global_step, problem=problem, at_step=step)
+        raise RunError(
+            f"{what} of problem {problem!r} is not finite at step {step}{which}; "
+            f"{self._what_is_kept()}; {mend}"
+        )
 
     def _what_is_kept(self) -> str:
-        if self.recorder.directory is None or not self.checkpoint_path("last").exists():
-            return "no checkpoint has been written yet"
-        return f"the last good checkpoint is {self.checkpoint_path('last')}"
+        if self.recorder.directory is not None:
+            for name in (checkpoint.LAST, checkpoint.PREVIOUS):
+                path = self.recorder.directory / "checkpoints" / name
+                if checkpoint.whole(path):
+                    return f"the last good checkpoint is {path}"
+            if self.checkpoint_path("last").exists():
+                return f"{self.checkpoint_path('last')} is damaged"
+        return "no checkpoint has been written yet"
 
     def _log(self) -> None:
         stepped = [
@@ -423,29 +451,85 @@ class Engine(KnowsLevels, betty.engine.Engine):
         if self.recorder.directory is None:
             return
         self._check_finite()
-        for problem in self.problems:
-            if not all_finite(problem):
-                raise RunError(
-                    f"a parameter of problem {problem.name!r} is not finite at step "
-                    f"{self.global_step}; {self._what_is_kept()}"
-                )
         self.recorder.flush()
         before, self._clock = self._clock, time.monotonic()
         self.seconds += self._clock - before
-        saved = self.best_state_dict() if name == "best" else self.state_dict()
-        checkpoint.save(self.checkpoint_path(name), saved)
+        self.write(name, self.best_state_dict() if name == "best" else self.state_dict())
         for hook in self.hooks:
             hook.saved(self)
 
-    def resume(self, directory: Path) -> None:
-        """Load ``last.pt`` of a run directory.
+    def write(self, name: str, saved: dict[str, Any]) -> None:
+        """Write ``saved`` as the checkpoint ``name``; of ``last``, keep the one before it.
 
         Raises:
-            UserError: there is none, or it doesn't fit these problems.
+            RunError: something in it isn't finite, or it can't be written.
         """
+        self.check_finite(saved["problems"])
+        path = self.checkpoint_path(name)
+        former = path.with_name(checkpoint.PREVIOUS) if path.name == checkpoint.LAST else None
+        checkpoint.save(path, saved, former)
+        if path.name == checkpoint.LAST:
+            self.unproven = None
+
+    def resume(
+        self,
+        directory: Path,
+        saved: Mapping[str, Any] | None = None,
+        forget_best: bool = False,
+    ) -> None:
+        """Go on from ``last.pt`` of a run directory.
+
+        Args:
+            saved: what is in it, where that has been read already.
+            forget_best: choose the best weights anew from here on.
+
+        Raises:
+            UserError: there is none, it doesn't fit these problems, or the best weights that it
+                knows of are gone.
+        """
+        path = directory / "checkpoints" / checkpoint.LAST
         for hook in self.hooks:
             hook.resume(self, directory)
-        self.load_state_dict(checkpoint.load(directory / "checkpoints" / "last.pt"))
+        saved = checkpoint.load(path) if saved is None else saved
+        try:
+            self.load_state_dict(saved)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        found = self._guard.first_state(saved["problems"])
+        if found is not None:
+            problem, kind, name = found
+            raise UserError(
+                f"{path}: {kind} of problem {problem!r} ({name}) is not finite; take another "
+                "checkpoint of the run, or start the run again"
+            )
+        self.unproven = path
+        if forget_best:
+            self.best, self.validations_without_best = None, 0
+        elif self.best is not None:
+            self._require_best(path.parent)
+
+    def _require_best(self, folder: Path) -> None:
+        """Raise UserError where the weights are gone that validation has chosen."""
+        assert self.best is not None
+        for name in dict.fromkeys(["best", *(n for hook in self.hooks for n in hook.checkpoints)]):
+            path = folder / f"{name}.pt"
+            fault = "missing"
+            if path.exists():
+                fault = "damaged"
+                if checkpoint.whole(path):
+                    step = checkpoint.load(path).get("engine", {}).get("global_step")
+                    # One that is newer than this state is found again on the way.
+                    if name != "best" or (isinstance(step, int) and step >= self.best["step"]):
+                        continue
+                    fault = f"of step {str(step)[:20]}"
+            mend = "put the file back"
+            if name == "best":
+                mend += ", or choose the best weights anew from here on with --forget-best"
+            raise UserError(
+                f"{path}: {fault}, and the run needs it at its end "
+                f"(best {self.best['metric']} {self.best['value']:.4g} at step "
+                f"{self.best['step']}); {mend}"
+            )
 
     # ------------------------------------------------------------------ the end
 

@@ -49,12 +49,14 @@ class Hooks:
         metric: the validation figure that chooses the best weights, where settings name none.
         notice: said when a run starts and when it ends.
         shown_events: kinds of events that the progress display shows.
+        checkpoints: names of those that the end of a run needs, once a best one has been chosen.
     """
 
     name: str = ""
     metric: str | None = None
     notice: str | None = None
     shown_events: ClassVar[Sequence[str]] = ()
+    checkpoints: Sequence[str] = ()
 
     def description(self, engine: Engine) -> Mapping[str, Any]:
         """Plain values that every checkpoint holds beside the problems' states."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlseg.checkpoint import require_form
 from mlseg.transfer import state_to_device
 
 _Pairs = list[tuple[Tensor, Tensor]]
@@ -157,6 +158,9 @@ class Snapshot:
         if not state:
             return
         live = self._live()
+        require_form(
+            {name: tensor.detach() for name, tensor in live.items()}, state["tensors"], "tensors"
+        )
         self._tensors = {
             name: tensor.to(live[name].device, copy=True)
             for name, tensor in state["tensors"].items()

@@ -3,25 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mlseg import randomness
-from mlseg.errors import UserError, one_line
+import pydantic
+from pydantic import NonNegativeFloat, NonNegativeInt
+
+from mlseg import config, randomness
+from mlseg.checkpoint import taking
+from mlseg.config import Settings
+from mlseg.errors import UserError
 
 if TYPE_CHECKING:
     from mlseg.engines.engine import Engine
 
-_PLAIN = (
-    "global_step",
-    "stage_step",
-    "best",
-    "last_validation",
-    "validations_without_best",
-    "stopped_early",
-    "finished",
-    "seconds",
-)
-"""Attributes of the engine that are saved as they are."""
+
+class Best(Settings):
+    """The best validation so far."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+
+    metric: str
+    value: float
+    step: NonNegativeInt
+
+
+class Loop(Settings):
+    """Where the loop is; every attribute but ``stage`` is one of the engine's."""
+
+    global_step: NonNegativeInt
+    stage: str
+    stage_step: NonNegativeInt
+    best: Best | None
+    last_validation: dict[str, Annotated[float, pydantic.Field(allow_inf_nan=True)]]
+    validations_without_best: NonNegativeInt
+    stopped_early: bool
+    finished: bool
+    seconds: NonNegativeFloat
+    logged: dict[str, NonNegativeInt]
+
+    @pydantic.model_validator(mode="after")
+    def _in_order(self) -> Loop:
+        for name, step in (("stage_step", self.stage_step), ("best.step", self.best_step)):
+            if step > self.global_step:
+                raise ValueError(f"{name} is {step}, after global_step, {self.global_step}")
+        return self
+
+    @property
+    def best_step(self) -> int:
+        """0 before there is a best one."""
+        return 0 if self.best is None else self.best.step
+
+
+_PLAIN = [name for name in Loop.model_fields if name != "stage"]
 
 
 def whole(engine: Engine) -> dict[str, Any]:
@@ -30,7 +63,7 @@ def whole(engine: Engine) -> dict[str, Any]:
     return {
         **_description(engine),
         "problems": {problem.name: problem.state_dict() for problem in engine.problems},
-        "engine": {**plain, "stage": engine.stage.name, "logged": engine.logged},
+        "engine": {**plain, "stage": engine.stage.name},
         "hooks": {hook.name: hook.state_dict() for hook in engine.hooks if hook.name},
         "random_state": randomness.capture(engine.device),
         "records": engine.recorder.state_dict(),
@@ -53,34 +86,41 @@ def restore(engine: Engine, state: Mapping[str, Any]) -> None:
     """Go on from :func:`whole`.
 
     Raises:
-        UserError: it is of another program.
+        UserError: it is of another program, or holds what no run writes.
     """
-    own = state["engine"]
+    with taking("the run"):
+        own = dict(state["engine"])
+        problems = dict(state["problems"])
+        # The first versions kept them in two places.
+        saved = dict(state["hooks"] if "hooks" in state else {**state, **state["companions"]})
+    found = config.parse(Loop, config.Tree(own, source="engine"))
     names = [stage.name for stage in engine.stages]
-    if own["stage"] not in names:
+    if found.stage not in names:
         raise UserError(
-            f"the checkpoint is in stage {own['stage']!r}, this run has {', '.join(names)}; "
+            f"the checkpoint is in stage {found.stage!r}, this run has {', '.join(names)}; "
             "resume with the config it was started with"
         )
-    engine.enter_stage(names.index(own["stage"]))
+    more = [name for name in problems if name not in {p.name for p in engine.problems}]
+    if more:
+        raise UserError(
+            f"the checkpoint has a problem {str(more[0])[:40]!r}, which this run doesn't; resume "
+            "with the config it was started with"
+        )
+    engine.enter_stage(names.index(found.stage))
     for name in _PLAIN:
         setattr(engine, name, own[name])
-    engine.logged = dict(own["logged"])
     for problem in engine.problems:
-        try:
-            problem.load_state_dict(state["problems"][problem.name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"problem {problem.name!r} doesn't fit the checkpoint "
-                f"({one_line(error)}); resume with the config it was started with"
-            ) from error
-    # The first versions kept them in two places.
-    saved = state["hooks"] if "hooks" in state else {**state, **state["companions"]}
+        with taking(f"problem {problem.name!r}"):
+            problem.load_state_dict(problems[problem.name])
     for hook in engine.hooks:
-        if hook.name in saved:
+        if not hook.name:
+            continue
+        with taking(f"what belongs to {hook.name!r}"):
             hook.load_state_dict(saved[hook.name])
-    engine.recorder.load_state_dict(state["records"])
-    randomness.restore(state["random_state"], engine.device)
+    with taking("the place in the records"):
+        engine.recorder.load_state_dict(state["records"])
+    with taking("the random state"):
+        randomness.restore(state["random_state"], engine.device)
 
 
 def _description(engine: Engine) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def _run(arguments: argparse.Namespace) -> int:
             f"{trained.run}: {trained.spec.num_classes} classes; the most probable one is taken, "
             "there is no threshold to choose"
         )
-    samples = own_data(arguments.runs).val
+    samples = own_data(arguments.runs, trained.config).val
     native = (arguments.scale or trained.scoring) == "native"
     metric = arguments.metric or trained.spec.metric
     ks, thresholds = sorted(set(arguments.k)), sorted(set(arguments.thresholds))

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mlseg.config import Tree
 from mlseg.engines.interruption import Interrupted
-from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, RunError, UserError, one_line
+from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, RunError, UserError, located, one_line
 
 
 def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
@@ -85,13 +85,16 @@ def _guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.N
     try:
         return command(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_told(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except RunError as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"failed: {_told(error)}", file=sys.stderr)
         return EXIT_RUN_ERROR
     except torch.OutOfMemoryError as error:
         print(f"failed: {one_line(error)} Lower a batch_size or image_size.", file=sys.stderr)
+        return EXIT_RUN_ERROR
+    except SystemExit as error:  # a user's own code: ours never ends the process from within
+        print(f"failed: the process was ended from within ({located(error)})", file=sys.stderr)
         return EXIT_RUN_ERROR
     except Interrupted as interrupted:
         print(f"{interrupted}; go on with --resume", file=sys.stderr)
@@ -99,6 +102,11 @@ def _guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.N
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def _told(error: Exception) -> str:
+    """In one line, whatever a file has put into the text."""
+    return " ".join(str(error).splitlines())
 
 
 def say_notes(tree: Tree) -> None:

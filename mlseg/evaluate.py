@@ -30,6 +30,7 @@ from mlseg.engines.segmentation import check_same_data
 from mlseg.errors import UserError
 from mlseg.files import write_json
 from mlseg.machine import choose_device
+from mlseg.resuming import require_unchanged
 from mlseg.run import begun_with, parse_run
 from mlseg.segmentation.calibration import calibrated, describe
 from mlseg.segmentation.data import (
@@ -70,7 +71,7 @@ def _run(arguments: argparse.Namespace) -> int:
     chosen = choose_threads(arguments).use()
     trained = ensemble.first
     if arguments.data is None:
-        data = own_data(arguments.runs)
+        data = own_data(arguments.runs, trained.config)
         own = {"test": data.test, **data.out_of_distribution}
         sets = {name: samples for name, samples in own.items() if len(samples)}
         if not sets:
@@ -98,7 +99,11 @@ def _run(arguments: argparse.Namespace) -> int:
         )
         values = metrics.compute()
         figures[name] = {**values, "per_image": metrics.per_image()}
-        table.add_row(name, str(len(samples)), *(f"{values[key]:.4f}" for key in shown))
+        table.add_row(
+            name,
+            str(len(samples)),
+            *(f"{values[key]:.4f}" if key in values else "" for key in shown),
+        )
     make_console().print(table)
     if arguments.out is not None:
         report = {
@@ -143,14 +148,19 @@ def choose_threads(arguments: argparse.Namespace) -> threads.Threads:
     return threads.by_environment() or own
 
 
-def own_data(runs: Sequence[Path]) -> SegmentationData:
-    """The data of runs that share one split.
+def own_data(runs: Sequence[Path], trained_with: Any = None) -> SegmentationData:
+    """The data of runs that share one split, as the first one's config has them.
+
+    Args:
+        trained_with: the config that the first one's checkpoint holds, if it does.
 
     Raises:
-        UserError: the data are no longer those that the runs were split from, or one run has been
-            trained on what another is to be tested on.
+        UserError: the data, or the config, are no longer those that the runs were made with, or one
+            run has been trained on what another is to be tested on.
     """
-    settings, _ = parse_run(config.load(runs[0] / "config.yaml"))
+    tree = config.load(runs[0] / "config.yaml")
+    settings, _ = parse_run(tree)
+    require_unchanged(settings, tree, trained_with, runs[0])
     wanted = getattr(settings, "data", None)
     if not isinstance(wanted, DataSettings):
         raise UserError(f"{runs[0]}: its system has no data of its own; name a data set by --data")

@@ -29,6 +29,8 @@ def choose_device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device: {name!r} is none; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device: {name!r} is none that mlseg runs on; use auto, cpu or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda is not available here; use device=cpu or device=auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

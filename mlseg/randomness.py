@@ -47,11 +47,17 @@ def capture(device: torch.device | str = "cpu") -> RandomState:
 
 
 def restore(state: RandomState, device: torch.device | str = "cpu") -> None:
-    """Set every global generator to ``state``; the inverse of :func:`capture`."""
+    """Set every global generator to ``state``; the inverse of :func:`capture`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, KeyError: it is no such state.
+    """
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     generator = state["numpy"]
+    if not 0 <= generator["pos"] <= len(generator["key"]):
+        raise ValueError(f"numpy's generator has no position {generator['pos']}")
     np.random.set_state(
         {
             "bit_generator": generator["bit_generator"],

@@ -36,7 +36,7 @@ def test_a_run_leaves_its_whole_directory(
     out = train(tmp_path, "engine.tensorboard=true")
     for name in ("config.yaml", "metrics.jsonl", "events.jsonl", "splits.json", "results.json"):
         assert (out / name).stat().st_size > 0, name
-    assert {p.stem for p in (out / "checkpoints").iterdir()} == {"last", "best"}
+    assert {p.stem for p in (out / "checkpoints").iterdir()} == {"last", "previous", "best"}
     assert list((out / "tensorboard").iterdir())
     assert {p.name.partition("_")[0] for p in (out / "samples").iterdir()} == {"validation"}
     results = json.loads((out / "results.json").read_text())

@@ -213,6 +213,8 @@ def import_module(name: str) -> ModuleType:
         sys.path.insert(0, "")  # a package beside the config, as with python -m
     try:
         return importlib.import_module(name)
+    except SystemExit as error:
+        raise UserError(f"can't import {name!r} (it ends the process)") from error
     except Exception as error:  # whatever a module may raise while it is executed
         if isinstance(error, ModuleNotFoundError) and error.name and name.startswith(error.name):
             reason = f"there is no module {error.name!r} here or among what is installed"
@@ -299,7 +301,12 @@ def find_entry(registry: Registry[Any], cls: type[E], settings: type[Settings], 
     found = registry.get(name)
     if isinstance(found, cls):
         return found
-    hints = typing.get_type_hints(found) if inspect.isroutine(found) else {}
+    try:
+        hints = typing.get_type_hints(found) if inspect.isroutine(found) else {}
+    except Exception as error:  # an annotation may be any expression
+        raise UserError(
+            f"{registry.kind} {name!r}: its annotations can't be read ({one_line(error)})"
+        ) from error
     hints.pop("return", None)
     own = next(iter(hints.values()), None)
     if not (isinstance(own, type) and issubclass(own, settings)):

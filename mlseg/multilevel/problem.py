@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from mlseg.errors import RunError, UserError
 from mlseg.hypergradients import Hop, Vector
 from mlseg.hypergradients.substitution import check_none_left, substituted
-from mlseg.multilevel import graph
+from mlseg.multilevel import graph, restoring
 from mlseg.multilevel.betty_tables import carry_by_bettys
 from mlseg.multilevel.config import Config, SchedulerClock, method_of
 from mlseg.multilevel.loaders import FreshBatches, Place, Stream
@@ -364,7 +364,12 @@ class Problem(Revisitable):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`; the loaders go on where they were."""
+        """Restore :meth:`state_dict`; the loaders go on where they were.
+
+        Raises:
+            ValueError, RuntimeError, KeyError, TypeError: it is of another level.
+        """
+        restoring.check(self, state)
         if self.optimizer is not None:
             super().load_state_dict(state)
         else:

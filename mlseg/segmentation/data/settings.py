@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from mlseg.config import Settings
+from mlseg.segmentation.data.contents import How
 from mlseg.segmentation.data.entry import DATA_SETS, Entry, data_set
 from mlseg.segmentation.data.palettes import spread_palette
 from mlseg.segmentation.data.placement import Fit
@@ -48,6 +49,8 @@ class DataSettings(Settings):
         memory_limit_mib: decoded examples beyond this many MiB are kept in memory-mapped files.
         cache_dir: where those files are; if given, every data set is kept there, so that the next
             run doesn't decode. Default: the user's cache folder, used only beyond the limit.
+        digests: by what a run that goes on, or is evaluated, knows its files again: "sample" (size
+            and contents, of a file above 1 MiB 16 pieces of 64 KiB) or "all".
     """
 
     name: str
@@ -69,6 +72,7 @@ class DataSettings(Settings):
     metric: Literal["jaccard", "dice"] | None = None
     memory_limit_mib: Count = 4096
     cache_dir: str | None = None
+    digests: How = "sample"
 
     @pydantic.field_validator("name")
     @classmethod
