@@ -459,15 +459,14 @@ class Engine(KnowsLevels, betty.engine.Engine):
             hook.saved(self)
 
     def write(self, name: str, saved: dict[str, Any]) -> None:
-        """Write ``saved`` as the checkpoint ``name``; of ``last``, keep the one before it.
+        """Write ``saved`` as the checkpoint ``name``.
 
         Raises:
             RunError: something in it isn't finite, or it can't be written.
         """
         self.check_finite(saved["problems"])
         path = self.checkpoint_path(name)
-        former = path.with_name(checkpoint.PREVIOUS) if path.name == checkpoint.LAST else None
-        checkpoint.save(path, saved, former)
+        checkpoint.save(path, saved)
         if path.name == checkpoint.LAST:
             self.unproven = None
 
@@ -481,55 +480,28 @@ class Engine(KnowsLevels, betty.engine.Engine):
 
         Args:
             saved: what is in it, where that has been read already.
-            forget_best: choose the best weights anew from here on.
+            forget_best: where the best weights are gone, choose them anew from here on.
 
         Raises:
             UserError: there is none, it doesn't fit these problems, or the best weights that it
                 knows of are gone.
         """
-        path = directory / "checkpoints" / checkpoint.LAST
         for hook in self.hooks:
             hook.resume(self, directory)
+        path = directory / "checkpoints" / checkpoint.LAST
         saved = checkpoint.load(path) if saved is None else saved
         try:
             self.load_state_dict(saved)
+            state.require_finite(self._guard, saved)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-        found = self._guard.first_state(saved["problems"])
-        if found is not None:
-            problem, kind, name = found
-            raise UserError(
-                f"{path}: {kind} of problem {problem!r} ({name}) is not finite; take another "
-                "checkpoint of the run, or start the run again"
-            )
         self.unproven = path
-        if forget_best:
+        try:
+            state.require_best(self, path.parent)
+        except UserError:
+            if not forget_best:
+                raise
             self.best, self.validations_without_best = None, 0
-        elif self.best is not None:
-            self._require_best(path.parent)
-
-    def _require_best(self, folder: Path) -> None:
-        """Raise UserError where the weights are gone that validation has chosen."""
-        assert self.best is not None
-        for name in dict.fromkeys(["best", *(n for hook in self.hooks for n in hook.checkpoints)]):
-            path = folder / f"{name}.pt"
-            fault = "missing"
-            if path.exists():
-                fault = "damaged"
-                if checkpoint.whole(path):
-                    step = checkpoint.load(path).get("engine", {}).get("global_step")
-                    # One that is newer than this state is found again on the way.
-                    if name != "best" or (isinstance(step, int) and step >= self.best["step"]):
-                        continue
-                    fault = f"of step {str(step)[:20]}"
-            mend = "put the file back"
-            if name == "best":
-                mend += ", or choose the best weights anew from here on with --forget-best"
-            raise UserError(
-                f"{path}: {fault}, and the run needs it at its end "
-                f"(best {self.best['metric']} {self.best['value']:.4g} at step "
-                f"{self.best['step']}); {mend}"
-            )
 
     # ------------------------------------------------------------------ the end
 

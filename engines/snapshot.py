@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mlseg.checkpoint import require_form
+from mlseg.multilevel.restoring import check_slots
 from mlseg.transfer import state_to_device
 
 _Pairs = list[tuple[Tensor, Tensor]]
@@ -166,6 +167,9 @@ class Snapshot:
             for name, tensor in state["tensors"].items()
         }
         if self.optimizer is not None:
+            groups = [_settings(group) for group in self.optimizer.param_groups]
+            require_form(groups, state["groups"], "groups", loose=True)
+            check_slots(self.optimizer, dict(enumerate(state["slots"])))
             places = [(p, g) for g in self.optimizer.param_groups for p in g["params"]]
             self._slots = [
                 {key: _like(parameter, group, key, value) for key, value in slot.items()}

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pydantic
 from pydantic import NonNegativeFloat, NonNegativeInt
 
-from mlseg import config, randomness
+from mlseg import checkpoint, config, randomness
 from mlseg.checkpoint import taking
 from mlseg.config import Settings
 from mlseg.errors import UserError
 
 if TYPE_CHECKING:
     from mlseg.engines.engine import Engine
+    from mlseg.engines.nan_guard import NanGuard
 
 
 class Best(Settings):
@@ -121,6 +123,46 @@ def restore(engine: Engine, state: Mapping[str, Any]) -> None:
         engine.recorder.load_state_dict(state["records"])
     with taking("the random state"):
         randomness.restore(state["random_state"], engine.device)
+
+
+def require_finite(guard: NanGuard, state: Mapping[str, Any]) -> None:
+    """Raise UserError where a NaN or an infinity has been saved, as older versions may have."""
+    found = guard.first_state(state["problems"])
+    if found is not None:
+        problem, kind, name = found
+        raise UserError(
+            f"{kind} of problem {problem!r} ({name}) is not finite; take another checkpoint of the "
+            "run, or start the run again"
+        )
+
+
+def require_best(engine: Engine, folder: Path) -> None:
+    """Raise UserError where the weights are gone that validation has chosen.
+
+    Args:
+        folder: of the run's checkpoints.
+    """
+    if engine.best is None:
+        return
+    for name in dict.fromkeys(["best", *(n for hook in engine.hooks for n in hook.checkpoints)]):
+        path = folder / f"{name}.pt"
+        mend = "put the file back"
+        if name == "best":
+            mend += ", or choose the best weights anew from here on with --forget-best"
+        fault = "missing"
+        if path.exists():
+            fault = "damaged"
+            if checkpoint.whole(path):
+                with taking(str(path), mend):
+                    step = checkpoint.load(path)["engine"]["global_step"]
+                # One that is newer than this state is found again on the way.
+                if name != "best" or (isinstance(step, int) and step >= engine.best["step"]):
+                    continue
+                fault = f"of step {str(step)[:20]}"
+        raise UserError(
+            f"{path}: {fault}, and the run needs it at its end (best {engine.best['metric']} "
+            f"{engine.best['value']:.4g} at step {engine.best['step']}); {mend}"
+        )
 
 
 def _description(engine: Engine) -> dict[str, Any]:

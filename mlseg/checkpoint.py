@@ -28,17 +28,19 @@ LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 """What a run goes on from, the one saved before it, and the weights that validation has chosen."""
 
 
-def save(path: Path, state: dict[str, Any], former: Path | None = None) -> None:
+def save(path: Path, state: dict[str, Any]) -> None:
     """Write ``state`` to ``path``, whole or not at all: the former checkpoint is kept till then.
+
+    What a run goes on from, ``last.pt``, is kept for longer, as ``previous.pt``.
 
     Args:
         path: the checkpoint; its folder is made when missing.
         state: tensors, numbers, strings, and dicts, lists and tuples of them.
-        former: the name under which the former checkpoint is kept for longer; None: it isn't.
 
     Raises:
         RunError: the file can't be written, as on a full disk.
     """
+    former = path.with_name(PREVIOUS) if path.name == LAST else None
     try:
         with replacing(path, former) as temporary, open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
@@ -176,10 +178,8 @@ def load_module(module: nn.Module, tensors: Any) -> None:
         ValueError: one of them is NaN or infinite, where a fresh module's isn't.
     """
     own = module.state_dict()
+    require_types(own, tensors)
     endless = {k for k, t in own.items() if isinstance(t, Tensor) and t.isinf().any()}
-    for name, tensor in dict(tensors).items():
-        if isinstance(own.get(name), Tensor) and isinstance(tensor, Tensor):
-            require_form(own[name], tensor, str(name))
     module.load_state_dict(tensors)
     given = {k: t for k, t in tensors.items() if isinstance(t, Tensor) and k not in endless}
     found = first_not_finite(given)
@@ -187,12 +187,28 @@ def load_module(module: nn.Module, tensors: Any) -> None:
         raise ValueError(f"{found} is not finite")
 
 
+def require_types(own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Check what torch would convert in silence; names and shapes it checks itself.
+
+    Raises:
+        ValueError: a tensor isn't of the kind of numbers that it is to replace.
+    """
+    for name, tensor in own.items():
+        found = given.get(name)
+        if not (isinstance(tensor, Tensor) and isinstance(found, Tensor)):
+            continue
+        # Another precision will do.
+        floats = tensor.is_floating_point() and found.is_floating_point()
+        if not floats and tensor.dtype != found.dtype:
+            raise ValueError(f"{name} is {_shape_of(found)}, not {_shape_of(tensor)}")
+
+
 def require_form(own: Any, given: Any, name: str, loose: bool = False) -> None:
     """Check that a value from a checkpoint is of the form of the one that it is to replace.
 
-    Tensors have its type and shape, mappings its keys, sequences its length unless that is 0, and
-    numbers are of its kind, not NaN, and not below 0 where it isn't. What is None may become
-    anything.
+    Tensors have its type and shape, mappings its keys, sequences its length unless that is 0.
+    Numbers are of its kind and finite, unless it isn't; whole ones count something, and are not
+    below 0 unless it is. What is None may become anything.
 
     Args:
         loose: a whole number may become another one.
@@ -219,7 +235,7 @@ def require_form(own: Any, given: Any, name: str, loose: bool = False) -> None:
         fits = isinstance(given, kinds) and not isinstance(given, bool)
         fits = fits and (math.isfinite(given) or not math.isfinite(own))
         fits = fits and (not math.isnan(given) or math.isnan(own))
-        fits = fits and (given >= 0 or not own >= 0)
+        fits = fits and (given >= 0 or own < 0 or float in kinds)
     elif own is not None:
         fits = isinstance(given, type(own))
     if not fits:

@@ -181,6 +181,9 @@ def test_resume_takes_the_runs_own_config(
         ("problems.segmentor.optimizer.betas=[0.9,0.99]", "betas"),
         ("data.name=kvasir", "kvasir"),
         ("device=abacus", "abacus"),
+        ("device=mps", "device: 'mps' is none that mlseg runs on"),
+        ("device=meta", "device: 'meta' is none"),
+        ("device=xla:0", "device: 'xla:0' is none"),
         ("engine.scoring=own", "engine.scoring"),
     ],
 )

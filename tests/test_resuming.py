@@ -14,6 +14,7 @@ import tiny_files
 import torch
 
 from mlseg import checkpoint, evaluate, predict, run
+from mlseg.engines.engine import Engine
 from mlseg.segmentation.data.contents import WHOLE, digest
 
 
@@ -194,7 +195,7 @@ def test_best_weights_that_are_lost_while_a_run_goes_on(
 ) -> None:
     """Nothing claims to be theirs, and what is known of the last ones is kept."""
     best = place / "run" / "checkpoints" / "best.pt"
-    former = run.Engine.run
+    former = Engine.run
 
     def train(engine: Any) -> None:
         former(engine)
@@ -202,7 +203,7 @@ def test_best_weights_that_are_lost_while_a_run_goes_on(
         if content is not None:
             best.write_bytes(content)
 
-    monkeypatch.setattr(run.Engine, "run", train)
+    monkeypatch.setattr(Engine, "run", train)
     line = said(capsys, 1, "--resume", str(place / "run"), "engine.iterations=6")
     assert str(best) in line
     found = json.loads((place / "run" / "results.json").read_text())

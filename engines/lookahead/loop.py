@@ -108,7 +108,8 @@ class LookaheadLoop(Hooks):
 
     def start(self, engine: Engine) -> None:
         """Write ``best.pt`` again where a run that goes on has lost it."""
-        self.stop(engine)
+        if engine.best is None:
+            self.stop(engine)
 
     def stop(self, engine: Engine) -> None:
         """Keep the best model, whatever has ended the run."""

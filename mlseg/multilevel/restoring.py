@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mlseg.checkpoint import require_form
+from mlseg.checkpoint import require_form, require_types
 
 if TYPE_CHECKING:
     from mlseg.multilevel.problem import Problem
@@ -31,10 +31,7 @@ def check(problem: Problem, state: Mapping[str, Any]) -> None:
         require_form(own, state[name], name)
     if len(state["ready"]) != len(problem.ready):
         raise ValueError(f"ready has {len(state['ready'])} entries, not {len(problem.ready)}")
-    for name, tensor in problem.module.state_dict().items():
-        given = state["module"].get(name)
-        if isinstance(tensor, Tensor) and isinstance(given, Tensor):
-            require_form(tensor, given, f"module.{name}")
+    require_types(problem.module.state_dict(), state["module"])
     for name, figure in state["metrics"].items():
         if not isinstance(name, str) or not isinstance(figure, (Tensor, int, float)):
             raise ValueError(f"metrics.{name} is no figure")
@@ -50,29 +47,55 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) 
     for index, (mine, its) in enumerate(
         zip(own["param_groups"], state["param_groups"], strict=True)
     ):
+        name = f"optimizer.param_groups.{index}"
+        if mine["params"] != its["params"]:
+            raise ValueError(f"{name}.params are other ones")
         for key in (mine.keys() & its.keys()) - {"params"}:  # torch knows more of them over time
             # A rate may be a number of either kind, or where the level sets it a tensor.
             if not (isinstance(its[key], Tensor) and its[key].numel() == 1):
-                require_form(mine[key], its[key], f"optimizer.param_groups.{index}.{key}", True)
+                require_form(mine[key], its[key], f"{name}.{key}", loose=True)
+            if key == "lr" and not float(its[key]) >= 0:
+                raise ValueError(f"{name}.lr is {float(its[key])}")
+    check_slots(optimizer, state["state"])
+
+
+_SCALARS = ("step", "eta", "mu", "mu_product")
+"""What torch's optimizers keep of a parameter that hasn't its shape."""
+
+
+def check_slots(optimizer: torch.optim.Optimizer, slots: Mapping[int, Any]) -> None:
+    """Check what an optimizer keeps of its parameters.
+
+    Fused kernels go through the memory of a parameter and of its moments side by side, and don't
+    ask how much of it there is.
+
+    Args:
+        slots: by the parameter's number, counted over all groups.
+
+    Raises:
+        ValueError: a tensor hasn't its parameter's shape, or something else is no tensor.
+        IndexError: there is no such parameter.
+    """
     if not type(optimizer).__module__.startswith("torch.optim") or isinstance(
-        optimizer, torch.optim.LBFGS
+        optimizer, (torch.optim.LBFGS, torch.optim.Adafactor)
     ):
         return  # what others keep, only they know
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     kinds: set[frozenset[str]] = set()
-    for index, slots in state["state"].items():
-        parameter = parameters[index]
-        kinds.add(frozenset(slots))
-        for key, value in slots.items():
+    for index, values in slots.items():
+        shape = parameters[index].shape
+        kinds.add(frozenset(values))
+        for key, value in values.items():
             name = f"optimizer.state.{index}.{key}"
-            if isinstance(value, Tensor):
-                if torch.broadcast_shapes(value.shape, parameter.shape) != parameter.shape:
+            if key in _SCALARS:
+                if not float(value) >= 0:  # a tensor of several elements makes no float
+                    raise ValueError(f"{name} is {float(value)}")
+            elif isinstance(value, Tensor):
+                if value.shape != shape:
                     raise ValueError(f"{name} has the shape {tuple(value.shape)}")
-            elif value is not None and (key != "step" or not isinstance(value, (int, float))):
+            elif value is not None:
                 raise ValueError(f"{name} is no tensor")
-            if key == "step" and not float(value) >= 0:
-                raise ValueError(f"{name} is {float(value)}")
-    if len(kinds) > 1:
+    if len(kinds - {frozenset()}) > 1:
         raise ValueError("optimizer.state has other entries for some parameters than for others")
 
 
