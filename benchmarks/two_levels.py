@@ -302,6 +302,7 @@ def solve(task: Task, spec: Mapping[str, Any], products: int) -> Contestant:
     lower, upper = _after_a_step(task, spec)
     hop, method = Hop(lower, [upper]), resolve(spec)
     assert isinstance(method, Implicit)
+    hop.second_order = method.formulas()
     with hop.evaluation(whole=True) as loss:
         hessian = Hessian(loss(), hop)
     system, vector = System(hessian, method.damping), hessian.restrict(task.vector)

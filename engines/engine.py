@@ -14,6 +14,7 @@ import betty.engine
 import torch
 from betty.logging import logger as betty_logger
 from betty.logging.logger_base import get_logger
+from betty.misc.early_stopping import EarlyStopping
 from betty.problems import Problem as BettyProblem
 from rich.console import RenderableType
 
@@ -23,10 +24,21 @@ from mlseg.engines.hooks import Hooks, Work
 from mlseg.engines.interruption import Interruption
 from mlseg.engines.nan_guard import NanGuard
 from mlseg.engines.recording import Recorder, read_scalars
-from mlseg.engines.settings import Dependencies, EngineSettings, Stage, as_settings
+from mlseg.engines.settings import (
+    Dependencies,
+    EngineSettings,
+    Stage,
+    as_bettys,
+    as_settings,
+    both_ways,
+    wanted_device,
+)
 from mlseg.errors import RunError, UserError
 from mlseg.machine import choose_device
+from mlseg.multilevel.config import Config
 from mlseg.multilevel.graph import KnowsLevels, introduce
+from mlseg.multilevel.own_names import Shown
+from mlseg.multilevel.plain import check_graph, check_hops, check_problem, told_of_rebuilding
 from mlseg.multilevel.problem import Problem
 
 H = TypeVar("H", bound=Hooks)
@@ -54,6 +66,24 @@ class Engine(KnowsLevels, betty.engine.Engine):
         quiet: no progress display.
     """
 
+    settings = Shown[EngineSettings]()
+    hooks = Shown[list[Hooks]]()
+    stages = Shown[list[Stage]]()
+    stage = Shown[Stage]()
+    recorder = Shown[Recorder]()
+    metric = Shown["str | None"]()
+    total_iterations = Shown["int | None"]()
+    notices = Shown[list[str]]()
+    stage_index = Shown[int](unless="_keeps_to_itself")
+    stage_step = Shown[int](unless="_keeps_to_itself")
+    best = Shown["dict[str, Any] | None"](unless="_keeps_to_itself")
+    last_validation = Shown[dict[str, float]](unless="_keeps_to_itself")
+    validations_without_best = Shown[int](unless="_keeps_to_itself")
+    stopped_early = Shown[bool](unless="_keeps_to_itself")
+    finished = Shown[bool](unless="_keeps_to_itself")
+    seconds = Shown[float](unless="_keeps_to_itself")
+    logged = Shown[dict[str, int]](unless="_keeps_to_itself")
+
     def __init__(
         self,
         problems: Sequence[BettyProblem],
@@ -72,59 +102,81 @@ class Engine(KnowsLevels, betty.engine.Engine):
     ) -> None:
         if dependencies is not None and (u2l is not None or l2u is not None):
             raise ValueError("give the graph either as dependencies or as u2l and l2u")
-        graph = dependencies or {"u2l": u2l or {}, "l2u": l2u or {}}
-        self.settings = as_settings(config)
-        self.hooks = list(hooks)
-        self.stages = list(stages) if stages else []
-        if not self.stages:
-            self.stages = [
-                Stage("training", self.settings.iterations, None, graph["u2l"], graph["l2u"])
+        if dependencies is not None:
+            u2l, l2u = both_ways(dependencies)
+        if config is None and problems and not any(isinstance(p.config, Config) for p in problems):
+            config = betty.configs.EngineConfig()  # a program of Betty's, with its defaults
+        self._as_on_betty = isinstance(config, betty.configs.EngineConfig)
+        self._keeps_to_itself = self._as_on_betty and type(self) is not Engine
+        self._settings = as_settings(config)
+        self._hooks = list(hooks)
+        self._stages = list(stages) if stages else []
+        if not self._stages:
+            self._stages = [
+                Stage("training", self._settings.iterations, None, u2l or {}, l2u or {})
             ]
-        self.stage_index = 0
-        self.stage_step = 0
-        self.best: dict[str, Any] | None = None
-        self.last_validation: dict[str, float] = {}
-        self.validations_without_best = 0
-        self.stopped_early = False
-        self.finished = False
-        self.seconds = 0.0
-        self.unproven: Path | None = None
+        self._stage_index = 0
+        self._stage_step = 0
+        self._best: dict[str, Any] | None = None
+        self._last_validation: dict[str, float] = {}
+        self._validations_without_best = 0
+        self._stopped_early = False
+        self._finished = False
+        self._goes_on = False  # from a checkpoint
+        self._unproven: Path | None = None
         """The checkpoint that a run has gone on from, until it has written one itself."""
-        self.logged: dict[str, int] = {}  # steps of each problem at the last log
-        self._wanted_device = device
+        self._seconds = 0.0
+        self._logged: dict[str, int] = {}  # steps of each problem at the last log
+        self._wanted_device = wanted_device(device, config)
         self.leaves: list[BettyProblem] = []
         self._clock = time.monotonic()
         if validation is not None:
             self.validation = validation
-        self.recorder = Recorder(Path(out) if out else None, self.settings, quiet=quiet)
-        first = self.stages[0]
+        self._recorder = Recorder(Path(out) if out else None, self._settings, quiet=quiet)
+        first = self._stages[0]
         super().__init__(
             list(problems),
-            config=betty.configs.EngineConfig(
-                train_iters=self.settings.iterations,
-                valid_step=self.settings.validate_every or self.settings.iterations,
-                roll_back=getattr(config, "roll_back", False),
-            ),
+            config=config if self._as_on_betty else as_bettys(self._settings),
             dependencies={"u2l": first.u2l, "l2u": first.l2u},
             env=env,
         )
-        for index in reversed(range(len(self.stages))):
+        for index in reversed(range(len(self._stages))):
             self.enter_stage(index)  # what a later stage's levels can't do is said now
         self._guard = NanGuard(self.problems, self.device)
 
     # ------------------------------------------------------------------- set-up
 
     def initialize(self) -> None:
-        """Betty's set-up, without its announcements on standard output."""
+        """Betty's set-up: what can't run is said first, nothing is announced."""
+        self.parse_config()
+        shared = self.configure_systems()
+        self.logger = betty_logger(self.logger_type)
         introduce(self.problems, self)
-        self.logger = betty_logger()
+        for problem in self.problems:
+            check_problem(problem, torch.device(self.device))
+        self.parse_dependency()
+        if self.env is not None:
+            self.env.configure_distributed_training(shared)
+            self.env.configure_device(self.device)
+            self.env.initialize()
+        for problem in self.problems:
+            self._initialize(problem, shared)
+
+    def _initialize(self, problem: BettyProblem, shared: dict[str, Any]) -> None:
+        problem.add_logger(self.logger)
+        problem.configure_distributed_training(shared)
+        problem.configure_device(self.device)
+        problem.configure_roll_back(self._roll_back)
         console = get_logger()
         level = console.level
         console.setLevel("WARNING")
         try:
-            super().initialize()
+            with told_of_rebuilding(problem):
+                problem.initialize()
         finally:
             console.setLevel(level)
+        if self.env is not None:
+            problem.add_env(self.env)
 
     def set_problem_attr(self, problem: BettyProblem) -> str:
         """Betty's makes an attribute of the problem; here :func:`introduce` has made it known."""
@@ -132,7 +184,9 @@ class Engine(KnowsLevels, betty.engine.Engine):
 
     def configure_systems(self) -> dict[str, Any]:
         """Choose the device; this engine runs in one process."""
-        self.device = choose_device(self._wanted_device)
+        device = choose_device(self._wanted_device)
+        # Betty's is a string, which programs compare.
+        self.device = str(device) if self._as_on_betty else device
         return {
             "strategy": "default",
             "backend": None,
@@ -142,42 +196,57 @@ class Engine(KnowsLevels, betty.engine.Engine):
         }
 
     def parse_dependency(self) -> None:
-        """Betty's parsing; a problem that is idle in this stage is no leaf."""
+        """Betty's parsing; a problem that is idle in this stage is no leaf.
+
+        Raises:
+            UserError: the dependencies are no graph of these problems.
+        """
+        check_graph(*both_ways(self.dependencies), self.problems)
         super().parse_dependency()
-        active = self.stage.problems
+        active = self._stage.problems
         if active is not None:
             self.leaves = [p for p in self.leaves if any(p is a for a in active)]
 
     @property
-    def stage(self) -> Stage:
+    def _stage(self) -> Stage:
         """The present stage."""
-        return self.stages[self.stage_index]
+        return self._stages[self._stage_index]
 
     @property
-    def total_iterations(self) -> int | None:
+    def _total_iterations(self) -> int | None:
         """Over all stages; None where a hook ends one of them."""
-        if any(stage.open_ended for stage in self.stages):
+        if any(stage.open_ended for stage in self._stages):
             return None
-        return sum(stage.iterations for stage in self.stages)
+        return sum(stage.iterations for stage in self._stages)
 
     @property
-    def metric(self) -> str | None:
+    def _metric(self) -> str | None:
         """The validation figure that chooses the best weights; None: the first one."""
-        named = (hook.metric for hook in self.hooks if hook.metric is not None)
-        return self.settings.metric or next(named, None)
+        named = (hook.metric for hook in self._hooks if hook.metric is not None)
+        return self._settings.metric or next(named, None)
 
     def hook(self, kind: type[H]) -> H:
         """The engine's hook of a class; KeyError if it has none."""
-        for hook in self.hooks:
+        for hook in self._hooks:
             if isinstance(hook, kind):
                 return hook
         raise KeyError(f"this engine has no {kind.__name__}")
 
     def enter_stage(self, index: int) -> None:
         """Make stage `index` the present one: its graph, its leaves."""
-        self.stage_index = index
-        self.set_dependency({"u2l": self.stage.u2l, "l2u": self.stage.l2u})
+        self._stage_index = index
+        self.set_dependency({"u2l": self._stage.u2l, "l2u": self._stage.l2u})
+
+    def set_dependency(self, dependencies: Mapping[str, Dependencies]) -> None:
+        """Give the present stage another graph.
+
+        Raises:
+            UserError: it is none, or a level on it can't be passed by upper levels' gradients.
+        """
+        self._stage.u2l, self._stage.l2u = both_ways(dependencies)
+        super().set_dependency(dependencies)
         for problem in self.problems:
+            check_hops(problem, self.problems)
             if isinstance(problem, Problem):
                 problem.connect()
             else:
@@ -185,16 +254,19 @@ class Engine(KnowsLevels, betty.engine.Engine):
 
     def next_stage(self) -> None:
         """End the present stage, and make the one after it the present one."""
-        for hook in self.hooks:
-            hook.stage_end(self, self.stage)
-        self.recorder.event("stage_end", self.global_step, stage=self.stage.name)
-        self.stage_step = 0
-        self.enter_stage(self.stage_index + 1)
+        for hook in self._hooks:
+            hook.stage_end(self, self._stage)
+        self._recorder.event("stage_end", self.global_step, stage=self._stage.name)
+        self._stage_step = 0
+        self.enter_stage(self._stage_index + 1)
 
     # --------------------------------------------------------------------- loop
 
     def run(self, iterations: int | None = None) -> None:
         """Train to the end of the last stage.
+
+        With a config of Betty's every call trains for ``train_iters``, as they are then; but for
+        the first one after :meth:`resume`, which finishes what was begun.
 
         Args:
             iterations: of the last stage, in place of the settings'.
@@ -203,10 +275,15 @@ class Engine(KnowsLevels, betty.engine.Engine):
             RunError: a loss is NaN or infinite, or something can't be written.
             Interrupted: SIGINT, SIGTERM or SIGHUP came; the run has been saved.
         """
+        if self._as_on_betty and not self._goes_on:
+            self._stage_step, self._stopped_early = 0, False
+            if len(self._stages) == 1:
+                self._stages[0].iterations = self.train_iters
+        self._goes_on = False
         if iterations is not None:
-            self.stages[-1].iterations = iterations
+            self._stages[-1].iterations = iterations
         self._clock = time.monotonic()
-        for hook in self.hooks:
+        for hook in self._hooks:
             hook.start(self)
         try:
             self._loop()
@@ -218,42 +295,46 @@ class Engine(KnowsLevels, betty.engine.Engine):
 
     def _loop(self) -> None:
         self.train()
-        with Interruption() as interruption, self.recorder.opened(self):
+        with Interruption() as interruption, self._recorder.opened(self):
             while self._advance_stage():
-                self.finished = False
+                self._finished = False
                 self.global_step += 1
-                self.stage_step += 1
+                self._stage_step += 1
                 self.train_step()
                 self._guard.watch(self.problems, self.global_step)
-                if self._is_due(self.settings.log_every):
+                if self._is_due(self._settings.log_every):
                     self._log()
                 self._validate_if_due()
-                if self._is_due(self.settings.checkpoint_every or 0) and not self._is_over():
+                if self._is_due(self._settings.checkpoint_every or 0) and not self._is_over():
                     self.save()
                 if interruption.requested:
                     self.save()
-                    self.recorder.event("interrupted", self.global_step)
+                    self._recorder.event("interrupted", self.global_step)
                     raise interruption.exception(self.global_step)
-                if self.stopped_early:
+                if self._stopped_early:
                     break
-            if not self.finished:
-                self.finished = True
-                self.recorder.event("finished", self.global_step)
+            if not self._finished:
+                self._finished = True
+                self._recorder.event("finished", self.global_step)
                 self.save()
+        self.cleanup()
+
+    def cleanup(self) -> None:
+        """Called when all is done; Betty's ends its processes here, of which there are none."""
 
     def _stop_hooks(self) -> None:
-        for hook in self.hooks:
+        for hook in self._hooks:
             hook.stop(self)
 
     def train_step(self) -> None:
         """One iteration: the leaves step, and whoever is above them as their turn comes."""
         leaves = self.leaves
-        for hook in self.hooks:
+        for hook in self._hooks:
             chosen = hook.active(self)
             leaves = leaves if chosen is None else list(chosen)
         for leaf in leaves:
             leaf.step(global_step=self.global_step)
-        for hook in self.hooks:
+        for hook in self._hooks:
             hook.stepped(self)
 
     def iterate(self) -> None:
@@ -263,32 +344,32 @@ class Engine(KnowsLevels, betty.engine.Engine):
 
     def work(self) -> Sequence[Work]:
         """What the present stage consists of, for :mod:`mlseg.dry_run`."""
-        for hook in self.hooks:
+        for hook in self._hooks:
             work = hook.work(self)
             if work is not None:
                 return work
-        return [Work(self.stage.name, self.stage.iterations, self.iterate, whole=True)]
+        return [Work(self._stage.name, self._stage.iterations, self.iterate, whole=True)]
 
     def _advance_stage(self) -> bool:
         """Enter the stage that the next iteration belongs to; False when all is done."""
-        while self.stage_step >= self.stage.iterations:
-            if self.stage_index == len(self.stages) - 1:
+        while self._stage_step >= self._stage.iterations:
+            if self._stage_index == len(self._stages) - 1:
                 return False
-            if any(hook.overrides("stage_end") for hook in self.hooks):
+            if any(hook.overrides("stage_end") for hook in self._hooks):
                 self._check_finite()
             self.next_stage()
-        if self.stage_step == 0:
-            self.recorder.event("stage_start", self.global_step, stage=self.stage.name)
-        return not self.stopped_early
+        if self._stage_step == 0:
+            self._recorder.event("stage_start", self.global_step, stage=self._stage.name)
+        return not self._stopped_early
 
     def _is_due(self, every: int) -> bool:
-        last = self.stage_step == self.stage.iterations
-        return every > 0 and (self.stage_step % every == 0 or last)
+        last = self._stage_step == self._stage.iterations
+        return every > 0 and (self._stage_step % every == 0 or last)
 
     def _is_over(self) -> bool:
         """Whether the run ends here, with a checkpoint of its own."""
-        last_stage = self.stage_index == len(self.stages) - 1
-        return self.stopped_early or (last_stage and self.stage_step == self.stage.iterations)
+        last_stage = self._stage_index == len(self._stages) - 1
+        return self._stopped_early or (last_stage and self._stage_step == self._stage.iterations)
 
     def _check_finite(self) -> None:
         """Raise RunError if any loss so far was not finite; synchronises."""
@@ -297,7 +378,7 @@ class Engine(KnowsLevels, betty.engine.Engine):
             name, step = found
             self._not_finite("the loss", name, step)
 
-    def check_finite(self, problems: Mapping[str, Any]) -> None:
+    def _check_states(self, problems: Mapping[str, Any]) -> None:
         """Raise RunError if parameters, buffers or optimizer state aren't finite; synchronises.
 
         Args:
@@ -316,16 +397,16 @@ class Engine(KnowsLevels, betty.engine.Engine):
             which = f" (and then {what} of {problem!r}{which})"
             what, (problem, step) = "the hypergradient", cause
             mend = "try a lower learning rate, more damping or another hypergradient method"
-        self.recorder.event("nan", self.global_step, problem=problem, at_step=step)
+        self._recorder.event("nan", self.global_step, problem=problem, at_step=step)
         raise RunError(
             f"{what} of problem {problem!r} is not finite at step {step}{which}; "
             f"{self._what_is_kept()}; {mend}"
         )
 
     def _what_is_kept(self) -> str:
-        if self.recorder.directory is not None:
+        if self._recorder.directory is not None:
             for name in (checkpoint.LAST, checkpoint.PREVIOUS):
-                path = self.recorder.directory / "checkpoints" / name
+                path = self._recorder.directory / "checkpoints" / name
                 if checkpoint.whole(path):
                     return f"the last good checkpoint is {path}"
             if self.checkpoint_path("last").exists():
@@ -336,11 +417,11 @@ class Engine(KnowsLevels, betty.engine.Engine):
         stepped = [
             problem
             for problem in self.problems
-            if isinstance(problem, Problem) and problem.count != self.logged.get(problem.name, 0)
+            if isinstance(problem, Problem) and problem.count != self._logged.get(problem.name, 0)
         ]
-        self.logged = {problem.name: problem.count for problem in self.problems}
-        figures = {problem.name: problem.metrics for problem in stepped}
-        self.recorder.log(self.global_step, figures, self._rates())
+        self._logged = {problem.name: problem.count for problem in self.problems}
+        figures = {problem.name: problem._metrics for problem in stepped}
+        self._recorder.log(self.global_step, figures, self._rates())
         self._check_finite()
 
     def _rates(self) -> dict[str, float]:
@@ -354,16 +435,19 @@ class Engine(KnowsLevels, betty.engine.Engine):
 
     def do_validation(self) -> bool:
         """Whether the present stage is validated, and there is something to do it."""
-        last = self.stage_index == len(self.stages) - 1
-        able = super().do_validation() or any(hook.overrides("validate") for hook in self.hooks)
-        return last and self.stage.validate and able
+        last = self._stage_index == len(self._stages) - 1
+        able = super().do_validation() or any(hook.overrides("validate") for hook in self._hooks)
+        return last and self._stage.validate and able
 
     def _validate_if_due(self) -> None:
-        if not self._is_due(self.settings.validate_every or self.stage.iterations):
+        if self._as_on_betty:
+            if self._stage_step % self.valid_step:
+                return
+        elif not self._is_due(self._settings.validate_every or self._stage.iterations):
             return
         if self.do_validation():
             self.validate()
-        if self.settings.checkpoint_every is None and not self._is_over():
+        if self._settings.checkpoint_every is None and not self._is_over():
             self.save()
 
     def validate(self) -> dict[str, float]:
@@ -371,47 +455,78 @@ class Engine(KnowsLevels, betty.engine.Engine):
         self._check_finite()
         self.eval()
         try:
+            values = self._validation_figures()
             with torch.no_grad():
-                values = dict(self.validation() or {}) if super().do_validation() else {}
-                for hook in self.hooks:
+                for hook in self._hooks:
                     values |= hook.validate(self)
-                figures = read_scalars(values)
+                figures = read_scalars({str(key): value for key, value in values.items()})
         finally:
             self.train()
-        self.last_validation = figures
-        self.recorder.validation(self.global_step, figures)
-        name = self.metric or next(iter(figures), None)
-        if name is None:
-            return figures
+        self._last_validation = figures
+        self._recorder.validation(self.global_step, figures)
+        if self._metric is not None or figures:
+            self._choose(figures)
+            for hook in self._hooks:
+                hook.validated(self, figures)
+        self._stop_if_no_better(values)
+        return figures
+
+    def _validation_figures(self) -> dict[str, Any]:
+        """What ``validation`` returns, if there is one; with gradients on where it is Betty's."""
+        if not super().do_validation():
+            return {}
+        with torch.set_grad_enabled(self._as_on_betty):
+            try:
+                values = dict(self.validation() or {})
+            except RuntimeError as error:
+                if "does not require grad" not in str(error) or self._as_on_betty:
+                    raise
+                raise RunError(
+                    "validation takes gradients, which are off in it; put what does under "
+                    "torch.enable_grad()"
+                ) from error
+        if self._as_on_betty:
+            self.logger.log(values, tag="validation", step=self.global_step)
+        return values
+
+    def _choose(self, figures: dict[str, float]) -> None:
+        """Rates that go by validations, and the best weights so far."""
+        name = self._metric or next(iter(figures))
         if name not in figures:
             raise RunError(
                 f"engine.metric: validation gives no {name!r}, only {', '.join(sorted(figures))}"
             )
         value = figures[name]
-        if math.isnan(value):
+        if math.isnan(value) and not self._as_on_betty:
             raise RunError(
                 f"validation {name} is NaN at step {self.global_step}; {self._what_is_kept()}"
             )
         self._step_schedulers(value)
-        self._select(name, value)
-        for hook in self.hooks:
-            hook.validated(self, figures)
-        patience = self.settings.patience
-        if patience is not None and self.validations_without_best >= patience:
-            self.recorder.event("early_stop", self.global_step, patience=patience)
-            self.stopped_early = True
-        return figures
+        if self._metric is not None or not self._as_on_betty:
+            # Betty's config says which way is better for the metric of early stopping alone.
+            self._select(name, value)
+
+    def _stop_if_no_better(self, values: Mapping[str, Any]) -> None:
+        patience, own = self._settings.patience, self.early_stopping
+        if own is not None and type(own) is not EarlyStopping:
+            stop = bool(own(values))
+        else:
+            stop = patience is not None and self._validations_without_best >= patience
+        if stop:
+            self._recorder.event("early_stop", self.global_step, patience=patience)
+            self._stopped_early = True
 
     def _select(self, metric: str, value: float) -> None:
         """Keep the present weights if they are the best so far."""
-        sign = 1.0 if self.settings.mode == "max" else -1.0
-        if self.best is not None and sign * value <= sign * self.best["value"]:
-            self.validations_without_best += 1
+        sign = 1.0 if self._settings.mode == "max" else -1.0
+        better = self._best is None or sign * value > sign * self._best["value"]
+        if not better or math.isnan(value):
+            self._validations_without_best += 1
             return
-        self.best = {"metric": metric, "value": value, "step": self.global_step}
-        self.validations_without_best = 0
-        self.recorder.event("new_best", self.global_step, metric=metric, value=value)
-        if self.recorder.directory is not None:
+        self._best = {"metric": metric, "value": value, "step": self.global_step}
+        self._validations_without_best = 0
+        self._recorder.event("new_best", self.global_step, metric=metric, value=value)
+        if self._recorder.directory is not None:
             self.save("best")
 
     def _step_schedulers(self, metric: float) -> None:
@@ -421,14 +536,14 @@ class Engine(KnowsLevels, betty.engine.Engine):
                 problem.step_scheduler("validation", metric)
         for name, rate in self._rates().items():
             if rate != before[name]:
-                self.recorder.event("rate_change", self.global_step, problem=name, rate=rate)
+                self._recorder.event("rate_change", self.global_step, problem=name, rate=rate)
 
     # -------------------------------------------------------------- checkpoints
 
     def checkpoint_path(self, name: str) -> Path:
         """Where the checkpoint ``name`` of this run is, or will be."""
-        assert self.recorder.directory is not None
-        return self.recorder.directory / "checkpoints" / f"{name}.pt"
+        assert self._recorder.directory is not None
+        return self._recorder.directory / "checkpoints" / f"{name}.pt"
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next iteration depends on, and where the records stand."""
@@ -445,30 +560,31 @@ class Engine(KnowsLevels, betty.engine.Engine):
             UserError: it is of another program.
         """
         state.restore(self, saved)
+        self._goes_on = True
 
     def save(self, name: str = "last") -> None:
         """Write a checkpoint; never one with a NaN in it."""
-        if self.recorder.directory is None:
+        if self._recorder.directory is None:
             return
         self._check_finite()
-        self.recorder.flush()
+        self._recorder.flush()
         before, self._clock = self._clock, time.monotonic()
-        self.seconds += self._clock - before
-        self.write(name, self.best_state_dict() if name == "best" else self.state_dict())
-        for hook in self.hooks:
+        self._seconds += self._clock - before
+        self._write(name, self.best_state_dict() if name == "best" else self.state_dict())
+        for hook in self._hooks:
             hook.saved(self)
 
-    def write(self, name: str, saved: dict[str, Any]) -> None:
+    def _write(self, name: str, saved: dict[str, Any]) -> None:
         """Write ``saved`` as the checkpoint ``name``.
 
         Raises:
             RunError: something in it isn't finite, or it can't be written.
         """
-        self.check_finite(saved["problems"])
+        self._check_states(saved["problems"])
         path = self.checkpoint_path(name)
         checkpoint.save(path, saved)
         if path.name == checkpoint.LAST:
-            self.unproven = None
+            self._unproven = None
 
     def resume(
         self,
@@ -486,7 +602,18 @@ class Engine(KnowsLevels, betty.engine.Engine):
             UserError: there is none, it doesn't fit these problems, or the best weights that it
                 knows of are gone.
         """
-        for hook in self.hooks:
+        for problem in self.problems:
+            if not isinstance(problem, Problem):
+                raise UserError(
+                    f"problem {problem.name!r} is plain Betty's, which keeps no place in its data: "
+                    "a run of it can't go on; derive it from mlseg.Problem, or start again"
+                )
+        if self.env is not None and not state.keeps_state(self.env):
+            raise UserError(
+                "the engine's env has no state_dict and load_state_dict, so that a run can't go "
+                "on exactly; define both, or start again"
+            )
+        for hook in self._hooks:
             hook.resume(self, directory)
         path = directory / "checkpoints" / checkpoint.LAST
         saved = checkpoint.load(path) if saved is None else saved
@@ -495,13 +622,13 @@ class Engine(KnowsLevels, betty.engine.Engine):
             state.require_finite(self._guard, saved)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-        self.unproven = path
+        self._unproven = path
         try:
             state.require_best(self, path.parent)
         except UserError:
             if not forget_best:
                 raise
-            self.best, self.validations_without_best = None, 0
+            self._best, self._validations_without_best = None, 0
 
     # ------------------------------------------------------------------ the end
 
@@ -509,21 +636,21 @@ class Engine(KnowsLevels, betty.engine.Engine):
         """What to report of the run once it is over."""
         report = {
             "steps": self.global_step,
-            "best": self.best,
-            "last_validation": self.last_validation,
-            "stopped_early": self.stopped_early,
-            "seconds": round(self.seconds, 1),
+            "best": self._best,
+            "last_validation": self._last_validation,
+            "stopped_early": self._stopped_early,
+            "seconds": round(self._seconds, 1),
         }
-        for hook in self.hooks:
+        for hook in self._hooks:
             report |= hook.results(self, report)
         return report
 
     def summaries(self) -> list[RenderableType]:
         """What to print after the final scores."""
-        given = (hook.summary(self) for hook in self.hooks)
+        given = (hook.summary(self) for hook in self._hooks)
         return [summary for summary in given if summary is not None]
 
     @property
-    def notices(self) -> list[str]:
+    def _notices(self) -> list[str]:
         """What to say when a run starts and when it ends."""
-        return [hook.notice for hook in self.hooks if hook.notice]
+        return [hook.notice for hook in self._hooks if hook.notice]

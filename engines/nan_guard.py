@@ -10,6 +10,7 @@ from betty.problems import Problem as BettyProblem
 from torch import Tensor
 
 from mlseg.checkpoint import first_not_finite
+from mlseg.multilevel.problem import Problem
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -21,7 +22,7 @@ class NanGuard:
     synchronisation; :meth:`first` reads them.
     """
 
-    def __init__(self, problems: Sequence[BettyProblem], device: torch.device) -> None:
+    def __init__(self, problems: Sequence[BettyProblem], device: torch.device | str) -> None:
         self._problems = list(problems)
         self._losses = {p.name: self._never(device) for p in problems}
         self._hypergradients = {p.name: self._never(device) for p in problems}
@@ -34,13 +35,13 @@ class NanGuard:
         }
 
     @staticmethod
-    def _never(device: torch.device) -> Tensor:
+    def _never(device: torch.device | str) -> Tensor:
         return torch.full((), _NEVER, dtype=torch.int64, device=device)
 
     def watch(self, problems: Sequence[BettyProblem], step: int) -> None:
         """Note the figures of the problems that have just stepped."""
         for problem in problems:
-            figures = getattr(problem, "metrics", {})
+            figures = problem._metrics if isinstance(problem, Problem) else {}
             if figures is self._seen.get(problem.name):
                 continue
             self._seen[problem.name] = figures

@@ -34,7 +34,7 @@ class Progress:
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
         self.step = 0
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, markup=False)
         self._bar: RichProgress | None = None
         self._engine: Engine | None = None
         self._shown_events = _SHOWN_EVENTS
@@ -46,25 +46,25 @@ class Progress:
     def start(self, engine: Engine) -> None:
         """Begin to show ``engine``'s run."""
         self._engine = engine
-        self._shown_events = _SHOWN_EVENTS.union(*(hook.shown_events for hook in engine.hooks))
+        self._shown_events = _SHOWN_EVENTS.union(*(hook.shown_events for hook in engine._hooks))
         self.step = self._first_step = engine.global_step
         self._started = self._last_line = time.monotonic()
         if self.quiet or not self._console.is_terminal:
             return
         self._bar = RichProgress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             console=self._console,
         )
         self._bar.start()
         self._bar.add_task(
-            engine.stage.name,
-            total=engine.total_iterations,
+            engine._stage.name,
+            total=engine._total_iterations,
             completed=engine.global_step,
             figures="",
         )
@@ -101,7 +101,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(
                 self._bar.task_ids[0],
-                description=engine.stage.name,
+                description=engine._stage.name,
                 completed=self.step,
                 figures=self._figures(),
             )
@@ -113,14 +113,14 @@ class Progress:
         done = max(self.step - self._first_step, 1)
         spent = moment - self._started
         where = f"{self.step}, {_clock(spent)} spent"
-        total = engine.total_iterations
+        total = engine._total_iterations
         if total is not None:
             where = f"{self.step}/{total}, {_clock(spent / done * (total - self.step))} left"
-        print(f"{engine.stage.name} {where}, {self._figures()}", file=sys.stderr, flush=True)
+        print(f"{engine._stage.name} {where}, {self._figures()}", file=sys.stderr, flush=True)
 
     def _figures(self) -> str:
         parts = [f"{name} {value:.3g}" for name, value in self._losses.items()]
-        metric = self._engine.metric if self._engine else None
+        metric = self._engine._metric if self._engine else None
         shown = [metric] if metric in self._validation else list(self._validation)[:1]
         parts += [f"val {name} {self._validation[name]:.4f}" for name in shown if name]
         return "  ".join(parts)

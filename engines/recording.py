@@ -108,12 +108,12 @@ class Recorder:
         values = read_scalars({(p, k): v for p, group in figures.items() for k, v in group.items()})
         lines: dict[str, dict[str, float]] = {}
         for (problem, key), value in values.items():
-            lines.setdefault(problem, {})[key] = value
+            lines.setdefault(problem, {})[str(key)] = value
         for problem, line in lines.items():
             self._warn_of_divergence(step, problem, line)
             if problem in rates:
                 line["learning_rate"] = rates[problem]
-            self._write(METRICS, {"step": step, "problem": problem, **line})
+            self._write(METRICS, {"step": step, "problem": problem}, line)
             self._curve(problem, line, step)
         self.progress.update(step, {p: line["loss"] for p, line in lines.items() if "loss" in line})
 
@@ -128,14 +128,14 @@ class Recorder:
 
     def validation(self, step: int, figures: Mapping[str, float]) -> None:
         """A validation's figures, as a line, as an event and as curves."""
-        self._write(METRICS, {"step": step, "problem": "validation", **figures})
+        self._write(METRICS, {"step": step, "problem": "validation"}, figures)
         self.event("validation", step, **figures)
         self._curve("validation", figures, step)
         self.progress.validated(step, figures)
 
-    def event(self, kind: str, step: int, **values: Any) -> None:
+    def event(self, kind: str, step: int, /, **values: Any) -> None:
         """Something that the engine decided."""
-        self._write(EVENTS, {"event": kind, "step": step, **values})
+        self._write(EVENTS, {"event": kind, "step": step}, values)
         self.progress.event(kind, step, values)
 
     def picture(self, name: str, step: int, image_HWC: np.ndarray) -> None:
@@ -163,10 +163,12 @@ class Recorder:
             with writing(self._path("tensorboard")):
                 self._curves.flush()
 
-    def _write(self, name: str, entry: Mapping[str, Any]) -> None:
+    def _write(self, name: str, place: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+        """A line; a figure that is named like a part of its place gets an underscore behind it."""
         file = self._files.get(name)
         if file is None:
             return
+        entry = {**place, **{f"{k}_" if k in place else str(k): v for k, v in values.items()}}
         with writing(self._path(name)):
             file.write(json.dumps({k: _json(v) for k, v in entry.items()}) + "\n")
             if name == EVENTS:
@@ -260,7 +262,7 @@ def read_scalars(values: Mapping[Any, Any]) -> dict[Any, float]:
     result = {
         k: float(v)
         for k, v in values.items()
-        if isinstance(v, SupportsFloat) and not isinstance(v, Tensor)
+        if isinstance(v, SupportsFloat) and not isinstance(v, Tensor) and np.size(v) == 1
     }
     for device in {t.device for t in tensors.values()}:
         keys = [k for k, t in tensors.items() if t.device == device]

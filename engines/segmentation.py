@@ -132,11 +132,16 @@ class Segmentation(Hooks):
         count = min(engine.settings.samples, len(self.data.val))
         if count == 0 or engine.recorder.directory is None:
             return
-        images = self.data.val.images[:count]
+        spec, ids = self.data.spec, self.data.val.ids[:count]
+        images, masks = self.data.val.images[:count], self.data.val.masks[:count]
         with evaluating(self.problem.module):
             found = self.predict(to_float(images.to(engine.device)))
         labels = decide(found, self.threshold).to("cpu", torch.uint8)
-        picture = comparison(images, self.data.val.masks[:count], labels, self.data.spec)
+        metrics = SegmentationMetrics(spec.num_classes, spec.ignore_index, spec.classes)
+        metrics.update(labels, masks, ids)
+        scores = metrics.per_image()
+        words = [f"{name}   {spec.metric} {scores[name][spec.metric]:.3f}" for name in ids]
+        picture = comparison(images, masks, labels, spec, words)
         engine.recorder.picture("validation", engine.global_step, picture)
 
     def best_state(self, engine: Engine, state: dict[str, Any]) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import betty.configs
+import torch
+from betty.logging import logger_mapping
 from betty.problems import Problem as BettyProblem
 from pydantic import NonNegativeInt, PositiveInt
 
 from mlseg.config import Settings
+from mlseg.errors import UserError
 
 Dependencies = Mapping[BettyProblem, Sequence[BettyProblem]]
 
@@ -74,19 +77,73 @@ class Stage:
     open_ended: bool = False
 
 
+class Graph(NamedTuple):
+    """Which problem depends on which."""
+
+    u2l: Dependencies
+    l2u: Dependencies
+
+
+def both_ways(dependencies: Mapping[str, Dependencies]) -> Graph:
+    """Betty's dict of dependencies; UserError if it isn't of ``u2l`` and ``l2u``."""
+    if not isinstance(dependencies, Mapping) or set(dependencies) != {"u2l", "l2u"}:
+        found = ", ".join(map(repr, dependencies)) if isinstance(dependencies, Mapping) else ""
+        raise UserError(
+            f"dependencies: a dict of 'u2l' and 'l2u' is needed; it has {found or 'neither'}"
+        )
+    return Graph(dependencies["u2l"], dependencies["l2u"])
+
+
 def as_settings(
     config: EngineSettings | betty.configs.EngineConfig | None,
 ) -> EngineSettings:
-    """Betty's ``EngineConfig`` in terms of ours; ValueError for what this engine doesn't do."""
+    """Betty's ``EngineConfig`` in terms of ours; UserError for what this engine doesn't do."""
     if config is None or isinstance(config, EngineSettings):
         return config or EngineSettings()
     if config.strategy not in ("default", "cpu", "gpu"):
-        raise ValueError(f"strategy {config.strategy!r}: this engine runs in one process")
+        raise UserError(
+            f"strategy {config.strategy!r}: this engine runs in one process; choose default, cpu "
+            "or gpu, or run it on Betty's"
+        )
+    if config.logger_type not in logger_mapping:
+        raise UserError(
+            f"logger_type {config.logger_type!r}; choose one of {', '.join(logger_mapping)}"
+        )
+    if config.early_stopping_mode not in ("min", "max"):
+        raise UserError(f"early_stopping_mode {config.early_stopping_mode!r}; choose min or max")
+    least = {"train_iters": 0, "valid_step": 1, "early_stopping_tolerance": 1}
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < bound:
+            raise UserError(f"{name} {value!r}: a whole number, at least {bound}")
     early = config.early_stopping
     return EngineSettings(
-        iterations=config.train_iters,
-        validate_every=min(config.valid_step, config.train_iters),
+        iterations=max(config.train_iters, 1),
+        validate_every=config.valid_step,
         patience=config.early_stopping_tolerance if early else None,
         metric=config.early_stopping_metric if early else None,
         mode="min" if config.early_stopping_mode == "min" else "max",
     )
+
+
+def as_bettys(settings: EngineSettings) -> betty.configs.EngineConfig:
+    """As much of our settings as Betty's engine has a word for."""
+    return betty.configs.EngineConfig(
+        train_iters=settings.iterations, valid_step=settings.validate_every or settings.iterations
+    )
+
+
+def wanted_device(
+    device: str | torch.device, config: EngineSettings | betty.configs.EngineConfig | None
+) -> str | torch.device:
+    """The device that is asked for: by name, else by the strategy of Betty's config.
+
+    Raises:
+        UserError: the strategy asks for a GPU, and there is none.
+    """
+    strategy = getattr(config, "strategy", "default")
+    if str(device) != "auto" or strategy not in ("cpu", "gpu"):
+        return device
+    if strategy == "gpu" and not torch.cuda.is_available():
+        raise UserError("strategy 'gpu': CUDA is not available here; choose default or cpu")
+    return "cpu" if strategy == "cpu" else "cuda"

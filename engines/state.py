@@ -56,20 +56,31 @@ class Loop(Settings):
         return 0 if self.best is None else self.best.step
 
 
-_PLAIN = [name for name in Loop.model_fields if name != "stage"]
+_PLAIN = [name for name in Loop.model_fields if name not in ("global_step", "stage")]
+"""Attributes of the engine that are saved as they are."""
 
 
 def whole(engine: Engine) -> dict[str, Any]:
     """Everything that the next iteration depends on, and where the records stand."""
-    plain = {name: getattr(engine, name) for name in _PLAIN}
+    plain = {name: getattr(engine, f"_{name}") for name in _PLAIN}
     return {
         **_description(engine),
         "problems": {problem.name: problem.state_dict() for problem in engine.problems},
-        "engine": {**plain, "stage": engine.stage.name},
-        "hooks": {hook.name: hook.state_dict() for hook in engine.hooks if hook.name},
+        "engine": {
+            "global_step": engine.global_step,
+            **plain,
+            "stage": engine._stage.name,
+        },
+        "hooks": {hook.name: hook.state_dict() for hook in engine._hooks if hook.name},
+        **({"env": engine.env.state_dict()} if keeps_state(engine.env) else {}),
         "random_state": randomness.capture(engine.device),
-        "records": engine.recorder.state_dict(),
+        "records": engine._recorder.state_dict(),
     }
+
+
+def keeps_state(env: Any) -> bool:
+    """Whether an environment of Betty's can be saved and taken up again."""
+    return all(callable(getattr(env, f"{what}state_dict", None)) for what in ("", "load_"))
 
 
 def best(engine: Engine) -> dict[str, Any]:
@@ -77,9 +88,9 @@ def best(engine: Engine) -> dict[str, Any]:
     state = {
         **_description(engine),
         "problems": {p.name: {"module": p.module.state_dict()} for p in engine.problems},
-        "engine": {"global_step": engine.global_step, "best": engine.best},
+        "engine": {"global_step": engine.global_step, "best": engine._best},
     }
-    for hook in engine.hooks:
+    for hook in engine._hooks:
         state = hook.best_state(engine, state)
     return state
 
@@ -96,7 +107,7 @@ def restore(engine: Engine, state: Mapping[str, Any]) -> None:
         # The first versions kept them in two places.
         saved = dict(state["hooks"] if "hooks" in state else {**state, **state["companions"]})
     found = config.parse(Loop, config.Tree(own, source="engine"))
-    names = [stage.name for stage in engine.stages]
+    names = [stage.name for stage in engine._stages]
     if found.stage not in names:
         raise UserError(
             f"the checkpoint is in stage {found.stage!r}, this run has {', '.join(names)}; "
@@ -110,17 +121,21 @@ def restore(engine: Engine, state: Mapping[str, Any]) -> None:
         )
     engine.enter_stage(names.index(found.stage))
     for name in _PLAIN:
-        setattr(engine, name, own[name])
+        setattr(engine, f"_{name}", own[name])
+    engine.global_step = found.global_step
     for problem in engine.problems:
         with taking(f"problem {problem.name!r}"):
             problem.load_state_dict(problems[problem.name])
-    for hook in engine.hooks:
+    for hook in engine._hooks:
         if not hook.name:
             continue
         with taking(f"what belongs to {hook.name!r}"):
             hook.load_state_dict(saved[hook.name])
+    if "env" in state and keeps_state(engine.env):
+        with taking("the engine's env"):
+            engine.env.load_state_dict(state["env"])
     with taking("the place in the records"):
-        engine.recorder.load_state_dict(state["records"])
+        engine._recorder.load_state_dict(state["records"])
     with taking("the random state"):
         randomness.restore(state["random_state"], engine.device)
 
@@ -142,9 +157,10 @@ def require_best(engine: Engine, folder: Path) -> None:
     Args:
         folder: of the run's checkpoints.
     """
-    if engine.best is None:
+    best = engine._best
+    if best is None:
         return
-    for name in dict.fromkeys(["best", *(n for hook in engine.hooks for n in hook.checkpoints)]):
+    for name in dict.fromkeys(["best", *(n for hook in engine._hooks for n in hook.checkpoints)]):
         path = folder / f"{name}.pt"
         mend = "put the file back"
         if name == "best":
@@ -156,15 +172,15 @@ def require_best(engine: Engine, folder: Path) -> None:
                 with taking(str(path), mend):
                     step = checkpoint.load(path)["engine"]["global_step"]
                 # One that is newer than this state is found again on the way.
-                if name != "best" or (isinstance(step, int) and step >= engine.best["step"]):
+                if name != "best" or (isinstance(step, int) and step >= best["step"]):
                     continue
                 fault = f"of step {str(step)[:20]}"
         raise UserError(
-            f"{path}: {fault}, and the run needs it at its end (best {engine.best['metric']} "
-            f"{engine.best['value']:.4g} at step {engine.best['step']}); {mend}"
+            f"{path}: {fault}, and the run needs it at its end (best {best['metric']} "
+            f"{best['value']:.4g} at step {best['step']}); {mend}"
         )
 
 
 def _description(engine: Engine) -> dict[str, Any]:
     """What every checkpoint holds beside the problems' states."""
-    return {key: value for hook in engine.hooks for key, value in hook.description(engine).items()}
+    return {key: value for hook in engine._hooks for key, value in hook.description(engine).items()}

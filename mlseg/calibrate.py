@@ -8,7 +8,8 @@ A grid search, as SegAN chose k = 0.3 and threshold 0.4 (section 3 of the paper)
 divided by k, the probabilities averaged over the runs, brought to each mask's own size, and cut at
 the threshold. The choice is stored in every run's ``calibration.json``, from where evaluate and
 predict take it for exactly these weights; the grid is printed, and written beside it as
-``calibration_grid*.csv`` and ``.png``. No test image is looked at.
+``calibration_grid*.csv`` and ``.png``. No test image is looked at. A run that names code from
+outside mlseg needs ``--trust``.
 
 For one network at its own size k and the threshold t are one number, since a probability above t
 is a logit z > k log(t / (1 - t)); what k adds shows when probabilities are averaged or upsampled
@@ -27,12 +28,14 @@ if __name__ == "__main__":
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
-from mlseg.commands import guarded, make_console
+from mlseg.commands import guarded, make_console, named
+from mlseg.config.registry import strangers
 from mlseg.errors import UserError
-from mlseg.evaluate import above_zero, choose_threads, own_data, probability
-from mlseg.files import write_text, writing
+from mlseg.evaluate import above_zero, add_trust, choose_threads, own_data, probability
+from mlseg.files import replacing, require_writable, write_text, writing
 from mlseg.machine import choose_device
 from mlseg.segmentation import calibration
 from mlseg.segmentation.data import Samples, to_float
@@ -47,7 +50,7 @@ THRESHOLDS = [round(0.05 * step, 2) for step in range(4, 17)]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    return guarded(_run, parser().parse_args(argv))
+    return guarded(_run_guarded, parser().parse_args(argv))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="mlseg calibrate", description="Choose k and threshold on validation images."
     )
-    made.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    made.add_argument("runs", type=named, nargs="+", metavar="RUN", help="run directories")
     made.add_argument("--k", type=above_zero, nargs="+", default=KS, help="0.1 to 1")
     made.add_argument(
         "--thresholds", type=probability, nargs="+", default=THRESHOLDS, help="0.2 to 0.8"
@@ -64,8 +67,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--scale", choices=("native", "trained"), help="default: the run's own")
     made.add_argument("--weights", choices=("best", "last"), default="best")
     made.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_trust(made)
     threads.add_flag(made)
     return made
+
+
+def _run_guarded(arguments: argparse.Namespace) -> int:
+    with strangers(arguments.trust):
+        return _run(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -78,6 +87,8 @@ def _run(arguments: argparse.Namespace) -> int:
             f"{trained.run}: {trained.spec.num_classes} classes; the most probable one is taken, "
             "there is no threshold to choose"
         )
+    for run in arguments.runs:
+        require_writable(run, "RUN")
     samples = own_data(arguments.runs, trained.config).val
     native = (arguments.scale or trained.scoring) == "native"
     metric = arguments.metric or trained.spec.metric
@@ -199,7 +210,7 @@ def table(
     made = Table("k", *(f"t {t:g}" for t in thresholds), title=title)
     for k, row in zip(ks, grid.tolist(), strict=True):
         cells = [
-            f"[bold]{value:.4f}[/]" if (k, t) == (choice.k, choice.threshold) else f"{value:.4f}"
+            Text(f"{value:.4f}", style="bold" if (k, t) == (choice.k, choice.threshold) else "")
             for t, value in zip(thresholds, row, strict=True)
         ]
         made.add_row(f"{k:g}", *cells)
@@ -249,8 +260,8 @@ def draw(
         f"k {choice.k:g}, threshold {choice.threshold:g}"
     )
     figure.colorbar(image, label=choice.metric)
-    with writing(path):
-        figure.savefig(path, dpi=120)
+    with writing(path), replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -14,7 +15,16 @@ from rich.console import Console
 
 from mlseg.config import Tree
 from mlseg.engines.interruption import Interrupted
-from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, RunError, UserError, located, one_line
+from mlseg.errors import (
+    EXIT_RUN_ERROR,
+    EXIT_USER_ERROR,
+    RunError,
+    UserError,
+    located,
+    one_line,
+    printable,
+)
+from mlseg.files import reachable
 
 
 def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
@@ -47,6 +57,9 @@ class _Lasting:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
+        except UnicodeEncodeError:  # a file's name that is no text, or a terminal of few letters
+            encoding = self._stream.encoding
+            return self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except OSError as error:
             self._end(error)
             return len(text)
@@ -85,10 +98,10 @@ def _guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.N
     try:
         return command(arguments)
     except UserError as error:
-        print(f"error: {_told(error)}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return EXIT_USER_ERROR
     except RunError as error:
-        print(f"failed: {_told(error)}", file=sys.stderr)
+        print(f"failed: {printable(str(error))}", file=sys.stderr)
         return EXIT_RUN_ERROR
     except torch.OutOfMemoryError as error:
         print(f"failed: {one_line(error)} Lower a batch_size or image_size.", file=sys.stderr)
@@ -104,20 +117,32 @@ def _guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.N
         return 128 + signal.SIGINT
 
 
-def _told(error: Exception) -> str:
-    """In one line, whatever a file has put into the text."""
-    return " ".join(str(error).splitlines())
+def named(text: str) -> Path:
+    """A path, for argparse; an empty one, left by an unset variable, isn't the working folder.
+
+    A leading ``~`` is the home; a shell fills it in at the beginning of a word alone, so not in
+    ``--out=~/runs``.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name")
+    try:
+        return reachable(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def say_notes(tree: Tree) -> None:
     """Print what a command line has dropped from a config."""
     for note in tree.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
 
 
 def make_console(stderr: bool = False) -> Console:
-    """For tables and messages; where the output is no terminal, wide enough not to cut a table."""
-    made = Console(stderr=stderr, highlight=False, soft_wrap=stderr)
+    """For tables and messages; where the output is no terminal, wide enough not to cut a table.
+
+    Text is shown as it is: paths and names may hold what rich takes for its markup.
+    """
+    made = Console(stderr=stderr, highlight=False, markup=False, soft_wrap=stderr)
     if not made.is_terminal:
         made.width = 140
     return made

@@ -24,13 +24,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mlseg import config, machine
-from mlseg.commands import guarded, make_console, say_notes
+from mlseg.commands import guarded, make_console, named, say_notes
 from mlseg.comparison import figures, phases, report
 from mlseg.comparison.cells import Cell, Runner
 from mlseg.comparison.settings import Comparison, parse
 from mlseg.comparison.tasks.base import all_tasks
 from mlseg.errors import UserError
-from mlseg.files import claimed, write_text
+from mlseg.files import claimed, require_new, write_text
 from mlseg.hypergradients import names
 
 NEEDED = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}
@@ -62,8 +62,10 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("config", nargs="?", help="YAML file; may be left out with --resume")
     made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="seeds=[0,1,2]")
-    made.add_argument("--out", type=Path, help="directory (runs/<config>/<time>)")
-    made.add_argument("--resume", type=Path, metavar="DIR", help="keep DIR's finished cells, go on")
+    made.add_argument("--out", type=named, help="directory (runs/<config>/<time>)")
+    made.add_argument(
+        "--resume", type=named, metavar="DIR", help="keep DIR's finished cells, go on"
+    )
     made.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1)")
     threads.add_flag(made)
     return made
@@ -76,11 +78,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     tree = _what(arguments)
     parent = Path("runs") / Path(arguments.config or "").stem
     with claimed(arguments.resume or arguments.out, parent) as directory:
-        if arguments.resume is None and (directory / "config.yaml").exists():
-            raise UserError(
-                f"--out: {directory} holds a comparison or run already; go on with it by --resume "
-                f"{directory}, or name another directory"
-            )
+        if arguments.resume is None:
+            require_new(directory)
         return _fill(arguments, tree, directory)
 
 
@@ -95,7 +94,7 @@ def _fill(arguments: argparse.Namespace, tree: config.Tree, directory: Path) -> 
     write_text(directory / "config.yaml", config.dump(comparison.settings))
     circumstances = _circumstances(comparison, arguments.jobs)
     with Progress(
-        TextColumn("[bold]{task.description}"),
+        TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, RunError, UserError
+from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, RunError, UserError, printable
 from mlseg.segmentation.data.entry import DATA_SETS, data_set
 from mlseg.segmentation.data.fetch import fetch, how_to_get
 from mlseg.segmentation.data.settings import resolve_root
@@ -38,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return EXIT_USER_ERROR
         fetch(entry, resolve_root(entry.spec.name, given.root), given.limit, given.part)
     except RunError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return EXIT_RUN_ERROR
     except ValueError as error:  # UserError is one
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
@@ -58,7 +58,7 @@ def _list() -> None:
         table.add_row(
             name, str(spec.num_classes), str(spec.channels), spec.metric, by, entry.source
         )
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 if __name__ == "__main__":

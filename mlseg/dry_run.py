@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from betty.problems import Problem as BettyProblem
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from mlseg.commands import make_console
@@ -41,7 +42,7 @@ def dry_run(engine: Engine) -> None:
 
 def graph(engine: Engine) -> Tree:
     """The levels of each stage, lowest first, and the hypergradient's paths."""
-    root = Tree("[bold]Levels")
+    root = Tree(Text("Levels", style="bold"))
     for index, stage in enumerate(engine.stages):
         engine.enter_stage(index)
         branch = root.add(f"stage {stage.name}, {stage.iterations} iterations")

@@ -25,6 +25,17 @@ class RunError(RuntimeError):
     """
 
 
+def printable(text: str, most: int = 2000) -> str:
+    """A text as one line that does nothing to a terminal: the rest as escapes, its middle left out.
+
+    Args:
+        most: characters.
+    """
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def one_line(error: BaseException, length: int = 160) -> str:
     """The first line of an exception's text, cut to ``length`` characters."""
     text = str(error).strip().splitlines()

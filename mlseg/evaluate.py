@@ -8,9 +8,14 @@
 Scores are means over images by the runs' selected weights, counted at each mask's own size
 (``--scale trained``: at the size the run was trained at). What ``mlseg.calibrate`` chose for
 exactly these weights is used, unless ``--k`` or ``--threshold`` say otherwise.
+
+A run may be somebody else's. Its files are read, and none of the modules that it names is imported
+but mlseg's own; a run with parts from elsewhere needs ``--trust``. Nothing is downloaded for it.
 """
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +30,13 @@ import torch
 from rich.table import Table
 
 from mlseg import config
-from mlseg.commands import guarded, make_console
+from mlseg.commands import guarded, make_console, named
+from mlseg.config.registry import say_foreign, strangers, trusted
 from mlseg.engines.segmentation import check_same_data
 from mlseg.errors import UserError
-from mlseg.files import write_json
+from mlseg.files import require_file, require_writable, write_json
 from mlseg.machine import choose_device
-from mlseg.resuming import require_unchanged
+from mlseg.resuming import require_untouched
 from mlseg.run import begun_with, parse_run
 from mlseg.segmentation.calibration import calibrated, describe
 from mlseg.segmentation.data import (
@@ -40,6 +46,8 @@ from mlseg.segmentation.data import (
     load_data,
     load_examples,
 )
+from mlseg.segmentation.data.decode import MEGAPIXELS, limit_pixels
+from mlseg.segmentation.data.layout import MAX_FILES, folder_layout
 from mlseg.segmentation.metrics import SCORES
 from mlseg.segmentation.scoring import score
 from mlseg.segmentation.trained import Ensemble, load_runs
@@ -47,25 +55,52 @@ from mlseg.segmentation.trained import Ensemble, load_runs
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    return guarded(_run, parser().parse_args(argv))
+    return guarded(_run_guarded, parser().parse_args(argv))
 
 
 def parser() -> argparse.ArgumentParser:
     """Its arguments."""
     made = argparse.ArgumentParser(prog="mlseg evaluate", description="Score a finished run.")
-    made.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    made.add_argument("runs", type=named, nargs="+", metavar="RUN", help="run directories")
     made.add_argument("--data", nargs="+", metavar="NAME", help="data sets; default: the run's own")
     made.add_argument("--root", help="folder of the data set, when one is named")
+    for key, text in (
+        ("images", "folder of its images (images)"),
+        ("masks", "folder of its masks (masks)"),
+        ("mask-pattern", "how masks are named, such as {id}_mask* ({id})"),
+    ):
+        made.add_argument(
+            f"--{key}",
+            help=f"of --data folder: {text}; as data.{key.replace('-', '_')} of a config",
+        )
     made.add_argument("--scale", choices=("native", "trained"), help="default: the run's own")
+    made.add_argument(
+        "--max-files", type=int, default=MAX_FILES, metavar="N", help="in a data set's folder"
+    )
     add_choices(made)
     threads.add_flag(made)
-    made.add_argument("--out", type=Path, help="JSON file for all figures, per image too")
+    made.add_argument("--out", type=named, help="JSON file for all figures, per image too")
+    made.add_argument(
+        "--overwrite", action="store_true", help="also a file there that evaluate hasn't written"
+    )
     return made
+
+
+def _run_guarded(arguments: argparse.Namespace) -> int:
+    with strangers(arguments.trust):
+        return _run(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.root is not None and len(arguments.data or ()) != 1:
         raise UserError("--root: the folder of one data set; name exactly one with --data")
+    where = arguments.images, arguments.masks, arguments.mask_pattern
+    if any(where) and arguments.data != ["folder"]:
+        raise UserError("--images, --masks, --mask-pattern: are of --data folder alone; drop them")
+    layout = folder_layout(*where) if any(where) else None
+    limit_pixels(arguments.max_megapixels)
+    if arguments.out is not None:
+        check_output(arguments.out, arguments.overwrite)
     device = choose_device(arguments.device)
     ensemble = load_chosen(arguments, device)
     chosen = choose_threads(arguments).use()
@@ -77,10 +112,14 @@ def _run(arguments: argparse.Namespace) -> int:
         if not sets:
             raise _nothing_of_its_own(arguments.runs[0], data.manifest["dataset"])
     else:
-        sets = {
-            name: load_examples(name, arguments.root, trained.image_size, trained.spec, trained.fit)
-            for name in arguments.data
-        }
+        size, spec, fit = trained.image_size, trained.spec, trained.fit
+        with strangers(trusted=True, said=False):
+            sets = {
+                name: load_examples(
+                    name, arguments.root, size, spec, fit, arguments.max_files, layout
+                )
+                for name in arguments.data
+            }
     scale = arguments.scale or trained.scoring
     shown = list(dict.fromkeys([trained.spec.metric, *SCORES, "hd95", "pooled_jaccard"]))
     names = ", ".join(map(str, arguments.runs))
@@ -129,6 +168,21 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
         "--threshold", type=probability, help="of the foreground's probability; default: the same"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_trust(parser)
+    parser.add_argument(
+        "--max-megapixels",
+        type=above_zero,
+        default=MEGAPIXELS,
+        metavar="N",
+        help=f"largest image, in millions of pixels ({MEGAPIXELS})",
+    )
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """The argument about code that a run names."""
+    parser.add_argument(
+        "--trust", action="store_true", help="import the modules that the runs name; says which"
+    )
 
 
 def load_chosen(arguments: argparse.Namespace, device: torch.device) -> Ensemble:
@@ -148,6 +202,34 @@ def choose_threads(arguments: argparse.Namespace) -> threads.Threads:
     return threads.by_environment() or own
 
 
+def check_output(path: Path, overwrite: bool = False) -> None:
+    """Refuse to write over what isn't an earlier call's.
+
+    Raises:
+        UserError: something else is there, or nothing can be written.
+    """
+    require_writable(path)
+    if not os.path.lexists(path):
+        return
+    if path.is_dir():
+        raise UserError(f"--out: {path} is a folder; name a file")
+    if not overwrite and (path.is_symlink() or not _own(path)):
+        raise UserError(
+            f"--out: {path} is there already, and not by evaluate; name another file or give "
+            "--overwrite"
+        )
+
+
+def _own(path: Path) -> bool:
+    """Whether an earlier call has written it."""
+    try:
+        require_file(path)
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"runs", "weights", "scored_at", "scores"} <= found.keys()
+
+
 def own_data(runs: Sequence[Path], trained_with: Any = None) -> SegmentationData:
     """The data of runs that share one split, as the first one's config has them.
 
@@ -158,16 +240,29 @@ def own_data(runs: Sequence[Path], trained_with: Any = None) -> SegmentationData
         UserError: the data, or the config, are no longer those that the runs were made with, or one
             run has been trained on what another is to be tested on.
     """
-    tree = config.load(runs[0] / "config.yaml")
-    settings, _ = parse_run(tree)
-    require_unchanged(settings, tree, trained_with, runs[0])
-    wanted = getattr(settings, "data", None)
-    if not isinstance(wanted, DataSettings):
+    require_untouched(runs[0], trained_with)
+    wanted = _data_settings(runs[0])
+    if wanted is None:
         raise UserError(f"{runs[0]}: its system has no data of its own; name a data set by --data")
+    if wanted.when_missing == "download":  # into a folder that the run names
+        wanted = wanted.model_copy(update={"when_missing": "error"})
     data = load_data(wanted)
     for run in runs:
         check_same_data(run, data)
     return data
+
+
+def _data_settings(run: Path) -> DataSettings | None:
+    """What a run's config says of its data; the rest may name what isn't trusted."""
+    tree = config.load(run / "config.yaml")
+    say_foreign(tree.values)
+    if trusted():
+        found = getattr(parse_run(tree)[0], "data", None)
+        return found if isinstance(found, DataSettings) else None
+    values = tree.values.get("data")
+    if not isinstance(values, dict):
+        return None
+    return config.parse(DataSettings, config.Tree(values, source=f"{tree.source}: data"))
 
 
 def _nothing_of_its_own(run: Path, name: str) -> UserError:

@@ -2,19 +2,80 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 import socket
+import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 
 from mlseg.errors import RunError, UserError, one_line
+
+
+def reachable(path: str | Path) -> Path:
+    """A path as a user wrote it, ``~`` filled in; there need be nothing at it.
+
+    Raises:
+        UserError: nobody is called so (``~nobody``), or the system can't even look there: a name
+            too long, a loop of links, a folder that may not be entered.
+    """
+    try:
+        found = Path(path).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            found.stat()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no user of that name; write the folder out") from None
+    except (OSError, ValueError) as error:  # ValueError: it holds a NUL
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
+        raise UserError(f"{path}: no usable path ({reason})") from None
+    return found
+
+
+def require_file(path: Path, most: int | None = None) -> None:
+    """Check that a path leads to a plain file: reading a pipe or a device may never end.
+
+    Args:
+        most: bytes that it may have.
+
+    Raises:
+        UserError: it is a pipe, a device or the like, or larger.
+        OSError: there is nothing, a folder, or what can't be looked at.
+    """
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
+        if stat.S_ISDIR(state.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise UserError(f"{path}: a pipe or a device, not a file")
+    if most is not None and state.st_size > most:
+        raise UserError(f"{path}: {state.st_size / 2**20:.1f} MiB, more than {most / 2**20:g}")
+
+
+def require_writable(path: Path, option: str = "--out") -> None:
+    """Check, before any work, that a file or a folder can be made at a path; makes nothing.
+
+    Raises:
+        UserError: it can't.
+    """
+    place = reachable(path)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        if place == path:
+            place = place if place.is_dir() else place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"{option}: {path}: can't write there ({one_line(error)})") from None
 
 
 @contextmanager
@@ -70,6 +131,25 @@ def _keep(path: Path, former: Path) -> None:
     temporary.unlink(missing_ok=True)  # left where both were the same file already
 
 
+def mapped(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """A new file of bytes as an array in memory, its room on the disk claimed.
+
+    A full disk is an error here; at the first write to a mapped page it would be a signal that ends
+    the process.
+
+    Args:
+        path: of the ``.npy`` file; its folder must exist.
+
+    Raises:
+        OSError: there is no room, or it can't be made.
+    """
+    array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, whole or not at all.
 
@@ -87,6 +167,27 @@ def write_text(path: Path, text: str) -> None:
     """
     with writing(path), replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def require_new(directory: Path) -> None:
+    """Check that a claimed directory holds nothing yet: no run, and nobody's files.
+
+    Raises:
+        UserError: it does.
+    """
+    if (directory / "config.yaml").exists():
+        raise UserError(
+            f"--out: {directory} holds a run already; go on with it by --resume {directory}, or "
+            "name another directory"
+        )
+    theirs = sorted({path.name for path in directory.iterdir()} - {_LOCK, _HOLDER})
+    if theirs:
+        raise UserError(
+            f"--out: {directory} isn't empty ({theirs[0]} is in it); name a new directory"
+        )
+
+
+_LOCK, _HOLDER = ".lock", ".holder"
 
 
 @contextmanager
@@ -112,7 +213,7 @@ def claimed(directory: Path | None, parent: Path) -> Iterator[Path]:
         if directory is None:
             directory = _timestamped(parent)
             new = [directory, *new]
-        lock, holder = FileLock(directory / ".lock", timeout=0), directory / ".holder"
+        lock, holder = FileLock(directory / _LOCK, timeout=0), directory / _HOLDER
         try:
             lock.acquire()
         except Timeout:
@@ -133,8 +234,8 @@ def claimed(directory: Path | None, parent: Path) -> Iterator[Path]:
         with suppress(OSError):
             holder.unlink(missing_ok=True)
         with suppress(OSError):
-            if {file.name for file in directory.iterdir()} <= {".lock"}:
-                (directory / ".lock").unlink(missing_ok=True)
+            if {file.name for file in directory.iterdir()} <= {_LOCK}:
+                (directory / _LOCK).unlink(missing_ok=True)
                 for folder in new:
                     folder.rmdir()  # fails, and ends this, where there is something in it
         lock.release()

@@ -27,10 +27,10 @@ def choose_device(name: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         raise UserError(f"device: {name!r} is none; use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device: {name!r} is none that mlseg runs on; use auto, cpu or cuda:N")
+        raise UserError(f"device: {str(name)!r} isn't supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda is not available here; use device=cpu or device=auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

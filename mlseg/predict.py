@@ -5,12 +5,14 @@
     python -m mlseg.predict runs/try 'images/*_left.png' --out masks/
     python -m mlseg.predict runs/a runs/b runs/c images/ --out masks/
 
-For each image two PNGs at its own size: ``<name>.png``, the mask (0 and 255 for two classes, else
-class indices with the classes' colours as palette), and ``<name>_overlay.png``. Several runs: the
-mean of their probabilities. What ``mlseg.calibrate`` chose for exactly these weights is used.
+For each image two PNGs at its own size, upright as it is shown (EXIF): ``<name>.png``, the mask (0
+and 255 for two classes, else class indices with the classes' colours as palette), and
+``<name>_overlay.png``. Several runs: the mean of their probabilities. What ``mlseg.calibrate``
+chose for exactly these weights is used. Hidden files are left out.
 
 Nothing is overwritten but what an earlier call has written, which the files say of themselves; with
-``--overwrite`` any file of these names but the images.
+``--overwrite`` any file of these names but the images. A run that names code from outside mlseg
+needs ``--trust``.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import glob
 import os
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from mlseg import threads
@@ -31,15 +34,17 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.progress import track
 
-from mlseg.commands import guarded, make_console
-from mlseg.errors import EXIT_RUN_ERROR, UserError
+from mlseg.commands import guarded, make_console, named
+from mlseg.config.registry import strangers
+from mlseg.errors import EXIT_RUN_ERROR, UserError, printable
 from mlseg.evaluate import add_choices, choose_threads, load_chosen
-from mlseg.files import replacing, writing
+from mlseg.files import reachable, replacing, require_writable, writing
 from mlseg.machine import choose_device
 from mlseg.segmentation.data import PADDING, DatasetSpec, padded, placed, to_float
-from mlseg.segmentation.data.decode import read_image
-from mlseg.segmentation.nets import decide
+from mlseg.segmentation.data.decode import limit_pixels, read_image
+from mlseg.segmentation.data.layout import is_hidden, list_files
 from mlseg.segmentation.pictures import overlay
+from mlseg.segmentation.scoring import label_map
 from mlseg.segmentation.trained import Ensemble
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp"}
@@ -47,15 +52,15 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    return guarded(_run, parser().parse_args(argv))
+    return guarded(_run_guarded, parser().parse_args(argv))
 
 
 def parser() -> argparse.ArgumentParser:
     """Its arguments."""
     made = argparse.ArgumentParser(prog="mlseg predict", description="Segment images with a run.")
-    made.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    made.add_argument("runs", type=named, nargs="+", metavar="RUN", help="run directories")
     made.add_argument("images", help="a folder, a file, or a glob in quotes")
-    made.add_argument("--out", type=Path, required=True, help="folder for masks and overlays")
+    made.add_argument("--out", type=named, required=True, help="folder for masks and overlays")
     made.add_argument(
         "--overwrite", action="store_true", help="also files there that predict hasn't written"
     )
@@ -64,23 +69,30 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _run_guarded(arguments: argparse.Namespace) -> int:
+    with strangers(arguments.trust):
+        return _run(arguments)
+
+
 def _run(arguments: argparse.Namespace) -> int:
+    limit_pixels(arguments.max_megapixels)
     paths = find_images(arguments.images)
     check_outputs(paths, arguments.out, arguments.overwrite)
+    require_writable(arguments.out)
     ensemble = load_chosen(arguments, choose_device(arguments.device))
     choose_threads(arguments).use()
     spec = ensemble.first.spec
     with writing(arguments.out):
         arguments.out.mkdir(parents=True, exist_ok=True)
     console = make_console(stderr=True)
-    failed = 0
+    failed: list[Path] = []
     for path in track(paths, "Segmenting", console=console, disable=not console.is_terminal):
         try:
             image = read_image(path, spec.channels)
             mask = segment(ensemble, image, str(path))
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            failed += 1
+            print(f"error: {printable(str(error))}", file=sys.stderr)
+            failed.append(path)
             continue
         shown = Image.fromarray(overlay(_rgb(image), mask, spec.palette))
         for file, picture in zip(
@@ -88,7 +100,10 @@ def _run(arguments: argparse.Namespace) -> int:
         ):
             with writing(file), replacing(file) as temporary:
                 picture.save(temporary, "PNG", pnginfo=_mark())
-    console.print(f"{len(paths) - failed} masks and overlays in {arguments.out}")
+    console.print(f"{len(paths) - len(failed)} masks and overlays in {arguments.out}")
+    if failed:
+        names = ", ".join(path.name for path in failed)
+        print(printable(f"failed: {len(failed)} of {len(paths)} images: {names}"), file=sys.stderr)
     return EXIT_RUN_ERROR if failed else 0
 
 
@@ -98,13 +113,15 @@ def find_images(where: str) -> list[Path]:
     Raises:
         UserError: there are none, or two would get the same mask's name.
     """
-    path = Path(where)
+    path = reachable(where)
     if path.is_dir():
-        found = [p for p in path.iterdir() if p.suffix.lower() in SUFFIXES]
+        found = [p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and _may_be_image(p)]
     elif path.is_file():
         found = [path]
+    elif "**" in path.parts:
+        found = _below(path)
     else:
-        found = [Path(p) for p in glob.glob(where, recursive=True) if Path(p).is_file()]
+        found = [p for p in map(Path, glob.glob(str(path))) if _may_be_image(p)]
     if not found:
         kinds = ", ".join(sorted(SUFFIXES))
         raise UserError(f"{where}: no images there (a folder, a file or a glob of {kinds})")
@@ -117,6 +134,30 @@ def find_images(where: str) -> list[Path]:
         if f"{stem}_overlay" in names:
             raise UserError(f"{p}: its overlay would be {stem}_overlay.png, another's mask; rename")
     return sorted(found)
+
+
+def _may_be_image(path: Path) -> bool:
+    """Whether it is a file, or a link to nothing, of which the user shall hear."""
+    there = path.is_file() or (path.is_symlink() and not path.exists())
+    return there and not is_hidden(path.name)
+
+
+def _below(pattern: Path) -> list[Path]:
+    """Files that a glob with ** means; each folder once, whatever links lead to it."""
+    first = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
+    base = Path(*pattern.parts[:first])
+    if not base.is_dir():
+        return []
+    wanted = pattern.parts[first:]
+    return [base / name for name in list_files(base) if _fits(name.split("/"), wanted)]
+
+
+def _fits(parts: Sequence[str], wanted: Sequence[str]) -> bool:
+    if not wanted:
+        return not parts
+    if wanted[0] == "**":
+        return any(_fits(parts[start:], wanted[1:]) for start in range(len(parts) + 1))
+    return bool(parts) and fnmatch(parts[0], wanted[0]) and _fits(parts[1:], wanted[1:])
 
 
 def outputs(image: Path, folder: Path) -> tuple[Path, Path]:
@@ -188,10 +229,10 @@ def segment(ensemble: Ensemble, image_CHW: np.ndarray, name: str = "image") -> n
     native, size = (image_CHW.shape[1], image_CHW.shape[2]), ensemble.first.image_size
     resized = _resized(image_CHW, placed(native, size, ensemble.first.fit))
     tensor = torch.from_numpy(padded(resized, size, PADDING)).unsqueeze(0).to(device)
-    found = ensemble.probabilities(to_float(tensor), native)
+    found = ensemble.probabilities(to_float(tensor))
     if not found.isfinite().all():
         raise UserError(f"{name}: its class probabilities by {ensemble.first.run} are not finite")
-    return decide(found, ensemble.threshold)[0].to("cpu", torch.uint8).numpy()
+    return label_map(found, native, ensemble.first.fit, ensemble.threshold).cpu().numpy()
 
 
 def _resized(image_CHW: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +54,31 @@ def require_unchanged(
         before = config.parse(
             load_system(settings.system).settings, config.Tree(before, source=f"{path}: config")
         ).model_dump(mode="json")
-    refuse_changes(before, settings, tree)
+    refuse_changes(before, settings.model_dump(mode="json"), tree, settings.resumable)
 
 
-def refuse_changes(before: Any, settings: AnyRunSettings, tree: config.Tree) -> None:
-    """Raise UserError where ``settings`` differ from plain values ``before`` and may not."""
-    now = settings.model_dump(mode="json")
+def require_untouched(run: Path, trained_with: Any) -> None:
+    """Check that a run's ``config.yaml`` is the one of its checkpoint, but for what may change.
+
+    Nothing that it names is looked up, so that a foreign run imports nothing.
+
+    Args:
+        trained_with: what the checkpoint holds; None for one that doesn't say.
+
+    Raises:
+        UserError: it differs, key by key.
+    """
+    if trained_with is not None:
+        tree = config.load(run / "config.yaml")
+        refuse_changes(trained_with, tree.values, tree, AnyRunSettings.resumable)
+
+
+def refuse_changes(before: Any, now: Any, tree: config.Tree, may_change: Sequence[str]) -> None:
+    """Raise UserError where plain values differ and may not; ``now`` are those of ``tree``."""
     changed = [
         key
         for key in config.differences(before, now)
-        if not any(f"{key}.".startswith(f"{free}.") for free in settings.resumable)
+        if not any(f"{key}.".startswith(f"{free}.") for free in may_change)
     ]
     if not changed:
         return
@@ -74,7 +89,7 @@ def refuse_changes(before: Any, settings: AnyRunSettings, tree: config.Tree) -> 
     more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
     raise UserError(
         f"{tree.where(changed[0])}: {', '.join(told)}{more}: not what the run was made with; put "
-        f"that back, or start a new run (may change: {', '.join(settings.resumable)})"
+        f"that back, or start a new run (may change: {', '.join(may_change)})"
     )
 
 

@@ -4,6 +4,10 @@ python -m mlseg.run configs/e2eaug_isic_small.yaml
 python -m mlseg.run configs/e2eaug_isic.yaml engine.iterations=1000 seed=3 --out runs/try
 python -m mlseg.run --resume runs/try
 python -m mlseg.run configs/e2eaug_isic.yaml --dry-run
+
+A config is a program: it names modules, which are imported. So is a run directory that is resumed,
+by its config.yaml. Run and resume what you trust; what somebody else has made can be looked at by
+evaluate, predict and calibrate, which import nothing that isn't mlseg's own.
 """
 
 from __future__ import annotations
@@ -25,13 +29,13 @@ from rich.console import Console
 from rich.table import Table
 
 from mlseg import checkpoint, config
-from mlseg.commands import guarded, make_console, say_notes
+from mlseg.commands import guarded, make_console, named, say_notes
 from mlseg.config.registry import run_imports
 from mlseg.dry_run import dry_run
 from mlseg.engines.engine import Engine
 from mlseg.engines.interruption import Interrupted
 from mlseg.errors import RunError, UserError, located
-from mlseg.files import claimed, write_json, write_text
+from mlseg.files import claimed, require_new, write_json, write_text
 from mlseg.machine import device_name, versions
 from mlseg.problems.systems import AnyRunSettings, all_systems, load_system
 from mlseg.randomness import seed_everything
@@ -62,8 +66,8 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("config", nargs="?", help="YAML file; may be left out with --resume")
     made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="engine.iterations=100")
-    made.add_argument("--out", type=Path, help="run directory (runs/<config>/<time>)")
-    made.add_argument("--resume", type=Path, metavar="DIR", help="go on with an interrupted run")
+    made.add_argument("--out", type=named, help="run directory (runs/<config>/<time>)")
+    made.add_argument("--resume", type=named, metavar="DIR", help="go on with an interrupted run")
     made.add_argument(
         "--forget-best",
         action="store_true",
@@ -80,11 +84,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return _train(arguments, tree, None)
     parent = Path("runs") / Path(arguments.config or "").stem
     with claimed(arguments.resume or arguments.out, parent) as directory:
-        if arguments.resume is None and (directory / "config.yaml").exists():
-            raise UserError(
-                f"--out: {directory} holds a run already; go on with it by --resume {directory}, "
-                "or name another directory"
-            )
+        if arguments.resume is None:
+            require_new(directory)
         return _train(arguments, tree, directory)
 
 
@@ -102,7 +103,7 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
         dry_run(build(settings, None))
         return 0
     engine = build(settings, directory)
-    engine.hooks.append(TrainedWith(settings))
+    engine._hooks.append(TrainedWith(settings))
     console = make_console(stderr=True)
     if saved is not None:
         engine.resume(directory, saved, arguments.forget_best)
@@ -149,9 +150,9 @@ def _blaming_checkpoint(engine: Engine) -> Iterator[None]:
     except (UserError, RunError, Interrupted, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if engine.unproven is None:
+        if engine._unproven is None:
             raise
-        raise RunError(f"{engine.unproven}: can't go on from it ({located(error)})") from error
+        raise RunError(f"{engine._unproven}: can't go on from it ({located(error)})") from error
 
 
 def _saved(directory: Path) -> dict[str, Any] | None:
@@ -237,13 +238,14 @@ def _resumed(arguments: argparse.Namespace) -> config.Tree:
         settings, _ = parse_run(given)
         stored = config.Tree(settings.model_dump(mode="json"), given.origins, given.source)
     before = parse_run(original)[0].model_dump(mode="json")
-    refuse_changes(before, parse_run(stored)[0], stored)
+    settings, _ = parse_run(stored)
+    refuse_changes(before, settings.model_dump(mode="json"), stored, settings.resumable)
     return stored
 
 
 def _say(console: Console, notices: Sequence[str]) -> None:
     for notice in notices:
-        console.print(f"[bold yellow]{notice}[/]")
+        console.print(notice, style="bold yellow")
 
 
 def report(engine: Engine, results: dict[str, Any], console: Console) -> None:

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+import pydantic
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import PositiveInt
 
 from mlseg.config import Settings
 from mlseg.config.registry import Entry, Registry, find_entry
@@ -42,12 +43,14 @@ class AnyRunSettings(Settings):
         "data.when_missing",
         "data.memory_limit_mib",
         "data.cache_dir",
+        "data.max_files",
+        "data.max_megapixels",
     )
     """What may differ when a run goes on; all else is what it was made with."""
 
     system: str
     imports: list[str] = []
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, pydantic.Field(ge=0, lt=2**32)] = 0
     device: str = "auto"
     threads: Literal["auto"] | PositiveInt = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 NOT_NUMERICAL = {
     "benchmarks",
     "test_checkout.py",
+    "test_cache.py",
     "test_commands.py",
     "test_config.py",
     "test_configs.py",
@@ -24,6 +25,7 @@ NOT_NUMERICAL = {
     "test_fetch.py",
     "test_habits.py",
     "test_interruption.py",
+    "test_labels.py",
     "test_layout.py",
     "test_packaging.py",
     "test_prepare.py",

@@ -1,5 +1,7 @@
 """The commands, as a user types them: what they leave, what they say, their exit codes."""
 
+import argparse
+import io
 import json
 import os
 import sys
@@ -10,8 +12,11 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mlseg import evaluate, predict, run
+from mlseg import calibrate, compare, config, evaluate, predict, run
+from mlseg.commands import guarded, make_console
+from mlseg.errors import UserError
 from mlseg.files import claimed
 
 
@@ -39,6 +44,11 @@ def test_a_run_leaves_its_whole_directory(
     assert {p.stem for p in (out / "checkpoints").iterdir()} == {"last", "previous", "best"}
     assert list((out / "tensorboard").iterdir())
     assert {p.name.partition("_")[0] for p in (out / "samples").iterdir()} == {"validation"}
+    curves = EventAccumulator(str(out / "tensorboard"), size_guidance={"images": 0}).Reload()
+    (*_, shown) = curves.Images("validation")
+    with Image.open(out / "samples" / f"validation_{shown.step:06d}.png") as sheet:
+        again = Image.open(io.BytesIO(shown.encoded_image_string))
+        assert np.array_equal(np.asarray(sheet), np.asarray(again))
     results = json.loads((out / "results.json").read_text())
     assert results["provenance"] == "synthetic"
     assert results["seed"] == 1
@@ -142,6 +152,75 @@ def test_predict_writes_masks_at_each_images_own_size(
     assert "none" in one_line(capsys)
 
 
+def test_what_predict_takes_for_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "photographs"
+    for name in ("a.png", "b/c.JPG", "b/._c.png", "__MACOSX/d.png", ".thumbs/e.png", "._a.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "Thumbs.db").touch()
+    (folder / "folder.png").mkdir()
+    (folder / "gone.png").symlink_to("/nowhere/gone.png")
+    (folder / "up").symlink_to(folder)
+    (folder / "b" / "up").symlink_to(tmp_path)
+    (folder / os.fsdecode(b"caf\xe9.png")).touch()
+
+    def found(where: str) -> set[str]:
+        return {str(path.relative_to(folder)) for path in predict.find_images(where)}
+
+    here = {"a.png", "gone.png", os.fsdecode(b"caf\xe9.png")}
+    assert found(str(folder)) == here
+    assert found(f"{folder}/*.png") == here
+    assert found(f"{folder}/**/*.[pJ]*") == here | {"b/c.JPG"}
+    assert found(f"{folder}/**/c.*") == found(f"{folder}/*/c.*") == {"b/c.JPG"}
+    assert found(f"{folder}/._a.png") == {"._a.png"}, "where it is named"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert found("~/photographs") == found("~/photographs/*.png") == here
+    with pytest.raises(UserError, match="no images there"):
+        predict.find_images(f"{folder}/none/**/*.png")
+
+
+def test_a_tilde_is_the_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for command, given in (
+        (run, ["--out=~/x", "--resume=~/x"]),
+        (compare, ["--out=~/x", "--resume=~/x"]),
+        (evaluate, ["~/x", "--out=~/x"]),
+        (predict, ["~/x", "~/images", "--out=~/x"]),
+        (calibrate, ["~/x"]),
+    ):
+        arguments = vars(command.parser().parse_args(given))
+        paths = [*arguments.get("runs", []), arguments.get("out"), arguments.get("resume")]
+        assert {path for path in paths if path is not None} == {tmp_path / "x"}, command.__name__
+    (tmp_path / "a.yaml").write_text("base: ~/b.yaml\n")
+    (tmp_path / "b.yaml").write_text("seed: 3\n")
+    assert config.load("~/a.yaml").values == {"seed": 3}
+    for start, said in (
+        ("~/x.pt", f"{tmp_path}/x.pt: no such"),
+        ("~nobody-at-all/x.pt", "no user"),
+    ):
+        path = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug", {"gan.pretrained": start})
+        assert run.main([str(path), "--dry-run"]) == 2
+        assert said in one_line(capsys)
+    assert not list(tmp_path.glob("~*"))
+
+
+def test_what_a_terminal_cannot_show_is_shown_in_another_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii", write_through=True))
+
+    def command(arguments: argparse.Namespace) -> int:
+        make_console().print(os.fsdecode(b"caf\xe9 \xc3\xa9"))
+        return 0
+
+    assert guarded(command, argparse.Namespace()) == 0
+    assert written.getvalue() == b"caf\\udce9 \\xe9\n"
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny.write_config(tmp_path / "tiny.yaml")
     before = set(tmp_path.rglob("*"))
@@ -181,9 +260,9 @@ def test_resume_takes_the_runs_own_config(
         ("problems.segmentor.optimizer.betas=[0.9,0.99]", "betas"),
         ("data.name=kvasir", "kvasir"),
         ("device=abacus", "abacus"),
-        ("device=mps", "device: 'mps' is none that mlseg runs on"),
-        ("device=meta", "device: 'meta' is none"),
-        ("device=xla:0", "device: 'xla:0' is none"),
+        ("device=mps", "device: 'mps' isn't supported"),
+        ("device=meta", "device: 'meta' isn't supported"),
+        ("device=xla:0", "device: 'xla:0' isn't supported"),
         ("engine.scoring=own", "engine.scoring"),
     ],
 )

@@ -74,21 +74,27 @@ def test_used_by_config_alone_and_found_again(
     write_image(Path("new.png"), 200, "RGB")
     _forget()
     capsys.readouterr()
-    prediction = [str(out), "new.png", "--out", "masks"]
-    for code in (evaluate.main([str(out)]), predict.main(prediction)):
+    prediction = [str(out), "new.png", "--out", "masks", "--trust"]
+    for code in (evaluate.main([str(out)]), predict.main(prediction[:-1])):
         assert code == 2
     for line in capsys.readouterr().err.strip().splitlines():
+        assert "give --trust, which imports my_parts.nets" in line
+    for code in (evaluate.main([str(out), "--trust"]), predict.main(prediction)):
+        assert code == 2
+    note, *lines = dict.fromkeys(capsys.readouterr().err.strip().splitlines())
+    assert note == "note: --trust: importing my_parts.nets"
+    for line in lines:
         assert "best.pt: its segmentor is defined in my_parts.nets: can't import" in line
     monkeypatch.syspath_prepend(str(project))
     assert predict.main(prediction) == 0
     assert len(list(Path("masks").iterdir())) >= 1
     named = [str(out), "--data", "my_parts.data:my_set", "--root", str(project / "dots")]
-    assert evaluate.main([*named, "--out", "scores.json"]) == 0
+    assert evaluate.main([*named, "--trust", "--out", "scores.json"]) == 0
     (scores,) = json.loads(Path("scores.json").read_text())["scores"].values()
     assert np.isfinite(scores["dice"])
     # The config itself names data relative to the folder that it was run in.
     monkeypatch.chdir(project)
-    assert evaluate.main([str(out)]) == 0
+    assert evaluate.main([str(out), "--trust"]) == 0
 
 
 @pytest.mark.usefixtures("project")

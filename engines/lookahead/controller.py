@@ -57,6 +57,8 @@ class LookaheadSettings(Settings):
         on_peak: ``flush`` empties the buffer for a new peak; ``retain`` keeps the maps of
             ``retained_peaks`` earlier ones (the paper's future work).
         retained_peaks: the start model counts as one.
+        momentum: what becomes of the stepper's optimizer when a cycle starts: ``restore`` puts its
+            state back with the model, ``drop`` lets it start afresh.
     """
 
     cycles: PositiveInt = 50
@@ -68,6 +70,7 @@ class LookaheadSettings(Settings):
     buffer_size: Annotated[int, Field(ge=2, le=255)] = 3
     on_peak: Literal["flush", "retain"] = "flush"
     retained_peaks: PositiveInt = 1
+    momentum: Literal["restore", "drop"] = "restore"
 
     @model_validator(mode="after")
     def _check(self) -> LookaheadSettings:

@@ -42,6 +42,7 @@ class LookaheadLoop(Hooks):
         hold_out: scores the model.
         buffer, training: of the discriminator; None for a controller that never asks for them.
         start_state: gives what ``start.pt`` holds beside the model.
+        drop_momentum: a model that is put back starts with an optimizer that has made no step.
     """
 
     name = LOOKAHEAD
@@ -58,6 +59,7 @@ class LookaheadLoop(Hooks):
         buffer: MapBuffer | None,
         training: DiscriminatorTraining | None,
         start_state: Callable[[], Mapping[str, Any]] = dict,
+        drop_momentum: bool = False,
     ) -> None:
         self.controller = controller
         self.stepper = stepper
@@ -66,6 +68,7 @@ class LookaheadLoop(Hooks):
         self.buffer = buffer
         self.training = training
         self.start_state = start_state
+        self.drop_momentum = drop_momentum
         self.snapshots = {
             slot: Snapshot(stepper.module, stepper.optimizer) for slot in ("start", "peak")
         }
@@ -78,7 +81,7 @@ class LookaheadLoop(Hooks):
     @staticmethod
     def in_charge(engine: Engine) -> bool:
         """Whether the controller is in charge of the present stage."""
-        return engine.stage.name == LOOKAHEAD
+        return engine._stage.name == LOOKAHEAD
 
     def active(self, engine: Engine) -> list[BettyProblem] | None:
         """Whom the present command lets step."""
@@ -108,7 +111,7 @@ class LookaheadLoop(Hooks):
 
     def start(self, engine: Engine) -> None:
         """Write ``best.pt`` again where a run that goes on has lost it."""
-        if engine.best is None:
+        if engine._best is None:
             self.stop(engine)
 
     def stop(self, engine: Engine) -> None:
@@ -151,7 +154,7 @@ class LookaheadLoop(Hooks):
         if report is None:
             return False
         labels = self.buffer.labels
-        engine.recorder.event("discriminator", engine.global_step, **report, buffer=labels)
+        engine._recorder.event("discriminator", engine.global_step, **report, buffer=labels)
         return True
 
     _WORK: Mapping[str, Callable[[LookaheadLoop, Engine, Mapping[str, Any]], bool]] = {
@@ -166,11 +169,11 @@ class LookaheadLoop(Hooks):
     def _snapshot(self, engine: Engine, values: Mapping[str, Any]) -> None:
         about = {"metric": METRIC, "value": values["miou"], "step": engine.global_step}
         self.snapshots[values["slot"]].take({**about, "model": values["model"]})
-        if engine.best is None:
+        if engine._best is None:
             self._keep_best(engine)
-            if engine.recorder.directory is not None:
+            if engine._recorder.directory is not None:
                 state = {**engine.best_state_dict(), **self.start_state()}
-                engine.write(START, state)
+                engine._write(START, state)
 
     def _promote(self, engine: Engine, _: Mapping[str, Any]) -> None:
         start, peak = self.snapshots["start"], self.snapshots["peak"]
@@ -179,6 +182,8 @@ class LookaheadLoop(Hooks):
 
     def _restore(self, engine: Engine, _: Mapping[str, Any]) -> None:
         self.snapshots["start"].restore()
+        if self.drop_momentum:
+            self.stepper.optimizer.state.clear()
 
     def _flush(self, engine: Engine, values: Mapping[str, Any]) -> None:
         assert self.buffer is not None
@@ -190,14 +195,14 @@ class LookaheadLoop(Hooks):
 
     def _note(self, engine: Engine, values: Mapping[str, Any]) -> None:
         rest = {key: value for key, value in values.items() if key != "event"}
-        engine.recorder.event(values["event"], engine.global_step, **rest)
+        engine._recorder.event(values["event"], engine.global_step, **rest)
         if values["event"] in ("start", "update"):
             kept = {"miou", "update", "cycle"}
             figures = {key: value for key, value in rest.items() if key in kept}
-            engine.recorder.log(engine.global_step, {"hold_out": figures}, {})
+            engine._recorder.log(engine.global_step, {"hold_out": figures}, {})
 
     def _end(self, engine: Engine, _: Mapping[str, Any]) -> None:
-        engine.stopped_early = True
+        engine._stopped_early = True
 
     _AT_ONCE: Mapping[str, Callable[[LookaheadLoop, Engine, Mapping[str, Any]], None]] = {
         "snapshot": _snapshot,
@@ -238,11 +243,11 @@ class LookaheadLoop(Hooks):
     def _keep_best(self, engine: Engine) -> None:
         """Write ``best.pt`` if a better model has been accepted since it was written."""
         found = self._best_snapshot()
-        if found is None or (engine.best and engine.best["value"] >= _about(found)["value"]):
+        if found is None or (engine._best and engine._best["value"] >= _about(found)["value"]):
             return
-        if engine.recorder.directory is not None:
-            engine.write(BEST, engine.best_state_dict())
-        engine.best = dict(_about(found))
+        if engine._recorder.directory is not None:
+            engine._write(BEST, engine.best_state_dict())
+        engine._best = dict(_about(found))
 
     def _best_snapshot(self) -> Snapshot | None:
         """That of the best model: what has been copied counts, not what the controller has asked

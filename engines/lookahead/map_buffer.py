@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from mlseg.checkpoint import require_form
 from mlseg.errors import UserError
-from mlseg.files import writing
+from mlseg.files import mapped, writing
 
 MIB = 2**20
 _FILE = re.compile(r"maps_[0-9]{5,}\.npy")
@@ -130,13 +129,7 @@ class MapBuffer:
         path = self.folder / name
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            maps = np.lib.format.open_memmap(path, "w+", np.uint8, self.shape)
-            if hasattr(os, "posix_fallocate"):
-                # A full disk is an error here; at the first write to a mapped page it would be a
-                # signal that ends the process.
-                with path.open("r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-            return maps
+            return mapped(path, self.shape)
 
     def _bound(self) -> None:
         """Before another file is made: give up those of the checkpoint before the last."""

@@ -8,8 +8,11 @@ import hashlib
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
+import os
 import re
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -214,12 +217,24 @@ _worker: Comparison | None = None
 def _start_worker(text: str, threads: int) -> None:
     """Set up a process: the parent alone hears Ctrl-C, and the config is read once."""
     global _worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     from mlseg.config import yaml12
 
     values, _ = yaml12.read(text, "config")
     _worker = parse(config.Tree(values))
+
+
+def _end_with_parent() -> None:
+    """End this process once its parent has, however that ended: nobody would read the figures.
+
+    What is waited for is a pipe whose other end the parent alone holds.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)  # the main thread may be in the midst of a cell
 
 
 def _compute_in_worker(cell: Cell) -> Figures:

@@ -55,7 +55,8 @@ def explain(
     for path, details in _of_meant_members(error.errors(), values):
         faults.setdefault(path, []).append(details)
     # A member of a union that fits in shape says more than those that don't.
-    paths = [path for path in faults if not any(_inside(other, path) for other in faults)]
+    above = {path[:length] for path in faults for length in range(len(path))}
+    paths = [path for path in faults if path not in above]
     first = paths[0]
     return first, _text(first, faults[first], settings, values), len(paths) - 1
 
@@ -69,7 +70,8 @@ def quoted(value: Any) -> str:
     if isinstance(value, str):
         return f"the string {_short(repr(value))}"
     if isinstance(value, Mapping):
-        return f"a mapping with {', '.join(map(str, value))}" if value else "an empty mapping"
+        keys = _short(", ".join(map(str, value)), 200)
+        return f"a mapping with {keys}" if value else "an empty mapping"
     if isinstance(value, Sequence):
         return f"the list {_short(repr(list(value)))}"
     return _short(repr(value))
@@ -127,10 +129,6 @@ def _config_path(details: ErrorDetails, values: Any) -> tuple[Path, list[int]]:
     if details["type"] == "missing" and isinstance(path[-1], int):
         path.pop()  # an item of a tuple: the list is too short
     return tuple(path), tags
-
-
-def _inside(inner: Path, outer: Path) -> bool:
-    return len(inner) > len(outer) and inner[: len(outer)] == outer
 
 
 def _text(

@@ -30,8 +30,12 @@ import pydantic
 from mlseg.config import yaml12
 from mlseg.config.explaining import explain, quoted
 from mlseg.errors import UserError
+from mlseg.files import reachable, require_file
 
 COMMAND_LINE = "command line"
+MAX_BYTES = 2**19
+"""Of a config file; a real one has 2 kB."""
+MAX_BASES = 20
 _COMPONENT_KEYS = ("name", "method")
 
 
@@ -115,7 +119,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
         UserError: a file is missing or unreadable, isn't YAML, inherits from itself, or
             an override isn't of that form.
     """
-    source = os.path.normpath(Path(path).expanduser())
+    source = os.path.normpath(reachable(path))
     tree = _load_file(Path(source), (), None)
     given = _read_overrides(overrides)
     tree.notes.extend(_dropped(tree.values, given.values))
@@ -162,12 +166,15 @@ def _path(key: str | yaml12.Path) -> yaml12.Path:
 
 def _load_file(path: Path, below: tuple[Path, ...], named_by: str | None) -> Tree:
     """One file over its base. `below`: the files that inherit from it, the nearest last."""
+    text = _read_text(path, named_by)
     real = path.resolve()
+    if len(below) == MAX_BASES:
+        raise UserError(f"{named_by}: base: more than {MAX_BASES} files, one over the other")
     if real in below:
         chain = " -> ".join(os.path.relpath(file) for file in (*below[below.index(real) :], real))
         raise UserError(f"{named_by}: base: a config can't inherit from itself ({chain})")
     name = str(path)
-    values, lines = yaml12.read(_read_text(path, named_by), name)
+    values, lines = yaml12.read(text, name)
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -180,7 +187,10 @@ def _load_file(path: Path, below: tuple[Path, ...], named_by: str | None) -> Tre
     at_base = origins.pop(("base",))
     if not isinstance(base, str):
         raise UserError(f"{at_base}: base: expected a file's name, got {quoted(base)}")
-    base_path = Path(os.path.normpath(path.parent / Path(base).expanduser()))
+    try:
+        base_path = Path(os.path.normpath(path.parent / reachable(base)))
+    except UserError as error:
+        raise UserError(f"{at_base}: base: {error}") from None
     merged = _load_file(base_path, (*below, real), at_base)
     _merge(merged, tree)
     return Tree(merged.values, merged.origins, name)
@@ -189,6 +199,7 @@ def _load_file(path: Path, below: tuple[Path, ...], named_by: str | None) -> Tre
 def _read_text(path: Path, named_by: str | None) -> str:
     prefix = "" if named_by is None else f"{named_by}: base: "
     try:
+        require_file(reachable(path), MAX_BYTES)
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{prefix}{path}: no such file{_nearest_files(path)}") from None
@@ -196,6 +207,8 @@ def _read_text(path: Path, named_by: str | None) -> str:
         raise UserError(f"{prefix}{path}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise UserError(f"{prefix}{path}: can't be read: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"{prefix}{error}") from None
 
 
 def _nearest_files(path: Path) -> str:
@@ -221,6 +234,8 @@ def _read_overrides(overrides: Sequence[str]) -> Tree:
             )
         if parts[0] == "base":
             raise UserError(f"{COMMAND_LINE}: base: only a file can say what it inherits from")
+        if len(parts) > yaml12.MAX_DEPTH:
+            raise UserError(f"{COMMAND_LINE}: a key of more than {yaml12.MAX_DEPTH} parts")
         value, paths = yaml12.read(text, f"{COMMAND_LINE}: {key.strip()}")
         # As one layer: the rule about `name:` is for layers, not for keys side by side.
         node = tree.values
@@ -252,34 +267,37 @@ def _dropped(old: Mapping[str, Any], new: Mapping[str, Any], above: str = "") ->
 
 def _merge(into: Tree, over: Tree) -> None:
     """Lay one tree over another, in place."""
-    _merge_mapping(into.values, over.values, (), into.origins, over.origins)
+    replaced: set[yaml12.Path] = set()
+    _merge_mapping(into, over, into.values, over.values, (), replaced)
+
+    def gone(place: yaml12.Path) -> bool:
+        return any(place[:length] in replaced for length in range(1, len(place) + 1))
+
+    kept = {place: origin for place, origin in into.origins.items() if not gone(place)}
+    new = {place: origin for place, origin in over.origins.items() if gone(place)}
+    into.origins.clear()
+    # An override's KEY makes the mappings above it without saying so.
+    into.origins.update(kept | dict.fromkeys(replaced, COMMAND_LINE) | new)
 
 
 def _merge_mapping(
-    into: dict[str, Any],
-    over: dict[str, Any],
+    into: Tree,
+    over: Tree,
+    old: dict[str, Any],
+    new: dict[str, Any],
     path: yaml12.Path,
-    origins: dict[yaml12.Path, str],
-    over_origins: Mapping[yaml12.Path, str],
+    replaced: set[yaml12.Path],
 ) -> None:
-    for key, value in over.items():
+    """Merge the mappings at `path`; adds to `replaced` what was taken over as it is."""
+    for key, value in new.items():
         here = (*path, key)
-        old = into.get(key)
-        merges = isinstance(old, dict) and isinstance(value, dict) and not _other(old, value)
-        if merges:
-            _merge_mapping(into[key], value, here, origins, over_origins)
-            origins[here] = over_origins.get(here, origins.get(here, COMMAND_LINE))
+        before = old.get(key)
+        if isinstance(before, dict) and isinstance(value, dict) and not _other(before, value):
+            _merge_mapping(into, over, before, value, here, replaced)
+            into.origins[here] = over.origins.get(here, into.origins.get(here, COMMAND_LINE))
         else:
-            into[key] = value
-            for stale in [place for place in origins if place[: len(here)] == here]:
-                del origins[stale]
-            origins.update(
-                (place, origin)
-                for place, origin in over_origins.items()
-                if place[: len(here)] == here
-            )
-            # An override's KEY makes the mappings above it without saying so.
-            origins.setdefault(here, COMMAND_LINE)
+            old[key] = value
+            replaced.add(here)
 
 
 def _other(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

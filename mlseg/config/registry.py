@@ -23,10 +23,12 @@ import importlib.util
 import inspect
 import operator
 import pkgutil
+import re
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import ModuleType
@@ -34,7 +36,83 @@ from typing import Any, Generic, TypeVar
 
 from mlseg.config.explaining import quoted
 from mlseg.config.loading import Settings, Tree
-from mlseg.errors import UserError, one_line
+from mlseg.errors import UserError, one_line, printable
+
+
+@dataclass
+class _Trust:
+    """Whether names may bring code that isn't mlseg's own, and what of it is known to be named."""
+
+    given: bool = True
+    said: bool = False
+    modules: tuple[str, ...] = ()
+
+
+_trust = _Trust()
+
+
+@contextmanager
+def strangers(trusted: bool, said: bool = True) -> Iterator[None]:
+    """Within this block a run that somebody else may have made is read.
+
+    What such a run names is code that would be executed here. Without trust only what mlseg's own
+    modules have registered is found, by name or by place: a dotted path may lead to any function of
+    any module, among them those that remove files, and settings are its arguments. With it, every
+    module is said before it is imported.
+
+    Args:
+        said: False: they stand in the user's own command.
+    """
+    global _trust
+    before, _trust = _trust, _Trust(given=trusted, said=said)
+    try:
+        yield
+    finally:
+        _trust = before
+
+
+def trusted() -> bool:
+    """Whether what is read may name code from anywhere."""
+    return _trust.given
+
+
+def say_foreign(values: Any) -> None:
+    """Have a refusal name all modules that a config's values seem to lead to."""
+    found = {text.partition(":")[0] for text in _strings(values) if _DOTTED_PATH.fullmatch(text)}
+    wanted = values.get("imports") if isinstance(values, Mapping) else None
+    found |= {name for name in wanted or () if isinstance(name, str)}
+    _trust.modules = tuple(sorted(name for name in found if not _own(name)))
+
+
+_DOTTED_PATH = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
+
+
+def _strings(values: Any) -> Iterator[str]:
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _strings(value)
+    elif isinstance(values, Mapping):
+        yield from _strings(list(values.values()))
+
+
+def _own(module: str) -> bool:
+    return module.split(".")[0] == "mlseg"
+
+
+class NotTrusted(UserError):
+    """A name leads to code that isn't mlseg's own, and nobody has said that it may."""
+
+
+def _not_trusted(what: str) -> NotTrusted:
+    named = {what.partition(":")[0]} if ":" in what or not _trust.modules else set()
+    modules = ", ".join(sorted({*named, *_trust.modules}))
+    return NotTrusted(
+        f"{what!r} is code that mlseg doesn't bring; if you trust whoever made this run, give "
+        f"--trust, which imports {modules}"
+    )
+
 
 PLUGINS = "mlseg.problems"
 """The package that is searched after a registry's own ones; it may be missing."""
@@ -148,6 +226,8 @@ class Registry(Generic[T]):
         found = self.all()
         if name in found:
             return found[name]
+        if not _trust.given and _trust.modules:
+            raise _not_trusted(name)
         near = get_close_matches(name, found, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(
@@ -177,11 +257,17 @@ class Registry(Generic[T]):
 
     def _at(self, path: str) -> T:
         module, _, attribute = path.partition(":")
+        if not _trust.given:
+            self.registered()
+            for name, place in self._places.items():
+                if place == path:
+                    return self._entries[name]
+            raise _not_trusted(path)
         try:
             found = operator.attrgetter(attribute)(import_module(module))
         except UserError as error:
             raise UserError(f"{self.kind} {path!r}: {error}") from error
-        except (AttributeError, TypeError):
+        except Exception:  # noqa: BLE001, a module's own __getattr__ may raise anything
             near = get_close_matches(attribute, dir(sys.modules[module]), n=1)
             hint = f"; did you mean {module}:{near[0]}?" if near else ""
             raise UserError(f"{self.kind} {path!r}: {module} has no {attribute!r}{hint}") from None
@@ -207,15 +293,18 @@ def import_module(name: str) -> ModuleType:
     """Import a user's module, from the working directory too.
 
     Raises:
-        UserError: there is none, or it fails; one line with the reason.
+        UserError: there is none, or it fails, or isn't trusted; one line with the reason.
     """
+    if not _own(name):
+        if not _trust.given:
+            raise _not_trusted(name)
+        if _trust.said and name not in sys.modules:
+            print(f"note: --trust: importing {printable(name)}", file=sys.stderr)
     if "" not in sys.path:
         sys.path.insert(0, "")  # a package beside the config, as with python -m
     try:
         return importlib.import_module(name)
-    except SystemExit as error:
-        raise UserError(f"can't import {name!r} (it ends the process)") from error
-    except Exception as error:  # whatever a module may raise while it is executed
+    except (Exception, SystemExit) as error:  # whatever a module may raise while it is executed
         if isinstance(error, ModuleNotFoundError) and error.name and name.startswith(error.name):
             reason = f"there is no module {error.name!r} here or among what is installed"
         elif isinstance(error, (ImportError, SyntaxError, ValueError, TypeError)) or not (

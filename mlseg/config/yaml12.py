@@ -23,7 +23,17 @@ Scalar = str | int | float | bool | None
 Path = tuple[str | int, ...]
 """Where a value stands: mapping keys and list indices from the top."""
 
+MAX_DEPTH = 50
+MAX_VALUES = 20_000
+MAX_LENGTH = 4096
+MAX_BITS = 1000
+"""How deep a document may nest, how many values it may have once references are followed, how many
+characters a string, how many bits an integer. Real configs stay far below; without bounds nine
+nested anchors fill a machine's memory."""
+
 _TAG = "tag:yaml.org,2002:"
+_SURROGATES = re.compile("[\ud800-\udfff]")
+"""What an escape can say and no UTF-8 file can hold."""
 _SCALARS = {_TAG + name for name in ("null", "bool", "int", "float", "str")}
 _CORE_SCHEMA = (
     ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
@@ -41,9 +51,19 @@ _CORE_SCHEMA = (
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars of the YAML 1.2 core schema."""
+    """SafeLoader with the scalars of the YAML 1.2 core schema, for documents of bounded depth."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(None, None, f"more than {MAX_DEPTH} levels deep", mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class Dumper(yaml.SafeDumper):
@@ -83,7 +103,7 @@ def read(text: str, name: str) -> tuple[Any, dict[Path, int]]:
 
     Raises:
         UserError: the text isn't YAML, repeats a key, has a key that is no string,
-            or uses tags or references beyond the core schema.
+            uses tags or references beyond the core schema, or exceeds the bounds above.
     """
     lines: dict[Path, int] = {}
     try:
@@ -103,6 +123,11 @@ def read(text: str, name: str) -> tuple[Any, dict[Path, int]]:
         raise UserError(
             f"{name}:{line_number}: not valid YAML: character {error.character!r} is not allowed"
         ) from None
+    except UserError:
+        raise
+    except (ValueError, OverflowError) as error:  # PyYAML's own, of "\U00110000"
+        line_number = loader.line + 1
+        raise UserError(f"{name}:{line_number}: not valid YAML: {_one_line(str(error))}") from None
     return value, lines
 
 
@@ -124,6 +149,10 @@ def _build(
     """Turn a node into plain values, noting the line of everything in it."""
     line = node.start_mark.line + 1
     lines.setdefault(path, line)
+    if len(path) > MAX_DEPTH:
+        raise UserError(f"{name}:{line}: more than {MAX_DEPTH} levels deep, by references (*)")
+    if len(lines) > MAX_VALUES:
+        raise UserError(f"{name}:{line}: more than {MAX_VALUES} values, references (*) followed")
     if id(node) in above:
         raise UserError(f"{name}:{line}: a reference (*) to a value that contains it")
     above = above | {id(node)}
@@ -152,12 +181,18 @@ def _build(
 
 
 def _scalar(loader: Loader, node: yaml.ScalarNode, name: str) -> Scalar:
+    line = node.start_mark.line + 1
+    if len(node.value) > MAX_LENGTH:
+        raise UserError(f"{name}:{line}: {len(node.value)} characters; at most {MAX_LENGTH}")
     try:
         value: Scalar = loader.construct_object(node)
-    except (ValueError, KeyError):  # an explicit tag that the text doesn't fit, as in `!!int x`
-        line = node.start_mark.line + 1
+    except Exception:  # noqa: BLE001, an explicit tag that the text doesn't fit, as in `!!int x`
         kind = node.tag.removeprefix(_TAG)
-        raise UserError(f"{name}:{line}: {node.value!r} can't be read as {kind}") from None
+        raise UserError(f"{name}:{line}: {node.value[:60]!r} can't be read as {kind}") from None
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:
+        raise UserError(f"{name}:{line}: an integer of more than {MAX_BITS} bits")
+    if isinstance(value, str) and (bad := _SURROGATES.search(value)):
+        raise UserError(f"{name}:{line}: character {bad[0]!r} is not allowed")
     return value
 
 

@@ -14,6 +14,7 @@ import mlseg._betty  # noqa: F401, its version is checked before anything is bui
 from mlseg.hypergradients.base import (
     Cotangents,
     Diagnostics,
+    Differentiating,
     Hop,
     Interface,
     Level,
@@ -30,6 +31,7 @@ from mlseg.hypergradients.trajectory import Keeps, Trajectory
 __all__ = [
     "Cotangents",
     "Diagnostics",
+    "Differentiating",
     "Hop",
     "Implicit",
     "Interface",

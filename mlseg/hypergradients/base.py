@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from mlseg.config import Settings
 from mlseg.hypergradients.diagnostics import Seconds
+from mlseg.hypergradients.second_order.fused import SecondOrder, formulas
 from mlseg.hypergradients.substitution import pointed_at
 from mlseg.hypergradients.trajectory import Keeps, Trajectory
 from mlseg.hypergradients.vectors import filled
@@ -209,6 +210,7 @@ class Hop:
         evaluations: evaluations of the level's loss so far, each with one backward pass.
         products: second derivatives along a direction so far: Hessian-vector products, mixed
             products, or both in one.
+        second_order: by whose formulas the gradients of its evaluations are differentiated.
     """
 
     def __init__(self, level: Level, sources: Sequence[Source], upper: str = "") -> None:
@@ -217,6 +219,7 @@ class Hop:
         self.parameters: Vector = list(level.meta_trainable_parameters())
         self.evaluations = 0
         self.products = 0
+        self.second_order: SecondOrder = "torch"
         self._upper = upper or "+".join(source.name for source in sources)
         self._interface = level.interface
         self._source_parameters = [list(s.trainable_parameters()) for s in sources]
@@ -248,11 +251,12 @@ class Hop:
 
         def loss() -> Tensor:
             self.evaluations += 1
-            if interface is None:
-                return again.last_loss()
-            again.rewind(interface.random_state)
-            part = interface.loss(self.inputs)
-            return part + interface.rest() if whole and interface.rest is not None else part
+            with formulas(self.second_order):
+                if interface is None:
+                    return again.last_loss()
+                again.rewind(interface.random_state)
+                part = interface.loss(self.inputs)
+                return part + interface.rest() if whole and interface.rest is not None else part
 
         with again.untraced():
             yield loss
@@ -260,7 +264,8 @@ class Hop:
     def fresh_loss(self) -> Tensor:
         """Within :meth:`evaluation`: the level's loss on a batch in a stream of its own."""
         self.evaluations += 1
-        return self.level.again.fresh_loss()
+        with formulas(self.second_order):
+            return self.level.again.fresh_loss()
 
     def linearised(self, point: Point) -> AbstractContextManager[None]:
         """A block in which the level has the weights of ``point``."""
@@ -409,6 +414,7 @@ class Method(Settings):
         watch = Seconds(vector[0].device if vector else "cpu")
         if not self.through_interface:
             hop = hop.without_interface()
+        hop.second_order = self.formulas()
         cotangents, diagnostics = self.cotangents(vector, hop)
         gradients = hop.pull_back(cotangents)
         watch.stop()
@@ -418,6 +424,10 @@ class Method(Settings):
     @abstractmethod
     def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         """``(dw*/d inputs)^T vector``, one tensor (or None for zero) per ``hop.inputs``."""
+
+    def formulas(self) -> SecondOrder:
+        """By whose formulas it differentiates gradients; ``torch`` where it differentiates none."""
+        return "torch"
 
     def keeps(self, level: Level) -> Keeps:
         """What ``level`` has to remember of its last steps for this method."""
@@ -429,3 +439,20 @@ class Method(Settings):
         Raises:
             UserError: with the mend.
         """
+
+
+class Differentiating(Method):
+    """A method that differentiates the graph of a gradient.
+
+    Attributes:
+        second_order: by whose formulas. ``fused``: convolutions and normalisations (batch, layer,
+            group, instance) are differentiated twice by the few kernels that it takes; ``torch``:
+            by torch's own formulas. The two agree to rounding
+            (:mod:`mlseg.hypergradients.second_order.fused`).
+    """
+
+    second_order: SecondOrder = "fused"
+
+    def formulas(self) -> SecondOrder:
+        """``second_order``."""
+        return self.second_order

@@ -33,7 +33,15 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Level, Method, Point, Vector
+from mlseg.hypergradients.base import (
+    Cotangents,
+    Diagnostics,
+    Differentiating,
+    Hop,
+    Level,
+    Point,
+    Vector,
+)
 from mlseg.hypergradients.optimizers import objective
 from mlseg.hypergradients.second_order.products import pull_through
 from mlseg.hypergradients.trajectory import Keeps
@@ -122,7 +130,7 @@ class System:
         return System(Hessian(self.hop.fresh_loss(), self.hop), self.damping)
 
 
-class Implicit(Method):
+class Implicit(Differentiating):
     """A hop over the level's minimiser. Subclass it and write :meth:`solve`.
 
     A subclass with a setting ``warm_start`` finds the last hop's solution in ``system.start`` where

@@ -11,6 +11,7 @@ from torch import Tensor
 from mlseg.hypergradients.base import Hop
 from mlseg.hypergradients.optimizers import Moments, optimizer_of
 from mlseg.hypergradients.optimizers.step_map import StepMap
+from mlseg.hypergradients.second_order.fused import formulas
 from mlseg.hypergradients.substitution import pointed_at
 from mlseg.hypergradients.trajectory import Step
 from mlseg.hypergradients.vectors import accumulate
@@ -54,7 +55,8 @@ class Replay:
 
             def loss() -> Tensor:
                 self.hop.evaluations += 1
-                return self.level.again.loss(batch, random_state) / len(step.seen)
+                with formulas(self.hop.second_order):
+                    return self.level.again.loss(batch, random_state) / len(step.seen)
 
             return loss
 

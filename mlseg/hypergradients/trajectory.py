@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlseg.hypergradients.second_order.fused import SecondOrder
 from mlseg.randomness import RandomState
 from mlseg.transfer import state_to_device
 
@@ -24,12 +25,14 @@ class Keeps:
         gradient: the gradient that it stepped along, all of it: over accumulated batches, with what
             came from levels below, before clipping.
         graph: the graph of that gradient, which the step builds for the purpose.
+        second_order: by whose formulas that graph is differentiated.
     """
 
     steps: int = 0
     moments: bool = False
     gradient: bool = False
     graph: bool = False
+    second_order: SecondOrder = "torch"
 
 
 @dataclass

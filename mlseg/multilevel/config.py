@@ -22,6 +22,16 @@ _BETTYS_SETTINGS = {
     "cg_iterations": ("cg", "iterations"),
 }
 
+_BETTYS_ALONE = {
+    "cg_alpha": "Betty's cg, which ours doesn't need: it solves to a tolerance, with damping",
+    "sama_adam_alpha": "Betty's sama; ours has hypergradient={'method': 'sama', 'epsilon': ...}",
+    "darts_multitask": "Betty's darts, which leaves the level's weights moved",
+    "sama_multitask": "Betty's sama, which leaves the level's weights moved",
+    "initial_dynamic_scale": "fp16, which mlseg.Problem doesn't do (precision='bf16')",
+    "scale_factor": "fp16, which mlseg.Problem doesn't do (precision='bf16')",
+}
+"""What has no counterpart among ours."""
+
 
 @dataclass
 class Config(betty.configs.Config):
@@ -34,6 +44,7 @@ class Config(betty.configs.Config):
             the optimizer stepped, each ``epoch`` of the first loader, or each ``validation`` (with
             the monitored metric, if the scheduler takes one).
 
+    Settings of Betty's own methods (``darts_alpha``, ``cg_alpha``, ...) and of fp16 are refused.
     Betty's ``type`` names the method where ``hypergradient`` doesn't; without either it is
     ``finite_difference``. ``precision`` is ``fp32`` or ``bf16``.
     """
@@ -48,6 +59,12 @@ class Config(betty.configs.Config):
                 raise ValueError(
                     f"{name} is a setting of Betty's methods; write "
                     f"hypergradient={{'method': {ours!r}, {setting!r}: ...}}"
+                )
+        for name, why in _BETTYS_ALONE.items():
+            if getattr(self, name) != getattr(betty.configs.Config, name):
+                raise ValueError(
+                    f"{name} is a setting of {why}; leave it out, or give the problem a "
+                    "betty.configs.Config"
                 )
         if self.type and self.type not in METHODS:
             raise ValueError(

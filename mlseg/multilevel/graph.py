@@ -15,6 +15,7 @@ from betty.problems import Problem as BettyProblem
 from torch import nn
 
 from mlseg.errors import UserError
+from mlseg.multilevel.own_names import OwnNames
 
 Levels = Mapping[str, BettyProblem]
 """All levels of an engine by name."""
@@ -39,7 +40,7 @@ HOOKS = frozenset(
 # ------------------------------------------------------------------------------------ names
 
 
-class KnowsLevels:
+class KnowsLevels(OwnNames):
     """Gives levels by name: ``levels[name]``, and as attributes.
 
     Levels and attributes are kept apart: a level never takes an attribute's place.
@@ -70,6 +71,9 @@ def introduce(problems: Sequence[BettyProblem], engine: betty.engine.Engine) -> 
         UserError: a name is doubled, is no name, or is that of an attribute.
     """
     levels: dict[str, BettyProblem] = {}
+    for holder in (*problems, engine):
+        if isinstance(holder, KnowsLevels):
+            holder.check_names()
     for problem in problems:
         if problem.name in levels:
             raise UserError(f"two levels are named {problem.name!r}; rename one of them")

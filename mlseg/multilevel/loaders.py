@@ -33,6 +33,7 @@ class Place:
         self.by_itself = callable(getattr(loader, "state_dict", None))
         self._start: dict[str, Any] | None = None
         self._drawn = 0
+        self._waits = False
 
     @property
     def started(self) -> bool:
@@ -46,6 +47,20 @@ class Place:
             self._drawn = 0
         return iter(self.loader)
 
+    def start_and_wait(self) -> Iterator[Any]:
+        """Begin an epoch whose first batch is drawn later, when others may have drawn numbers.
+
+        Betty's problems begin their first one so, while the engine is set up.
+        """
+        self._waits = not self.by_itself
+        return self.start()
+
+    def before_draw(self) -> None:
+        """A batch is about to be drawn."""
+        if self._waits and self._start is not None:
+            self._start["first"] = randomness.capture(self.device)
+            self._waits = False
+
     def draw(self) -> None:
         """A batch of the epoch has been drawn."""
         self._drawn += 1
@@ -54,7 +69,8 @@ class Place:
         """The place, as tensors and plain values."""
         if self.by_itself:
             return {"loader": self.loader.state_dict()}
-        return {"start": self._start, "drawn": self._drawn, "own": self.own_states()}
+        place = {"start": self._start, "drawn": self._drawn, "own": self.own_states()}
+        return {**place, "waits": True} if self._waits else place
 
     def load_state_dict(self, state: dict[str, Any]) -> Iterator[Any] | None:
         """Go there; returns the iterator over the rest of the epoch, None if none was started."""
@@ -64,11 +80,14 @@ class Place:
         self._start, self._drawn = state["start"], state["drawn"]
         if isinstance(self._drawn, bool) or not isinstance(self._drawn, int) or self._drawn < 0:
             raise ValueError(f"loaders.drawn is {str(self._drawn)[:40]!r}, no number of batches")
+        self._waits = state.get("waits", False)
         rest = None
         if self._start is not None:
             with randomness.replayed(self._start["global"], self.device):
                 self.set_own(self._start["own"])
                 rest = iter(self.loader)
+                if "first" in self._start:
+                    randomness.restore(self._start["first"], self.device)
                 for number in range(self._drawn):
                     if next(rest, self) is self:
                         raise ValueError(f"loaders.drawn is {self._drawn}, of {number} batches")
@@ -125,6 +144,7 @@ class Stream:
         if not place.started:
             # Betty starts the first pass while it sets up; start it here, from a known state.
             self.iterators[index] = place.start()
+        place.before_draw()
         try:
             batch = next(self.iterators[index])
         except StopIteration:

@@ -9,6 +9,7 @@ import torch
 from betty.problems import Problem as BettyProblem
 from torch import Tensor
 
+from mlseg.errors import RunError
 from mlseg.hypergradients import Diagnostics, Hop, Vector
 from mlseg.hypergradients.vectors import filled, norm
 from mlseg.multilevel.betty_tables import carry_by_bettys
@@ -37,7 +38,11 @@ class OuterGradient:
         self.hops = Hops(paths)
 
     def __call__(
-        self, loss: Tensor, params: Sequence[Tensor], retain_graph: bool = False
+        self,
+        loss: Tensor,
+        params: Sequence[Tensor],
+        retain_graph: bool = False,
+        allow_unused: bool = True,
     ) -> tuple[Vector, Diagnostics]:
         """The gradient of ``loss`` by ``params``, direct and through the levels below.
 
@@ -45,10 +50,18 @@ class OuterGradient:
             one tensor per element of ``params``, and diagnostics: the norm carried over each hop
             that arrives at ``upper`` (``hypergradient/<level>``), the norm of the vector that
             starts at each first level, and what the methods report.
+
+        Raises:
+            RunError: the loss doesn't use one of ``params`` itself, and ``allow_unused`` is False.
         """
         groups = [list(level.meta_trainable_parameters()) for level in self.hops.first]
         flat = [*params, *(p for group in groups for p in group)]
         gradients = torch.autograd.grad(loss, flat, retain_graph=retain_graph, allow_unused=True)
+        if not allow_unused and any(g is None for g in gradients[: len(params)]):
+            raise RunError(
+                f"problem {self.upper.name!r}: its loss doesn't use all of its own parameters, and "
+                "its config says allow_unused=False; leave it True for an upper level"
+            )
         parts = iter(filled(gradients, flat))
         total = [next(parts) for _ in params]
         vectors: dict[BettyProblem, Vector] = {

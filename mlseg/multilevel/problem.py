@@ -14,14 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from mlseg import randomness
 from mlseg.errors import RunError, UserError
 from mlseg.hypergradients import Hop, Vector
+from mlseg.hypergradients.second_order.fused import formulas
 from mlseg.hypergradients.substitution import check_none_left, substituted
 from mlseg.multilevel import graph, restoring
-from mlseg.multilevel.betty_tables import carry_by_bettys
+from mlseg.multilevel.betty_tables import carry_by_bettys, is_bettys
 from mlseg.multilevel.config import Config, SchedulerClock, method_of
 from mlseg.multilevel.loaders import FreshBatches, Place, Stream
 from mlseg.multilevel.outer_gradient import OuterGradient
+from mlseg.multilevel.own_names import Shown
+from mlseg.multilevel.plain import regroup
 from mlseg.multilevel.revisiting import Revisitable
 from mlseg.transfer import state_to_device, to_device
 
@@ -79,9 +83,11 @@ class Problem(Revisitable):
         self._inner_loop_start: bool = True
         if self.precision == "fp16":
             raise ValueError(f"problem {name!r}: precision fp16; choose fp32 or bf16")
-        self.metrics: dict[str, Any] = {}
-        """Detached figures of the last step; the engine writes them when it logs."""
+        self._metrics: dict[str, Any] = {}
         self._start_remembering(method_of(self._config))
+
+    metrics = Shown[dict[str, Any]]()
+    """Detached figures of the last step; the engine writes them when it logs."""
 
     @property
     def revisits(self) -> str | None:
@@ -118,24 +124,28 @@ class Problem(Revisitable):
         with (
             substituted(self.again.modules(), parameters, leaves) if keeps_graph else nullcontext()
         ):
-            loss, metrics = self.get_loss(batch)
             if keeps_graph:
+                with formulas(self.trajectory.keeps.second_order):
+                    loss, metrics = self.get_loss(batch)
                 both = torch.autograd.grad(
                     loss, [*leaves, *parameters], create_graph=True, allow_unused=True
                 )
                 gradient, left = both[: len(leaves)], both[len(leaves) :]
                 check_none_left(self.name, left, "store to weights")
                 self.trajectory.add_graph(gradient)
+            else:
+                loss, metrics = self.get_loss(batch)
             if keeps_graph and not self._paths:
                 total: list[Any] = [None if g is None else g.detach() for g in gradient]
             else:
-                metrics |= self.backward(
+                report = self.backward(
                     loss=loss,
                     params=leaves,
                     paths=self._paths,
                     retain_graph=self._retain_graph or keeps_graph,
                     allow_unused=self._allow_unused,
                 )
+                metrics |= report or {}  # one that was written for Betty returns nothing
                 total = [leaf.grad for leaf in leaves]
         if keeps_graph:
             for leaf in leaves:
@@ -163,7 +173,8 @@ class Problem(Revisitable):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Clip and step; Betty's ``custom_optimizer_step``, if there is one."""
-        if self.is_implemented("custom_optimizer_step"):
+        # Betty's own also keeps what its ``sama`` wants to know.
+        if self.method is None or self.is_implemented("custom_optimizer_step"):
             super().optimizer_step(*args, **kwargs)
             return
         if self.gradient_clipping > 0.0:
@@ -188,6 +199,9 @@ class Problem(Revisitable):
 
     def loss(self, batch: Any) -> Tensor:
         """``training_step``'s loss in full precision, for a hypergradient's evaluations."""
+        return self._loss(batch)
+
+    def _loss(self, batch: Any) -> Tensor:
         return _as_dict(self.training_step(batch), self.name)["loss"]
 
     def _evaluate(self, batch: Any) -> dict[str, Any]:
@@ -218,8 +232,14 @@ class Problem(Revisitable):
                 loss, inputs=list(params), create_graph=create_graph, retain_graph=retain_graph
             )
             return {}
+        if len(paths) > 1 and all(is_bettys(level) for path in paths for level in path[1:-1]):
+            # Betty walks each path by itself, and differences of sums are no sums of differences.
+            super().backward(loss, list(params), paths, create_graph, True, allow_unused)
+            return {}
         outer = OuterGradient(self, paths)
-        gradient, diagnostics = outer(loss, params, retain_graph=retain_graph)
+        gradient, diagnostics = outer(
+            loss, params, retain_graph=retain_graph, allow_unused=allow_unused
+        )
         self.set_grads(params, gradient)
         return diagnostics
 
@@ -236,8 +256,7 @@ class Problem(Revisitable):
         """Carry an outer gradient over ``hop``, which starts from this level, by its method."""
         if self.method is not None:
             return self.method(vector, hop)
-        with self.again.untraced():
-            return carry_by_bettys(vector, self, hop.sources), {}
+        return carry_by_bettys(vector, self, hop.sources), {}
 
     # ------------------------------------------------------------- the step order
 
@@ -253,9 +272,11 @@ class Problem(Revisitable):
                 self.cache_states()
         if self._training:
             self._count += 1
-        self.metrics = self.one_step_descent()
+        self._metrics = self.one_step_descent()
+        if self.method is None and not self._roll_back:
+            self.step_scheduler("iteration")  # where and when Betty does: with each batch
         if self.log_step > 0 and self._count % self.log_step == 0 and self.is_rank_zero():
-            self.log(self.metrics, global_step)
+            self.log(self._metrics, global_step)
         if (
             self._training
             and self._count % (self._unroll_steps * self.gas) == 0
@@ -265,10 +286,23 @@ class Problem(Revisitable):
                 problem.ready[problem.children.index(self)] = True
                 problem.step_normal(global_step=global_step)
             self._inner_loop_start = True
-        if not self._roll_back and self.gradient_accumulation_boundary():
+        ours = self.method is not None and not self._roll_back
+        if ours and self.gradient_accumulation_boundary():
             # After the uppers: a hypergradient carries the rate that this step was taken with.
             self.step_scheduler("iteration")
         self.ready = [False] * len(self._children)
+
+    def step_after_roll_back(self) -> None:
+        """Take the level's last step again from where its inner loop began (``roll_back``)."""
+        if self.check_ready() and self._training:
+            if self._roll_back:
+                self.recover_states()
+                self.one_step_descent(batch=self.cur_batch)
+                self.step_scheduler("iteration")
+                for problem in self._parents:
+                    problem.ready[problem.children.index(self)] = True
+                    problem.step_after_roll_back()
+            self.ready = [False] * len(self._children)
 
     def step_scheduler(self, clock: SchedulerClock, metric: float | None = None) -> None:
         """Step the scheduler if this is the clock it goes by.
@@ -311,17 +345,32 @@ class Problem(Revisitable):
             self.epoch_counter or [],
         )
         self._fresh = FreshBatches(self.name, self._stream, self.device)
+        if self.method is None:
+            # Betty has begun the first pass by now; begin it again, and note from where.
+            randomness.restore(self._before_loaders, self.device)
+            for index, place in enumerate(self._stream.places):
+                self._stream.iterators[index] = place.start_and_wait()
         self.connect()
+
+    def patch_everything(self) -> None:
+        """Betty's; its next step is to begin a pass over each loader."""
+        super().patch_everything()
+        self._before_loaders = randomness.capture(self.device)
 
     def patch_optimizer(self) -> None:
         """Keep the optimizer object; only its state follows the module to the device."""
         if self._strategy not in (None, "default", "cpu", "gpu"):
             super().patch_optimizer()
         elif self.optimizer is not None:
+            if self.is_implemented("param_groups"):
+                regroup(self.optimizer, self.param_groups())
             _move_state(self.optimizer, self.device)
 
     def patch_scheduler(self) -> None:
-        """Keep the scheduler object."""
+        """Keep the scheduler object, unless ``param_groups`` made other groups than it knows."""
+        known = len(getattr(self.scheduler, "base_lrs", ()))
+        if known not in (0, len(self.optimizer.param_groups)):
+            super().patch_scheduler()
 
     def set_train_data_loader(self, loader: Any, idx: int = 0) -> None:
         """Replace a loader; the next batch comes from the new one."""
@@ -356,7 +405,7 @@ class Problem(Revisitable):
         state["loaders"] = self._stream.state_dict()
         # Figures that a later log is still to write.
         state["metrics"] = {
-            k: v for k, v in self.metrics.items() if isinstance(v, (Tensor, int, float))
+            k: v for k, v in self._metrics.items() if isinstance(v, (Tensor, int, float))
         }
         if not self.gradient_accumulation_boundary():
             state["gradients"] = [p.grad for p in self.trainable_parameters()]
@@ -366,9 +415,14 @@ class Problem(Revisitable):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; the loaders go on where they were.
 
+        Betty's own, which has neither counts nor places, is taken for what it has.
+
         Raises:
             ValueError, RuntimeError, KeyError, TypeError: it is of another level.
         """
+        if "count" not in state:
+            super().load_state_dict(state)
+            return
         restoring.check(self, state)
         if self.optimizer is not None:
             super().load_state_dict(state)
@@ -378,7 +432,7 @@ class Problem(Revisitable):
         self._inner_loop_start = state["inner_loop_start"]
         self.ready = list(state["ready"])
         self._stream.load_state_dict(state["loaders"])
-        self.metrics = {
+        self._metrics = {
             k: v.to(self.device) if isinstance(v, Tensor) else v
             for k, v in state["metrics"].items()
         }

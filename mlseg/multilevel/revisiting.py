@@ -86,11 +86,11 @@ class Again:
     def loss(self, batch: Any, random_state: randomness.RandomState | None) -> Tensor:
         """Rewind to ``random_state``, then the loss of ``batch``."""
         self.rewind(random_state)
-        return self._problem.loss(batch)
+        return self._problem._loss(batch)
 
     def fresh_loss(self) -> Tensor:
         """The loss of a batch from the same data, in a stream of which training takes no note."""
-        return self._problem.loss(self._problem.fresh_batch())
+        return self._problem._loss(self._problem.fresh_batch())
 
     def modules(self) -> list[nn.Module]:
         """Those of all problems of the engine, this one's first."""
@@ -123,6 +123,16 @@ class Revisitable(graph.KnowsLevels, betty.problems.ImplicitProblem):
         trajectory: the last steps, as far as the method wants them.
         hop_memory: what the method keeps from one hop to the next, by the upper level's name.
     """
+
+    FREE = frozenset({"learning_rates", "loss", "revisits"})
+    TYPES = {
+        "method": (Method, type(None)),
+        "again": (Again,),
+        "trajectory": (Trajectory,),
+        "hop_memory": (dict,),
+        "interface": (Interface, type(None)),
+        "replaying": (bool,),
+    }
 
     interface: Interface | None
     replaying: bool

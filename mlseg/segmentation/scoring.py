@@ -99,6 +99,32 @@ def at_native(probabilities_BKHW: Tensor, native: tuple[int, int], fit: Fit) -> 
     return functional.interpolate(found, native, mode="bilinear", align_corners=False)
 
 
+def label_map(
+    probabilities_1KHW: Tensor, native: tuple[int, int], fit: Fit, threshold: float
+) -> Tensor:
+    """The decision about one image at its own size, in memory for two classes, however many.
+
+    The same as ``decide(at_native(...))``.
+
+    Args:
+        native, fit: as of :func:`at_native`.
+        threshold: as of :func:`decide`.
+
+    Returns:
+        (H', W') uint8 class indices.
+    """
+    if probabilities_1KHW.shape[1] == 2:
+        foreground = at_native(probabilities_1KHW[:, 1:], native, fit)[0, 0]
+        return (foreground > threshold).to(torch.uint8)
+    highest = at_native(probabilities_1KHW[:, :1], native, fit)[0, 0]
+    found = torch.zeros(native, dtype=torch.uint8, device=highest.device)
+    for index in range(1, probabilities_1KHW.shape[1]):
+        other = at_native(probabilities_1KHW[:, index : index + 1], native, fit)[0, 0]
+        found[other > highest] = index
+        highest = torch.maximum(highest, other)
+    return found
+
+
 def predictions(
     by: Predict, samples: Samples, device: torch.device, batch_size: int = SCORING_BATCH
 ) -> Iterator[tuple[slice, Tensor]]:

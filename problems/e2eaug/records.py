@@ -15,13 +15,13 @@ from mlseg.engines.engine import Engine
 from mlseg.engines.hooks import Hooks
 from mlseg.engines.settings import Stage
 from mlseg.errors import UserError
-from mlseg.files import write_json
+from mlseg.files import reachable, write_json
 from mlseg.multilevel.problem import Problem
 from mlseg.problems.e2eaug.levels import encode
 from mlseg.problems.e2eaug.networks.cells import CANDIDATES
 from mlseg.problems.e2eaug.settings import E2EAugSettings
 from mlseg.segmentation.data import SegmentationData, to_uint8
-from mlseg.segmentation.pictures import colour, tiles, to_rgb
+from mlseg.segmentation.pictures import Row, colour, legend, sheet, to_rgb
 
 PRETRAINING = "pretraining"
 PICTURED = 4
@@ -55,7 +55,7 @@ class Pretraining(Hooks):
         if out is not None and (out / "checkpoints" / "last.pt").exists():
             return  # a resumed run, whose checkpoint holds all of it
         if gan.pretrained is not None:
-            self._load(Path(gan.pretrained))
+            self._load(reachable(gan.pretrained))
         elif gan.pretrain:
             self._set_rates(gan.pretrain_lr)
 
@@ -68,6 +68,7 @@ class Pretraining(Hooks):
             "image_size": settings.data.image_size,
             "channels": list(self._channels),
             "alphas": "random" if settings.architecture.mode == "random" else "uniform",
+            "selection": settings.architecture.selection,
         }
 
     def stage_end(self, engine: Engine, stage: Stage) -> None:
@@ -76,7 +77,7 @@ class Pretraining(Hooks):
             return
         if engine.recorder.directory is not None:
             state = {name: part.module.state_dict() for name, part in self._parts.items()}
-            engine.check_finite({name: {"module": own} for name, own in state.items()})
+            engine._check_states({name: {"module": own} for name, own in state.items()})
             checkpoint.save(engine.checkpoint_path("gan"), {**state, "shape": self._shape})
         for player in self._players:
             player.optimizer.state.clear()
@@ -95,7 +96,8 @@ class Pretraining(Hooks):
         mend = "name another run's checkpoints/gan.pt, or pre-train anew (gan.pretrained=null)"
         with checkpoint.taking(f"gan.pretrained: {path}", mend):
             for key, value in self._shape.items():
-                found = state["shape"].get(key, value)
+                # A file without the key is from before there was a choice.
+                found = state["shape"].get(key, "softmax" if key == "selection" else value)
                 if found != value:
                     raise UserError(
                         f"gan.pretrained: {path} has {key} {found}, this config {value}; use the "
@@ -216,15 +218,20 @@ class SyntheticPictures(Hooks):
             made = self._generator(encode(augmented, spec.num_classes))
         palette = spec.palette
         rows = [
-            [
-                to_rgb(data.images[i]),
-                colour(data.masks[i].numpy(), palette),
-                colour(augmented[i].to("cpu", torch.uint8).numpy(), palette),
-                to_rgb(to_uint8(made[i])),
-            ]
+            Row(
+                [
+                    to_rgb(data.images[i]),
+                    colour(data.masks[i].numpy(), palette),
+                    colour(augmented[i].to("cpu", torch.uint8).numpy(), palette),
+                    to_rgb(to_uint8(made[i])),
+                ],
+                data.ids[i],
+            )
             for i in range(count)
         ]
-        engine.recorder.picture("synthetic", engine.global_step, tiles(rows))
+        heads = ("image", "its mask", "mask augmented", "image made of that")
+        picture = sheet(heads, rows, legend(spec, data.masks[:count], tinted=False))
+        engine.recorder.picture("synthetic", engine.global_step, picture)
 
 
 class ExportedGenerator(Hooks):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mlseg.config import Settings
 from mlseg.multilevel.settings import ProblemSettings
+from mlseg.problems.e2eaug.networks.architecture import Selection
 from mlseg.problems.systems import RunSettings
 from mlseg.segmentation.data import AugmentationSettings, DataSettings
 from mlseg.segmentation.losses import LossSettings
@@ -30,34 +32,51 @@ class DiscriminatorSettings(Settings):
     layers: PositiveInt = 3
 
 
+class EpochsSettings(Settings):
+    """A length that follows the number of images."""
+
+    epochs: PositiveFloat
+
+
 class GanSettings(Settings):
     """The GAN's training before and while the three levels run.
 
     Attributes:
-        pretrain: iterations of generator and discriminator alone, before the segmentor starts.
-        pretrain_lr: their learning rate in it.
+        pretrain: iterations of generator and discriminator alone, before the segmentor starts; or
+            ``{epochs: N}``, N times the training images.
+        pretrain_lr: their learning rate in it. The paper gives none but that of the GAN's training,
+            1e-5; its public code has 2e-5.
         pretrained: a ``checkpoints/gan.pt`` of another run, in place of pre-training.
         frozen: generator and alphas are not trained further (rows GAN and Separate).
         l1: weight of the reconstruction loss.
         augmentation: of the real pairs that the GAN learns from.
     """
 
-    pretrain: NonNegativeInt = 3200
-    pretrain_lr: PositiveFloat = 2e-5
+    pretrain: NonNegativeInt | EpochsSettings = EpochsSettings(epochs=200)
+    pretrain_lr: PositiveFloat = 1e-5
     pretrained: str | None = None
     frozen: bool = False
     l1: NonNegativeFloat = 100.0
     augmentation: AugmentationSettings = AugmentationSettings.off()
+
+    def pretraining(self, images: int, batch_size: int) -> int:
+        """Iterations of pre-training on so many images, in batches of ``batch_size``."""
+        if isinstance(self.pretrain, int):
+            return self.pretrain
+        return math.ceil(self.pretrain.epochs * images / batch_size)
 
 
 class ArchitectureSettings(Settings):
     """What becomes of the alphas.
 
     Attributes:
+        selection: weights from alphas: ``softmax``, those of a cell sum to 1 (DARTS, which the
+            paper follows); ``sigmoid``, each in [0, 1] by itself (the paper's section 3.2).
         mode: ``learned``; or a control: ``frozen`` at uniform weights, or ``random`` and frozen.
         spread: standard deviation of random alphas.
     """
 
+    selection: Selection = "softmax"
     mode: Literal["learned", "frozen", "random"] = "learned"
     spread: PositiveFloat = 1.0
 
@@ -123,7 +142,8 @@ class E2EAugSettings(RunSettings):
 
 
 _GAN_STEP = {"name": "adam", "lr": 1e-5, "betas": [0.5, 0.999], "weight_decay": 1e-3}
-# The one-step derivation to the letter; docs/results.md has what the alternatives are worth.
+# The derivative of one step as the optimizer takes it, preconditioned: the paper's words are "one-
+# step gradient descent", whose letter is ``scale: learning_rate``. See docs/e2eaug.md.
 _ONE_STEP = {"method": "finite_difference", "scale": "optimizer", "linearise": "before_step"}
 _PAPER: dict[str, Any] = {
     "problems": {
@@ -143,6 +163,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "genseg": {
         **_PAPER,
         "generator": {"search": "decoder"},
+        "gan": {"pretrain_lr": 2e-5},
         "mask_augmentation": "genseg",
         "loss": {"name": "weighted_sum", "cross_entropy": 1.0, "jaccard": 1.0},
         "problems": {

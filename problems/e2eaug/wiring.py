@@ -75,7 +75,9 @@ def build(settings: E2EAugSettings, out: Path | None) -> Engine:
     return Engine(
         problems,
         settings.engine,
-        stages=_stages(settings, generator, discriminator, segmentor, architecture),
+        stages=_stages(
+            settings, len(data.train), generator, discriminator, segmentor, architecture
+        ),
         device=make.device,
         out=out,
         hooks=[*hooks, records.ExportedGenerator(generator)],
@@ -108,11 +110,13 @@ def networks(
         return generator, discriminator, None
     spread = settings.architecture.spread if settings.architecture.mode == "random" else 1e-3
     with seeded(seed, "architecture"):
-        return generator, discriminator, ArchitectureModule(generator.num_cells, spread)
+        alphas = ArchitectureModule(generator.num_cells, spread, settings.architecture.selection)
+    return generator, discriminator, alphas
 
 
 def _stages(
     settings: E2EAugSettings,
+    images: int,
     generator: Problem,
     discriminator: Problem,
     segmentor: Problem,
@@ -122,7 +126,8 @@ def _stages(
     stages = []
     players = [generator, discriminator]
     if settings.gan.pretrain and settings.gan.pretrained is None and settings.synthetic_weight:
-        stages.append(Stage(records.PRETRAINING, settings.gan.pretrain, players))
+        length = settings.gan.pretraining(images, settings.problems.generator.batch_size)
+        stages.append(Stage(records.PRETRAINING, length, players))
     length = settings.engine.iterations
     if settings.gan.frozen or not settings.synthetic_weight:
         return [*stages, Stage("training", length, [segmentor])]

@@ -1,7 +1,7 @@
 """LoAd: lookahead adversarial learning for semantic segmentation.
 
     stage 1    min_G  CE(Y, G(X))
-    stage 2    min_G  - log D(X, G(X))                      generator: one update, then evaluate
+    stage 2    min_G  - lambda sum log D(X, G(X))           generator: one update, then evaluate
                min_D  BCE(D(X, Y), 1) + BCE(D(X, B), 0)     discriminator: to early stopping
 
 In stage 2 a controller (:mod:`mlseg.engines.lookahead.controller`) lets the generator run ahead
@@ -34,7 +34,7 @@ from torch.nn import functional
 from mlseg.engines.lookahead.label_maps import Batch, LabelMapBatches
 from mlseg.multilevel.problem import Problem
 from mlseg.problems.building import Setup
-from mlseg.problems.load.losses import balanced_cross_entropy, fooling_loss, relax
+from mlseg.problems.load.losses import balanced_cross_entropy, fooling_loss, pixelwise, relax
 from mlseg.problems.load.networks import one_hot
 from mlseg.problems.load.settings import AdversarialSettings
 from mlseg.segmentation.nets.layers import freeze_batch_norm
@@ -91,16 +91,21 @@ class Generator(Problem):
         self.ignore_index = ignore_index
 
     def training_step(self, batch: Any) -> dict[str, Tensor]:
-        """``- log D(X, G(X))``, or ``log(1 - D(X, G(X)))``."""
+        """``- lambda log D(X, G(X))``, or ``lambda log(1 - D(X, G(X)))``."""
         image, mask = batch
         self.module.train()
         if self.adversarial.freeze_batch_norm:
             freeze_batch_norm(self.module)
-        maps = relax(self(image), self.adversarial.relaxation, self.adversarial.temperature)
+        own = self.adversarial
+        scores = self(image)
+        maps = relax(scores, own.relaxation, own.temperature)
         if self.ignore_index is not None:
             maps = maps * (mask != self.ignore_index).unsqueeze(1)
         logits = self.discriminator.judge(image, maps)
-        loss = fooling_loss(logits, self.adversarial.loss == "saturating")
+        losses = own.weight * fooling_loss(logits, own.loss == "saturating")
+        if own.cross_entropy:
+            losses = losses + own.cross_entropy * pixelwise(scores, mask, self.ignore_index)
+        loss = losses.sum() if own.reduction == "sum" else losses.mean()
         return {"loss": loss, "fooled": (logits > 0).float().mean()}
 
 

@@ -40,14 +40,24 @@ def relax(logits_BKHW: Tensor, kind: Relaxation, temperature: float = 1.0) -> Te
 
 
 def fooling_loss(logits: Tensor, saturating: bool = False) -> Tensor:
-    """What a generator minimises, mean over the batch, from a discriminator's logits x on fakes.
+    """What a generator minimises, image by image, from a discriminator's logits x on fakes (B,).
 
     Non-saturating: -log D = log(1 + e^-x) (LoAd, section 2). Saturating: log(1 - D) = -log(1 + e^x)
     (its workshop version, equation 2), whose gradient vanishes where D is sure of itself.
     """
     if saturating:
-        return -functional.softplus(logits).mean()
-    return functional.softplus(-logits).mean()
+        return -functional.softplus(logits)
+    return functional.softplus(-logits)
+
+
+def pixelwise(logits_BKHW: Tensor, target_BHW: Tensor, ignore_index: int | None) -> Tensor:
+    """(B,) cross-entropy of each image, mean over its labelled pixels; 0 where there are none."""
+    ignore = -100 if ignore_index is None else ignore_index
+    losses = functional.cross_entropy(
+        full(logits_BKHW), target_BHW, ignore_index=ignore, reduction="none"
+    )
+    labelled = (target_BHW != ignore).flatten(1).sum(1).clamp_min(1)
+    return losses.flatten(1).sum(1) / labelled
 
 
 def balanced_cross_entropy(

@@ -1,7 +1,7 @@
 """LoAd's discriminators: does this label map belong to this image, and did a human draw it?
 
 They see the image split by class: K copies of it, each zero outside of one class's pixels, stacked
-into 3 K channels (LoAd, figure 2 and section 4), and give one logit.
+into 3 K channels (LoAd, figure 2 and section 4), or the label map alone, and give one logit.
 """
 
 from itertools import pairwise
@@ -30,12 +30,18 @@ class DiscriminatorSettings(Settings):
         input_size: pixels, height and width to which the split image is resized; None: its own.
         dropout: before the last layer.
         channels: of the first convolution of ``cnn``.
+        sees: ``split``, the image split by class, or ``maps``, the label map alone: whether it
+            belongs to the image can't be told then.
+        masked_range: images are split with values in ``signed`` [-1, 1], where a pixel of another
+            class is mid grey, or ``unit`` [0, 1], where it is black.
     """
 
     name: Literal["mobilenet_v1", "vgg16", "cnn"] = "mobilenet_v1"
     input_size: PositiveInt | None = 224
     dropout: float = Field(default=0.01, ge=0.0, lt=1.0)
     channels: PositiveInt = 32
+    sees: Literal["split", "maps"] = "split"
+    masked_range: Literal["signed", "unit"] = "signed"
 
 
 def require_input_size(settings: DiscriminatorSettings, size: tuple[int, int]) -> None:
@@ -64,8 +70,9 @@ class Discriminator(nn.Module):
 
     def __init__(self, settings: DiscriminatorSettings, in_channels: int, num_classes: int) -> None:
         super().__init__()
-        self.size = settings.input_size
-        channels = in_channels * num_classes
+        self.size, self.sees = settings.input_size, settings.sees
+        self.unit = settings.masked_range == "unit"
+        channels = num_classes if self.sees == "maps" else in_channels * num_classes
         if settings.name == "cnn":
             self.network: nn.Module = _cnn(channels, settings.channels, settings.dropout)
         else:
@@ -78,7 +85,10 @@ class Discriminator(nn.Module):
 
     def forward(self, image_BCHW: Tensor, maps_BKHW: Tensor) -> Tensor:
         """(B, C, H, W) image, (B, K, H, W) label maps, zero where ignored -> (B,) logits."""
-        x = split_by_class(image_BCHW, maps_BKHW)
+        if self.sees == "maps":
+            x = maps_BKHW
+        else:
+            x = split_by_class((image_BCHW + 1) / 2 if self.unit else image_BCHW, maps_BKHW)
         if self.size is not None and x.shape[-2:] != (self.size, self.size):
             # After masking: resized before, neighbouring classes would run into one another.
             x = functional.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)

@@ -25,7 +25,7 @@ from mlseg.engines.recording import EVENTS
 from mlseg.engines.segmentation import Segmentation
 from mlseg.files import write_json, write_text, writing
 from mlseg.segmentation.data import Samples
-from mlseg.segmentation.pictures import colour, tiles, to_rgb
+from mlseg.segmentation.pictures import Row, colour, legend, sheet, to_rgb
 
 SPLITS = ("val", "val_hold_out", "val_rest", "test")
 Events = Sequence[Mapping[str, Any]]
@@ -77,8 +77,7 @@ class LoadRecords(Hooks):
     def _draw_changed_maps(self, engine: Engine, path: Path) -> None:
         """Rows of image, truth, label map before and after, of those that changed most, if any did.
 
-        Images are of the validation split; pixels that are ignored in the truth don't count, and
-        are grey in the truth.
+        Images are of the validation split; pixels that are ignored in the truth don't count.
 
         Raises:
             RunError: the file can't be written.
@@ -102,15 +101,20 @@ class LoadRecords(Hooks):
         order = pixels.argsort(descending=True, stable=True)[:most]
         if not len(order):
             return
-        palette = samples.spec.palette
+        spec = samples.spec
         rows = [
-            [to_rgb(samples.images[i])]
-            + [colour(m[i].numpy(), palette) for m in (samples.masks, found[START], found[BEST])]
+            Row(
+                [to_rgb(samples.images[i])]
+                + [colour(m[i].numpy(), spec.palette) for m in (samples.masks, *found.values())],
+                f"{samples.ids[i]}   {pixels[i]} pixels changed",
+            )
             for i in order.tolist()
         ]
+        colours = legend(spec, samples.masks[order], tinted=False)
+        heads = ("image", "truth", "before", "after")
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(tiles(rows)).save(path)
+            Image.fromarray(sheet(heads, rows, colours)).save(path)
 
     def _maps(self, samples: Samples) -> Tensor:
         held, module = self.loop.hold_out, self.segmentation.problem.module

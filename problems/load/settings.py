@@ -61,6 +61,11 @@ class AdversarialSettings(Settings):
             :func:`mlseg.problems.load.losses.relax`.
         temperature: of the relaxation.
         loss: ``non_saturating``, -log D, or ``saturating``, log(1 - D).
+        weight: lambda, in front of it.
+        reduction: over the images of a batch: ``sum``, as the paper prints it (equation 3), or
+            ``mean``, which at a batch of 5 is a fifth of the gradient.
+        cross_entropy: weight of a pixel-wise cross-entropy beside it, mean over an image's pixels
+            and reduced alike: the hybrid loss that the paper sets to 0 in stage 2.
         freeze_batch_norm: whether the generator's BatchNorm statistics stay those of stage 1; its
             batches here are small.
     """
@@ -68,6 +73,9 @@ class AdversarialSettings(Settings):
     relaxation: Relaxation = "softmax"
     temperature: PositiveFloat = 1.0
     loss: Literal["non_saturating", "saturating"] = "non_saturating"
+    weight: PositiveFloat = 1.0
+    reduction: Literal["sum", "mean"] = "mean"
+    cross_entropy: NonNegativeFloat = 0.0
     freeze_batch_norm: bool = True
 
 

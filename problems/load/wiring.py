@@ -18,6 +18,7 @@ from mlseg.engines.lookahead.loop import LOOKAHEAD, LookaheadLoop
 from mlseg.engines.lookahead.map_buffer import MapBuffer
 from mlseg.engines.segmentation import Segmentation, require_validation
 from mlseg.engines.settings import Stage
+from mlseg.files import reachable
 from mlseg.problems.building import Builder
 from mlseg.problems.load.levels import Discriminator, Generator, Pretraining
 from mlseg.problems.load.networks import Discriminator as DiscriminatorNetwork
@@ -127,6 +128,7 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
         buffer,
         training,
         start_state=lambda: {"pretraining": training_state(pretraining)},
+        drop_momentum=settings.lookahead.momentum == "drop",
     )
     return Engine(
         [pretraining, generator, discriminator],
@@ -156,7 +158,7 @@ def start_of(
     """Load the config's start model, if it names one, into ``network``; returns its checkpoint."""
     if settings.start is None:
         return {}
-    path = Path(settings.start)
+    path = reachable(settings.start)
     # A run that goes on has it in its own checkpoint.
     resumed = out is not None and (out / "checkpoints" / "last.pt").exists()
     return load_start(network, path, num_classes) if path.exists() or not resumed else {}

@@ -5,9 +5,10 @@
 f_i is the critic's i-th feature map, the masked image itself the first; x o y is the image times a
 label map, channel by channel. Each batch: one step of the critic on minus the loss, after which its
 parameters are clamped; then one step of the segmentor on the loss, its gradient passing through the
-critic alone. As a graph of levels the critic is the lower one, the segmentor its upper; ``u2l`` is
-empty for this plain alternation and {S: [C]} for the Stackelberg game, where the segmentor also
-sees how the critic will answer.
+critic's features: of its L terms the first, the pixel level, is a plain L1 distance that no weight
+of the critic has a part in (``critic.pixel_level: false`` leaves it out). As a graph of levels the
+critic is the lower one, the segmentor its upper; ``u2l`` is empty for this plain alternation and
+{S: [C]} for the Stackelberg game, where the segmentor also sees how the critic will answer.
 
 Passes over a batch per iteration, counted in ``tests/problems/segan/test_passes.py``:
 
@@ -44,7 +45,12 @@ from mlseg.errors import UserError
 from mlseg.hypergradients import Interface
 from mlseg.multilevel.problem import Problem
 from mlseg.problems.building import Setup
-from mlseg.problems.segan.losses import Reduction, dice_of_maps, multi_scale_l1
+from mlseg.problems.segan.losses import (
+    Reduction,
+    conventional_gan,
+    dice_of_maps,
+    multi_scale_l1,
+)
 from mlseg.problems.segan.networks.critic import check_label_maps
 from mlseg.problems.segan.settings import LogisticSettings
 from mlseg.segmentation.nets import class_probabilities
@@ -56,6 +62,7 @@ class Critic(Problem):
     Args:
         num_classes, ignore_index: of the masks.
         reduction: of the multi-scale loss.
+        scalar: the critic has one output, and the loss is a conventional GAN's.
         signed: whether label maps mask images in [-1, 1], or in [0, 1].
         clamp, clamp_norm: every parameter's bound, None for none, and whether BatchNorm's have it.
         logistic: how the segmentor's k is annealed, if it has one.
@@ -68,6 +75,7 @@ class Critic(Problem):
         num_classes: int,
         ignore_index: int | None = None,
         reduction: Reduction = "layer_mean",
+        scalar: bool = False,
         signed: bool = False,
         clamp: float | None = None,
         clamp_norm: bool = True,
@@ -75,7 +83,7 @@ class Critic(Problem):
     ) -> None:
         super().__init__(*setup)
         self.num_classes, self.ignore_index = num_classes, ignore_index
-        self.reduction, self.signed = reduction, signed
+        self.reduction, self.scalar, self.signed = reduction, scalar, signed
         self.clamp, self.clamp_norm = clamp, clamp_norm
         self.logistic = logistic
 
@@ -107,7 +115,7 @@ class Critic(Problem):
     def distance(
         self, image: Tensor, maps: Tensor, label: Tensor, critic_fixed: bool = False
     ) -> Tensor:
-        """The multi-scale L1 loss, the mean over the critics.
+        """The multi-scale L1 loss or the conventional one, the mean over the critics.
 
         True and predicted images pass one after the other: each by its own BatchNorm statistics.
 
@@ -120,7 +128,8 @@ class Critic(Problem):
             true = self(masked, label)
         predicted = self(masked, maps)
         losses = [
-            multi_scale_l1(p, t, self.reduction) for p, t in zip(predicted, true, strict=True)
+            conventional_gan(p[0], t[0]) if self.scalar else multi_scale_l1(p, t, self.reduction)
+            for p, t in zip(predicted, true, strict=True)
         ]
         return torch.stack(losses).mean()
 

@@ -1,10 +1,11 @@
-"""The loss of SegAN's game, and the Dice term beside it."""
+"""The loss of SegAN's game, a conventional GAN's in its place, the Dice term beside either."""
 
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mlseg.precision import full
 
@@ -45,6 +46,17 @@ def multi_scale_l1(
     weights = [1.0, 1.0, *(2.0 for _ in distances[2:-1]), 4.0][: len(distances)]
     entries = sum(distance.numel() for distance in distances)
     return torch.stack([w * s for w, s in zip(weights, sums, strict=True)]).sum() / entries
+
+
+def conventional_gan(predicted: Tensor, true: Tensor) -> Tensor:
+    """The value of the conventional game, which the critic raises and the segmentor lowers.
+
+    ``E[log D(true)] + E[log(1 - D(predicted))]``: Goodfellow et al., NeurIPS 2014, equation 1.
+
+    Args:
+        predicted, true: (N, 1) logits, of being true.
+    """
+    return functional.logsigmoid(full(true)).mean() + functional.logsigmoid(-full(predicted)).mean()
 
 
 def dice_of_maps(maps_BMHW: Tensor, label_BMHW: Tensor, smooth: float = 1.0) -> Tensor:

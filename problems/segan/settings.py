@@ -35,6 +35,10 @@ class CriticSettings(Settings):
         clamp_norm: whether BatchNorm's parameters are, too, as the paper says.
         masked_range: images are multiplied by a label map with values in ``unit`` [0, 1], where a
             masked pixel is black, or ``signed`` [-1, 1], where it is mid grey.
+        pixel_level: whether the masked image itself is the first feature: a direct L1 term between
+            label maps, whose gradient doesn't pass through any of the critic's weights.
+        output: ``features``, whose distances are the loss, or ``scalar``: one logit an image and
+            the loss of a conventional GAN, which the paper's section 2.3 argues against.
     """
 
     channels: PositiveInt = 64
@@ -44,6 +48,8 @@ class CriticSettings(Settings):
     clamp: PositiveFloat | None = 0.05
     clamp_norm: bool = True
     masked_range: Literal["unit", "signed"] = "unit"
+    pixel_level: bool = True
+    output: Literal["features", "scalar"] = "features"
 
 
 class LogisticSettings(Settings):
@@ -120,5 +126,10 @@ class SegANSettings(RunSettings):
             raise ValueError(
                 "problems.segmentor.batch_size: the segmentor takes the critic's batch; set "
                 "problems.critic.batch_size alone"
+            )
+        if self.loss.reduction == "concat" and not self.critic.pixel_level:
+            raise ValueError(
+                "critic.pixel_level: the weights of loss.reduction concat begin with the masked "
+                "image; set it to true, or take layer_mean or sum"
             )
         return self

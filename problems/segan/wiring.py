@@ -40,6 +40,8 @@ def build(settings: SegANSettings, out: Path | None) -> Engine:
             channels=own.channels,
             layers=own.layers,
             global_kernel=own.global_kernel,
+            pixel_level=own.pixel_level,
+            scalar=own.output == "scalar",
         )
     judge.to(memory_format=torch.channels_last)
 
@@ -48,6 +50,7 @@ def build(settings: SegANSettings, out: Path | None) -> Engine:
         num_classes=spec.num_classes,
         ignore_index=spec.ignore_index,
         reduction=settings.loss.reduction,
+        scalar=own.output == "scalar",
         signed=own.masked_range == "signed",
         clamp=own.clamp,
         clamp_norm=own.clamp_norm,

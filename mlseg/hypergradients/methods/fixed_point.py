@@ -6,7 +6,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Level, Method, Vector
+from mlseg.hypergradients.base import Cotangents, Diagnostics, Differentiating, Hop, Level, Vector
 from mlseg.hypergradients.implicit import finished
 from mlseg.hypergradients.optimizers import Moments, optimizer_of
 from mlseg.hypergradients.optimizers.step_map import StepMap
@@ -17,7 +17,7 @@ from mlseg.hypergradients.vectors import filled, norm
 
 
 @register("fixed_point")
-class FixedPoint(Method):
+class FixedPoint(Differentiating):
     """The limit of unrolling for ever at the present point.
 
     Where the level's optimizer has come to rest, weights and moments are a fixed point

@@ -10,7 +10,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from mlseg.errors import UserError
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Level, Method, Vector
+from mlseg.hypergradients.base import Cotangents, Diagnostics, Differentiating, Hop, Level, Vector
 from mlseg.hypergradients.optimizers import Moments, optimizer_of
 from mlseg.hypergradients.registry import register
 from mlseg.hypergradients.replay import Replay
@@ -19,7 +19,7 @@ from mlseg.hypergradients.vectors import filled, flatten
 
 
 @register("forward")
-class Forward(Method):
+class Forward(Differentiating):
     """The exact derivative through the last ``T`` steps, one hyperparameter at a time.
 
     For each of the sources' ``n`` numbers ``s_j`` the tangent ``dz/ds_j`` of weights and moments is

@@ -1,13 +1,14 @@
 """Identity inverse Hessian, the mixed second derivative by automatic differentiation."""
 
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Vector
+from mlseg.hypergradients.base import Cotangents, Diagnostics, Differentiating, Hop, Vector
 from mlseg.hypergradients.one_step import Scaled
 from mlseg.hypergradients.registry import register
+from mlseg.hypergradients.second_order.fused import SecondOrder
 from mlseg.hypergradients.second_order.products import Mode, directional
 
 
 @register("identity")
-class Identity(Scaled):
+class Identity(Scaled, Differentiating):
     """Mixed second derivative along the incoming vector, by automatic differentiation.
 
     .. math:: q = \\nabla_s \\langle \\nabla_w l(w, s), v \\rangle
@@ -36,6 +37,10 @@ class Identity(Scaled):
     cost = "1 E + 1 M"
     cost_note = "``forward_over_reverse``: 1 forward with tangents, 1 backward to ``s``"
     memory = "graph of the gradient; with tangents as much again as the loss's graph"
+
+    def formulas(self) -> SecondOrder:
+        """``second_order`` where a graph is differentiated."""
+        return self.second_order if self.mode == "double_backward" else "torch"
 
     def mixed_product(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         """See the class."""

@@ -10,17 +10,18 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from mlseg.errors import UserError
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Level, Method, Vector
+from mlseg.hypergradients.base import Cotangents, Diagnostics, Differentiating, Hop, Level, Vector
 from mlseg.hypergradients.optimizers import Moments, optimizer_of
 from mlseg.hypergradients.registry import register
 from mlseg.hypergradients.replay import Replay
+from mlseg.hypergradients.second_order.fused import SecondOrder
 from mlseg.hypergradients.second_order.products import Mode, directional, pull_through
 from mlseg.hypergradients.trajectory import Keeps, Step
 from mlseg.hypergradients.vectors import accumulate
 
 
 @register("unrolled")
-class Unrolled(Method):
+class Unrolled(Differentiating):
     """The exact derivative through the last ``T`` steps of the level's optimizer.
 
     A step maps weights and moments to the next ones, ``z' = U(z, g(w, s))``. From the last to the
@@ -101,7 +102,13 @@ class Unrolled(Method):
             moments=self.optimizer_state == "carried",
             gradient=gradient and self.backend == "mlseg",
             graph=self.store == "graphs",
+            second_order=self.formulas(),
         )
+
+    def formulas(self) -> SecondOrder:
+        """``second_order`` where a graph is differentiated here."""
+        ours = self.backend == "mlseg" and self.mode == "double_backward"
+        return self.second_order if ours else "torch"
 
     def check(self, level: Level) -> None:
         """Refuse optimizers and combinations of settings that can't be differentiated."""

@@ -1,40 +1,52 @@
 """Files to uint8 arrays of one size, with every fault of a file told in one line.
 
-Images are resized by antialiased bilinear interpolation, masks by nearest neighbour, and a binary
-mask is cut at half its range *after* that: the other way round, or with an interpolating filter and
-truncation, it loses part of its foreground. Shapes are stretched or padded, never cropped.
+Images are resized by antialiased bilinear interpolation, masks by nearest neighbour: by an
+interpolating filter and truncation they would lose part of their foreground. Shapes are stretched
+or padded, never cropped. What a mask's pixels mean is decided on all of its file, in `labels`.
 """
 
 import hashlib
 import json
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
-from mlseg.errors import RunError, UserError
+from mlseg.errors import UserError
+from mlseg.files import require_file
+from mlseg.segmentation.data import labels
+from mlseg.segmentation.data.cache import kept
 from mlseg.segmentation.data.entry import Entry, Example, RawFormat
 from mlseg.segmentation.data.placement import PADDING, Fit, padded, placed
 from mlseg.segmentation.data.samples import DatasetSpec, Samples
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What files may be, whatever their names say: none for which Pillow starts another program."""
-_LOSSY = {"JPEG", "WEBP"}
-# Darkest grey that a lossy file may hold where the mask is empty.
-_NOISE = 32
+MEGAPIXELS = 89
+"""Millions of pixels that an image or mask may have: Pillow's own limit; see `limit_pixels`."""
+_ORIENTATION = 0x0112  # EXIF tag
+
+
+def limit_pixels(megapixels: float) -> None:
+    """Set how many millions of pixels an image or mask may have, in this whole process.
+
+    It is Pillow's limit, beyond which it warns; here such files are refused before decoding.
+    """
+    Image.MAX_IMAGE_PIXELS = int(megapixels * 1e6)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def read_image(
@@ -53,9 +65,9 @@ def read_image(
         raw: format of files without a header, where `path` has its suffix.
 
     Raises:
-        UserError: the file isn't a readable image.
+        UserError: the file isn't a readable image, or has too many pixels.
     """
-    image = _open_image(path, raw).convert("L" if channels == 1 else "RGB")
+    image = labels.converted(_open_image(path, raw), "L" if channels == 1 else "RGB", path)
     if size is not None and image.size != size[::-1]:
         image = image.resize(size[::-1], Image.Resampling.BILINEAR)
     array = np.asarray(image, dtype=np.uint8)
@@ -70,39 +82,45 @@ def read_mask(
     size: tuple[int, int] | None = None,
     remap: Mapping[int, int] | None = None,
 ) -> NDArray[np.uint8]:
-    """A mask as (H, W) uint8: class indices, or the ignore index.
+    """A mask as (H, W) uint8: class indices, or the ignore index; turned upright as images are.
 
     A text file holds a row of integers per line (Stanford Background).
 
     Args:
-        kind: "binary" (0 and 1, or 0 and 255 with a cut at half the range; 16 bits alike),
-            "nonzero" (above 0 is foreground), "index" (values, or a palette's indices).
+        kind: "binary" (by colour or transparency: 0 and 1, or 0 and 255 with a cut at half the
+            range; 16 bits alike), "nonzero" (all but black is foreground), "index" (the numbers as
+            stored, or a palette's indices).
         size: (H, W) to resize to; None: the file's own.
         remap: classes by the file's values, for "index"; others have the ignore index.
 
     Raises:
         UserError: the file isn't readable or holds values that aren't classes.
     """
-    image = _load_text(path) if path.suffix.lower() == ".txt" else _load(path)
-    lossy = image.format in _LOSSY
-    if size is not None and image.size != size[::-1]:
-        image = image.resize(size[::-1], Image.Resampling.NEAREST)
-    values = _values(image, path, kind)
-    if kind == "nonzero":
-        return (values > 0).astype(np.uint8)
-    if kind == "binary":
-        return _cut(values, path, lossy)
+    found = _read_labels(path, kind, num_classes, ignore_index, remap)
+    if size is None or found.shape == size:
+        return found
+    resized = Image.fromarray(found).resize(size[::-1], Image.Resampling.NEAREST)
+    return np.asarray(resized, dtype=np.uint8)
+
+
+def _read_labels(
+    path: Path,
+    kind: str,
+    num_classes: int,
+    ignore_index: int | None,
+    remap: Mapping[int, int] | None,
+) -> NDArray[np.uint8]:
+    """A mask at its own size."""
+    text = path.suffix.lower() == ".txt"
+    image, how = (_load_text(path), labels.Storage()) if text else _load(path)
+    image = _upright(image, path)
+    if kind != "index":
+        return labels.foreground(image, how, path, nonzero=kind == "nonzero")
+    known = labels.known_classes(num_classes, ignore_index) if remap is None else remap.keys()
+    numbers = labels.class_numbers(image, how, path, known)
     if remap is not None:
-        return _remapped(values, remap, ignore_index)
-    known = list(range(num_classes)) + ([] if ignore_index is None else [ignore_index])
-    strange = np.setdiff1d(values, known)
-    if len(strange):
-        allowed = f"0 to {num_classes - 1}"
-        allowed += "" if ignore_index is None else f" and {ignore_index} (ignored)"
-        raise UserError(
-            f"{path}: mask value {strange[0]} is none of the {num_classes} classes ({allowed})"
-        )
-    return values.astype(np.uint8)
+        return labels.remapped(numbers, remap, ignore_index)
+    return labels.check_classes(numbers, num_classes, ignore_index, path)
 
 
 def image_size(path: Path, raw: RawFormat | None = None) -> tuple[int, int]:
@@ -117,12 +135,9 @@ def image_size(path: Path, raw: RawFormat | None = None) -> tuple[int, int]:
     if path.suffix.lower() == ".txt":
         width, height = _load_text(path).size
         return height, width
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except Exception as error:  # a damaged file makes decoders fail in any way
-        raise _unreadable(path, error) from error
+    with _opened(path) as image:
+        width, height = _stored_size(image)
+        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
 
 
@@ -140,12 +155,12 @@ def decode(
         size: (H, W) of the arrays.
         fit: how images of other shapes get there; "pad" fills them with grey, and the masks with
             the ignore index, which `spec` must have.
-        cache: a folder for memory-mapped files; what is there already and was made from the same
-            files is used. None: in memory.
+        cache: a folder for memory-mapped files; what is there already, was made from the same
+            files and isn't damaged is used. None: in memory.
 
     Raises:
         UserError: a file is unreadable, image and mask differ in size, a mask has wrong values.
-        RunError: the cache can't be written.
+        RunError: the cache can't be written, as on a full disk.
     """
     ids = [example.id for example in examples]
 
@@ -163,14 +178,7 @@ def decode(
         fill(images, masks)
         return samples(images, masks, mapped=False)
     folder = cache / f"{spec.name}-{_key(examples, entry, spec, size, fit)}"
-    if not folder.is_dir():
-        try:
-            _write(folder, shapes, fill)
-        except OSError as error:
-            raise RunError(f"{cache}: can't keep decoded images here ({error})") from None
-    # Mode "c" gives writable pages that never reach the file; torch wants writable memory.
-    images, masks = (np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("images", "masks"))
-    return samples(images, masks, mapped=True)
+    return samples(*kept(folder, shapes, fill), mapped=True)
 
 
 def _read_masks(
@@ -181,7 +189,7 @@ def _read_masks(
         read_mask(path, entry.masks, spec.num_classes, spec.ignore_index, size, entry.remap)
         for path in example.masks
     ]
-    return np.maximum.reduce(parts)
+    return labels.union(parts, example.masks)
 
 
 def _fill(
@@ -207,7 +215,7 @@ def _fill(
             console = Console(file=sys.stderr)
             for _ in track(
                 done,
-                f"decoding {spec.name}",
+                f"decoding {escape(spec.name)}",
                 len(examples),
                 console=console,
                 transient=True,
@@ -232,34 +240,13 @@ def _native_size(example: Example, entry: Entry) -> tuple[int, int]:
             raise UserError(
                 f"{path}: mask of {mask_width}x{mask_height} pixels for the image "
                 f"{example.image.name} of {width}x{height}; they must be of one size"
+                + (
+                    f" ({example.image.name} may be turned by its EXIF data)"
+                    if (mask_width, mask_height) == (height, width)
+                    else ""
+                )
             )
     return height, width
-
-
-def _write(
-    folder: Path,
-    shapes: tuple[tuple[int, ...], tuple[int, ...]],
-    fill: Callable[[NDArray[np.uint8], NDArray[np.uint8]], None],
-) -> None:
-    """Decode into files; the folder appears under its name only when it is complete."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
-        images, masks = (
-            np.lib.format.open_memmap(work / f"{name}.npy", "w+", np.uint8, shape)
-            for name, shape in zip(("images", "masks"), shapes, strict=True)
-        )
-        fill(images, masks)
-        images.flush()
-        masks.flush()
-        del images, masks
-        try:
-            os.replace(work, folder)
-        except OSError:
-            if not folder.is_dir():  # else another run has just made the same
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _key(
@@ -273,7 +260,10 @@ def _key(
     files = []
     for example in examples:
         for path in (example.image, *example.masks):
-            state = path.stat()
+            try:
+                state = path.stat()
+            except OSError as error:
+                raise _unreadable(path, error) from None
             files.append([example.id, str(path.resolve()), state.st_size, state.st_mtime_ns])
     remap = sorted((entry.remap or {}).items())
     what = [
@@ -293,22 +283,65 @@ def _open_image(path: Path, raw: RawFormat | None) -> Image.Image:
     if _is_raw(path, raw):
         assert raw is not None
         return Image.fromarray(_read_raw(path, raw))
-    image = _load(path)
-    if image.mode.startswith("I"):
-        return Image.fromarray(_to_8_bits(np.asarray(image).astype(np.int64)))
+    image, _ = _load(path)
     if image.mode == "F":
         raise UserError(f"{path}: an image of floating-point values; 8 or 16 bits are expected")
+    image = _upright(image, path)
+    if image.mode.startswith("I"):
+        return Image.fromarray(_to_8_bits(np.asarray(image).astype(np.int64), path))
+    return image
+
+
+def _stored_size(image: Image.Image) -> tuple[int, int]:
+    """(W, H) of a file's rows and columns, of which Pillow's size of a TIFF may be the turned."""
+    tags: Mapping[int, int] = getattr(image, "tag_v2", {})
+    return tags.get(256, image.width), tags.get(257, image.height)
+
+
+def _upright(image: Image.Image, path: Path) -> Image.Image:
+    """Turned and mirrored as the file says (EXIF)."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception as error:  # which way up it is, is part of the image
         raise _unreadable(path, error, "its EXIF data are damaged: ") from error
 
 
-def _load(path: Path) -> Image.Image:
+def _load(path: Path) -> tuple[Image.Image, labels.Storage]:
+    """The one picture of a file, as it lies there, and how its numbers are stored."""
+    with _opened(path) as image:
+        number = labels.pictures(image)
+        if number > 1:
+            raise UserError(
+                f"{path}: {number} pictures in one file (a stack or an animation); save each as a "
+                "file"
+            )
+        how = labels.storage(image, path)
+        # Pillow unpacks a TIFF without compression by the size that it will be turned to.
+        image._size = _stored_size(image)
+        image.load()
+    if how.white_is_zero and image.mode.startswith("I"):
+        raise UserError(f"{path}: 16 bits of grey whose zero is white; save it with black as zero")
+    return image, how
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image of which only the head is read; what fails in the block is the file's fault."""
     try:
+        require_file(path)
         with Image.open(path, formats=FORMATS) as image:
-            image.load()
-            return image
+            most = Image.MAX_IMAGE_PIXELS
+            if most is not None and image.width * image.height > most:
+                raise Image.DecompressionBombError
+            yield image
+    except UserError:
+        raise
+    except Image.DecompressionBombError:
+        millions = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise UserError(
+            f"{path}: more than {millions:.0f} million pixels; make it smaller, or raise the limit "
+            "(data.max_megapixels in a config, --max-megapixels)"
+        ) from None
     except Exception as error:  # a damaged file makes decoders fail in any way
         raise _unreadable(path, error) from error
 
@@ -316,22 +349,15 @@ def _load(path: Path) -> Image.Image:
 def _load_text(path: Path) -> Image.Image:
     """A text file of integers, a row per line, as an image of 32 bits."""
     try:
+        require_file(path, 4 * (Image.MAX_IMAGE_PIXELS or 2**30))
         values = np.loadtxt(path, dtype=np.int32, ndmin=2)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
     if not values.size:
         raise UserError(f"{path}: no labels in it")
     return Image.fromarray(values)
-
-
-def _remapped(
-    values: NDArray[np.int64], remap: Mapping[int, int], ignore_index: int | None
-) -> NDArray[np.uint8]:
-    assert ignore_index is not None, "a set with remapped labels has an ignore index"
-    found = np.full(values.shape, ignore_index, np.uint8)
-    for value, index in remap.items():
-        found[values == value] = index
-    return found
 
 
 def _unreadable(path: Path, error: Exception, what: str = "") -> UserError:
@@ -344,57 +370,25 @@ def _is_raw(path: Path, raw: RawFormat | None) -> bool:
 
 
 def _read_raw(path: Path, raw: RawFormat) -> NDArray[np.uint8]:
+    wanted = raw.height * raw.width * 2
     try:
+        require_file(path)
+        size = path.stat().st_size
+        if size != wanted:
+            raise UserError(
+                f"{path}: {size} bytes, but {raw.height}x{raw.width} pixels of 16 bits are {wanted}"
+            )
         values = np.fromfile(path, dtype=">u2")
     except OSError as error:
         raise _unreadable(path, error) from None
-    if values.size != raw.height * raw.width:
-        raise UserError(
-            f"{path}: {values.size * 2} bytes, but {raw.height}x{raw.width} pixels of 16 bits are "
-            f"{raw.height * raw.width * 2}"
-        )
     top = 2**raw.bits - 1
     grey = np.minimum(values.reshape(raw.height, raw.width), top).astype(np.float64) / top
     return np.rint(255 * (1 - grey if raw.white_is_zero else grey)).astype(np.uint8)
 
 
-def _to_8_bits(values: NDArray[np.int64]) -> NDArray[np.uint8]:
-    values = np.maximum(values, 0)
-    highest = int(values.max(initial=0))
+def _to_8_bits(values: NDArray[np.int64], path: Path) -> NDArray[np.uint8]:
+    lowest, highest = int(values.min(initial=0)), int(values.max(initial=0))
+    if lowest < 0:
+        raise UserError(f"{path}: values below 0 ({lowest}); scale them to 8 or 16 bits")
     top = next((2**bits - 1 for bits in (8, 10, 12, 14, 16) if highest < 2**bits), highest)
     return np.rint(values * (255 / top)).astype(np.uint8)
-
-
-def _values(image: Image.Image, path: Path, kind: str) -> NDArray[np.int64]:
-    """(H, W) values of a mask file; of a palette the indices, unless it is a scale of greys."""
-    if image.mode == "P":
-        palette = np.array(image.getpalette("RGB") or [], dtype=int).reshape(-1, 3)
-        if kind != "index" and len(palette) and (palette == palette[:, :1]).all():
-            image = image.convert("L")
-    if image.mode in ("LA", "La"):
-        image = image.convert("L")
-    elif image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
-        image = image.convert("RGB")
-    array: NDArray[Any] = np.asarray(image).astype(np.int64)
-    if image.mode == "1" and kind != "index":
-        array = array * 255
-    if array.ndim == 3:
-        if kind == "index" and not (array == array[..., :1]).all():
-            raise UserError(f"{path}: a colour picture; a mask of several classes holds indices")
-        array = array.max(-1)
-    return array
-
-
-def _cut(values: NDArray[np.int64], path: Path, lossy: bool) -> NDArray[np.uint8]:
-    """Cut at half the range: 1, 255 or 65535, the smallest that holds the values."""
-    highest = int(values.max(initial=0))
-    if highest <= 1:
-        return values.astype(np.uint8)
-    top = 255 if highest <= 255 else 65535
-    foreground = values > top / 2
-    if not foreground.any() and not (lossy and highest <= _NOISE):
-        raise UserError(
-            f"{path}: mask value {highest} is neither background nor foreground; a binary mask "
-            f"holds 0 and 1, or 0 and {top}"
-        )
-    return foreground.astype(np.uint8)

@@ -4,10 +4,15 @@ The archives are large (ISIC 2018's training images take 10 GB), and often a few
 wanted. So a zip is read where it lies: its directory first, then only the members that are needed,
 by range requests. Every member is checked against the size and CRC-32 in the directory and appears
 under its name only then; what is there already and passes the same check isn't fetched again, so an
-interrupted download goes on where it stopped.
+interrupted download goes on where it stopped. What is there and differs is never replaced: it may
+be somebody's work.
+
+An archive is a stranger's file: what it may claim and how long its server may be silent is bounded.
 """
 
 import os
+import shutil
+import tempfile
 import time
 import zipfile
 import zlib
@@ -26,12 +31,23 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from mlseg.errors import RunError, UserError
+from mlseg.errors import RunError, UserError, one_line
+from mlseg.files import reachable, replacing, writing
 from mlseg.segmentation.data.entry import Archive, Entry
 from mlseg.segmentation.data.layout import choose_layout, match
 
 MARKER = ".mlseg-download-incomplete"
 ATTEMPTS = 4
+SILENCE = 15.0
+"""Seconds that a server may take to connect, or be silent in mid-answer, before a new attempt."""
+REQUEST = 300.0
+"""Seconds that one answer may take in all."""
+MAX_MEMBER = 2**28
+"""Bytes of a file in an archive; it is held in memory. The largest published image has 2**24."""
+MAX_DIRECTORY = 2**25
+"""Bytes of an archive's directory, some 50 a file."""
+MAX_RATIO = 20
+"""Bytes unpacked to packed, of all wanted files together: photographs have 1, masks below 10."""
 # Bytes fetched beyond what is asked for: neighbouring members then come with one request.
 _BLOCK = 2**20
 
@@ -86,7 +102,8 @@ def fetch(
         the number of examples that are complete in `root`.
 
     Raises:
-        UserError: the set has no public address (the text says where to get it), or no such part.
+        UserError: the set has no public address (the text says where to get it), or no such part;
+            a file in `root` stands where another belongs.
         RunError: the network, the archive or the disk failed; calling again goes on.
     """
     name = entry.spec.name
@@ -102,12 +119,13 @@ def fetch(
     for part in parts:
         if part not in known:
             raise UserError(f"{name} has no part {part!r}; there are {', '.join(known)}")
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        (root / MARKER).touch()
+        with tempfile.TemporaryFile(dir=root):
+            pass
     except OSError as error:
-        raise UserError(f"{root}: can't write here ({error})") from None
+        raise UserError(f"{root}: can't write here ({one_line(error)})") from None
     opened = {a: _Remote(a.url, pause) for a in archives if a.part in parts}
     try:
         wanted: list[Member] = []
@@ -123,7 +141,10 @@ def fetch(
             chosen, count = _choose(entry, part, members, limit)
             wanted += chosen
             number += count
-        _fetch_members(wanted, opened, root, console)
+        missing = _missing(wanted, root)
+        with writing(root):
+            (root / MARKER).touch()
+        _fetch_members(missing, opened, root, console)
     finally:
         for remote in opened.values():
             remote.close()
@@ -142,11 +163,63 @@ def _choose(
         raise RunError(f"{members[0].archive.url if members else entry.source}: not the expected "
                        f"archive of {entry.spec.name}; no {entry.expected[0]} in it")  # fmt: skip
     images, masks = match(layout[part], by_path, entry.ids)
+    if len(by_path) < len(members):
+        twice = next(m for m in members if by_path[m.path] is not m)
+        raise RunError(f"{twice.archive.url}: {twice.path!r} is in it twice")
     complete = sorted(name for name in images if all(name in found for found in masks))[:limit]
     if not complete:
         raise RunError(f"{entry.spec.name} ({part}): the archives hold no image with its mask")
     paths = [path for name in complete for found in (images, *masks) for path in found[name]]
     return [by_path[path] for path in paths], len(complete)
+
+
+def _missing(wanted: Sequence[Member], root: Path) -> list[Member]:
+    """The members that aren't in `root` yet.
+
+    Raises:
+        UserError: something else stands in one's place.
+        RunError: an archive claims what no archive of images would, or the disk is too small.
+    """
+    for member in wanted:
+        info = member.info
+        if max(info.file_size, info.compress_size) > MAX_MEMBER:
+            raise RunError(
+                f"{member.archive.url}: {member.path!r} would take "
+                f"{info.file_size / 2**20:.0f} MiB; refused, as no image does"
+            )
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise RunError(
+                f"{member.archive.url}: {member.path!r} is packed by method {info.compress_type}; "
+                "only stored and deflated files are unpacked"
+            )
+    packed = sum(member.info.compress_size for member in wanted)
+    unpacked = sum(member.info.file_size for member in wanted)
+    if unpacked > MAX_RATIO * packed + MAX_MEMBER // 16:
+        raise RunError(
+            f"{wanted[0].archive.url}: {packed / 2**20:.1f} MiB that would become "
+            f"{unpacked / 2**20:.0f}; refused, as images don't shrink to less than a {MAX_RATIO}th"
+        )
+    missing = []
+    for member in wanted:
+        target = _inside(root, member)
+        try:
+            there = os.path.lexists(reachable(target))
+            if there and not _same(target, member.info):
+                raise UserError(
+                    f"{target}: is there already and differs from the archive's; nothing is "
+                    "replaced: move it away, or name another --root"
+                )
+        except OSError as error:
+            raise UserError(f"{target}: can't be read ({one_line(error)})") from None
+        if not there:
+            missing.append(member)
+    needed, free = sum(m.info.file_size for m in missing), shutil.disk_usage(root).free
+    if needed > free:
+        raise RunError(
+            f"{root}: {needed / 2**20:.0f} MiB are to be fetched, but only {free / 2**20:.0f} MiB "
+            "are free there"
+        )
+    return missing
 
 
 def _fetch_members(
@@ -167,10 +240,7 @@ def _fetch_members(
     with progress:
         task = progress.add_task(f"{len(wanted)} files", total=total)
         for member in wanted:
-            target = _inside(root, member)
-            if not _same(target, member.info):
-                data = opened[member.archive].read(member.info)
-                _store(target, data)
+            _store(_inside(root, member), opened[member.archive].read(member.info))
             progress.advance(task, member.info.file_size)
 
 
@@ -195,7 +265,13 @@ class _Remote:
 
     def read(self, info: zipfile.ZipInfo) -> bytes:
         """The member's content; zipfile compares its CRC-32."""
-        data = self._try(lambda archive: archive.read(info))
+
+        def content(archive: zipfile.ZipFile) -> bytes:
+            with archive.open(info) as file:
+                # Of a stated length: without it, all that comes out is held before it is cut.
+                return file.read(info.file_size + 1)
+
+        data = self._try(content)
         assert isinstance(data, bytes)
         return data
 
@@ -218,6 +294,10 @@ class _Remote:
                         f"same command goes on from there"
                     ) from None
                 time.sleep(self.pause * 2**attempt)
+            except Exception as error:  # an odd archive makes zipfile fail in any way
+                raise RunError(
+                    f"{self.url}: no archive that can be unpacked ({one_line(error)})"
+                ) from error
         raise AssertionError("the loop above returns or raises")
 
     def _open(self) -> zipfile.ZipFile:
@@ -225,18 +305,47 @@ class _Remote:
             import fsspec
 
             self._file = fsspec.open(
-                self.url, "rb", block_size=_BLOCK, cache_type="readahead"
+                self.url, "rb", block_size=_BLOCK, cache_type="readahead", **_patience(self.url)
             ).open()
-            self._zip = zipfile.ZipFile(self._file)
+            bounded = _Bounded(self._file, MAX_DIRECTORY)
+            self._zip = zipfile.ZipFile(bounded)  # type: ignore[call-overload]
+            bounded.most = MAX_MEMBER
         return self._zip
+
+
+class _Bounded:
+    """A file that refuses to read much at once, whatever an archive says of its parts' lengths."""
+
+    def __init__(self, file: Any, most: int) -> None:
+        self._file, self.most = file, most
+
+    def read(self, number: int = -1) -> bytes:
+        if number > self.most:
+            raise ValueError(f"a part of {number / 2**20:.0f} MiB")
+        data: bytes = self._file.read(number)
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _patience(url: str) -> dict[str, Any]:
+    """What fsspec has to know for a silent server to be an error."""
+    if not url.startswith("http"):
+        return {}
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(REQUEST, sock_connect=SILENCE, sock_read=SILENCE)
+    return {"client_kwargs": {"timeout": timeout}}
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
     import aiohttp  # here, as fsspec is, for they take long to load
+    from fsspec.exceptions import FSTimeoutError
 
     # ValueError: what fsspec says of a server without range requests.
     other = (ValueError, zipfile.BadZipFile, zlib.error, EOFError)
-    return (OSError, aiohttp.ClientError, *other)
+    return (OSError, aiohttp.ClientError, FSTimeoutError, TimeoutError, *other)
 
 
 def _inside(root: Path, member: Member) -> Path:
@@ -256,9 +365,9 @@ def _same(path: Path, info: zipfile.ZipInfo) -> bool:
 def _store(path: Path, data: bytes) -> None:
     """Write under another name, then rename: a file of the right name is whole."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(data)
-        os.replace(part, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
-        raise RunError(f"{path}: can't be written ({error}); the same command goes on") from None
+        raise RunError(
+            f"{path}: can't be written ({one_line(error)}); the same command goes on"
+        ) from None

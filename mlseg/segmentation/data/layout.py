@@ -1,13 +1,16 @@
 """Finding a data set's images and their masks in its folder."""
 
+import codecs
 import csv
+import io
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path, PurePosixPath
 
 from mlseg.errors import UserError
+from mlseg.files import reachable, require_file
 from mlseg.segmentation.data.entry import IMAGE_EXTENSIONS, Entry, Example, Part
 
 
@@ -28,30 +31,122 @@ def pattern(text: str, ids: str) -> re.Pattern[str]:
     return re.compile(found, re.IGNORECASE)
 
 
-def list_files(root: Path) -> list[str]:
-    """Paths of all files below `root`, with forward slashes, sorted; hidden ones left out."""
-    found = []
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        base = Path(folder).relative_to(root).as_posix()
-        prefix = "" if base == "." else base + "/"
-        found += [prefix + name for name in files if not name.startswith(".")]
+def folder_layout(
+    images: str | None = None, masks: str | None = None, mask_pattern: str | None = None
+) -> Part:
+    """Where the images of an own folder are, and their masks.
+
+    Args:
+        images: folder within the data's; "." is that itself, "*" any one. Default images.
+        masks: likewise; may hold {id}. Default masks.
+        mask_pattern: name of an image's mask: {id} is the image's name, * anything; several that
+            fit are united. Without an ending any image's. Default {id}.
+
+    Raises:
+        UserError: it is no such folder or pattern.
+    """
+    name = mask_pattern or "{id}"
+    name += "" if "." in name else ".{ext}"
+    found = {}
+    for key, folder, last in (
+        ("images", images or "images", "{id}.{ext}"),
+        ("masks", masks or "masks", name),
+    ):
+        parts = [part for part in f"{folder}/{last}".split("/") if part not in ("", ".")]
+        if folder.startswith(("/", "~")) or ".." in parts:
+            raise UserError(f"data.{key}: {folder!r} is no folder within data.root")
+        found[key] = "/".join(parts)
+    if "{id}" not in found["masks"]:
+        raise UserError(
+            f"data.mask_pattern: {mask_pattern!r} doesn't say by {{id}} which image a mask is of, "
+            "as {id}_mask does"
+        )
+    if found["masks"] == found["images"]:
+        raise UserError(
+            f"data.masks: {masks or 'masks'!r} is the images' folder too; say by data.mask_pattern "
+            "how masks are named, such as {id}_mask"
+        )
+    return Part(found["images"], (found["masks"],))
+
+
+_NO_DATA = {"__macosx", "lost+found", "thumbs.db", "desktop.ini"}
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is what a system keeps for itself."""
+    return name.startswith(".") or name.lower() in _NO_DATA
+
+
+MAX_FILES = 200_000
+"""Files and folders that are looked through for a data set, unless a key or flag says otherwise."""
+_MAX_LIST = 2**26
+"""Bytes of a CSV file or a list of ids."""
+
+
+def list_files(root: Path, most: int = MAX_FILES) -> list[str]:
+    """Paths of all files below `root`, with forward slashes, sorted; hidden ones left out.
+
+    Each folder comes once, under its own name if it lies below `root`; links that lead out are
+    followed, those that lead to a folder above aren't.
+
+    Raises:
+        UserError: there are more than `most` files and folders.
+    """
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    number = 0
+    folders, links = [""], list[str]()
+    while folders or links:
+        prefix = folders.pop() if folders else links.pop(0)
+        here = root / prefix
+        try:
+            state = here.stat()
+            if (state.st_dev, state.st_ino) in seen:
+                continue
+            seen.add((state.st_dev, state.st_ino))
+            names = sorted(os.listdir(here))
+        except OSError:
+            continue  # a folder that can't be read, lost+found say, is no part of the set
+        number += len(names)
+        if number > most:
+            raise UserError(
+                f"{root}: more than {most} files and folders in it; name the data set's own "
+                "folder, or raise the limit (data.max_files in a config, --max-files)"
+            )
+        real = os.path.realpath(here)
+        for name in names:
+            path = here / name
+            if is_hidden(name):
+                continue
+            if not os.path.isdir(path):
+                found.append(prefix + name)
+            elif not path.is_symlink():
+                folders.append(f"{prefix}{name}/")
+            elif not _lies_in(real, os.path.realpath(path)):
+                links.append(f"{prefix}{name}/")
     return sorted(found)
 
 
-def find_examples(entry: Entry, root: Path) -> dict[str, list[Example]]:
+def _lies_in(folder: str, other: str) -> bool:
+    """Whether `folder` is `other` or lies below it; both without links."""
+    return os.path.commonpath([folder, other]) == other
+
+
+def find_examples(entry: Entry, root: Path, most: int = MAX_FILES) -> dict[str, list[Example]]:
     """All examples of a data set by part ("all", or "train", "val", "test"), sorted by id.
 
     Args:
         entry: of the data set. For "pairs", `root` is a CSV file or a folder with pairs.csv.
+        most: files and folders in `root`.
 
     Raises:
         UserError: nothing in `root` fits a layout; an image without its mask, a mask without its
-            image, two images of one id.
+            image, two images of one id, several masks where the layout's pattern has no *; too
+            many files.
     """
     if entry.examples is not None:
         return _own(entry, root)
-    files = list_files(root)
+    files = list_files(root, most)
     layout = choose_layout(entry, files)
     if layout is None:
         raise UserError(
@@ -133,6 +228,7 @@ def _read_list(root: Path, part: Part, files: Iterable[str]) -> list[str]:
         name = part.listed.replace("**/", "")
         raise UserError(f"{root}: no {name}, which lists the images of the part")
     try:
+        require_file(root / paths[0], _MAX_LIST)
         lines = (root / paths[0]).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{root / paths[0]}: not a readable list ({error})") from None
@@ -146,8 +242,16 @@ def _only(names: Iterable[str], matches: Matches) -> Matches:
 def _paired(
     entry: Entry, part: Part, root: Path, images: Matches, masks: list[Matches]
 ) -> list[Example]:
-    for found in masks:
+    own = entry.spec.name == "folder"
+    unite = "; to unite several, write * in data.mask_pattern" if own else ""
+    elsewhere = ", or say by data.masks and data.mask_pattern where masks are" if own else ""
+    for mask, found in zip(part.masks, masks, strict=True):
+        united = "*" in PurePosixPath(mask).name
         for name, paths in sorted(found.items()):
+            if len(paths) > 1 and not united:
+                raise UserError(
+                    f"{root / paths[0]}: a second mask of that image, {root / paths[1]}{unite}"
+                )
             if name not in images:
                 expected = part.images.replace("**/", "").replace("{id}", name)
                 raise UserError(
@@ -167,7 +271,7 @@ def _paired(
             expected = missing[0].replace("**/", "").replace("{id}", name)
             raise UserError(
                 f"{root / paths[0]}: image without a mask; expected {expected} "
-                f"(add the mask or remove the image)"
+                f"(add the mask or remove the image{elsewhere})"
             )
         files = tuple(root / path for found in masks for path in found[name])
         examples.append(Example(name, root / paths[0], files))
@@ -177,30 +281,40 @@ def _paired(
 
 
 def read_pairs(root: Path) -> dict[str, list[Example]]:
-    """The pairs of a CSV file, or of the pairs.csv in a folder, by part."""
+    """The pairs of a CSV file, or of the pairs.csv in a folder, by part.
+
+    Commas, semicolons or tabs part its columns, as its first line says. Empty lines, and lines that
+    begin with # and no file's name, are left out.
+    """
     path = root if root.suffix.lower() == ".csv" else root / "pairs.csv"
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a readable CSV file ({error})") from None
-    for column in ("image", "mask"):
-        if column not in columns:
+    rows = _read_rows(path)
+    _, columns = next(rows, (0, []))
+    columns = [name.lower() for name in columns]
+    for column in ("image", "mask", "id", "split"):
+        if columns.count(column) > 1:
+            raise UserError(f"{path}: the first line names {column} twice")
+        if column in ("image", "mask") and column not in columns:
             raise UserError(
                 f"{path}: no column {column!r}; the first line must name image and mask"
             )
-    if not rows:
-        raise UserError(f"{path}: no pairs below the first line")
     found: dict[str, list[Example]] = {}
     seen: dict[str, int] = {}
-    for line, row in enumerate(rows, 2):
-        if not row["image"] or not row["mask"]:
+    for line, cells in rows:
+        if len(cells) > len(columns):
+            raise UserError(
+                f"{path}:{line}: {len(cells)} cells under {len(columns)} columns; put names that "
+                "hold the separator in quotes"
+            )
+        row = dict(zip(columns, cells, strict=False))
+        if not row.get("image") or not row.get("mask"):
             raise UserError(f"{path}:{line}: a pair needs an image and a mask")
-        image, mask = path.parent / row["image"], path.parent / row["mask"]
+        image, mask = (path.parent / row[column] for column in ("image", "mask"))
         for named in (image, mask):
-            if not named.is_file():
+            try:
+                there = reachable(named).is_file()
+            except UserError as error:
+                raise UserError(f"{path}:{line}: {error}") from None
+            if not there:
                 raise UserError(f"{path}:{line}: no file {named}")
         name = row.get("id") or PurePosixPath(image.as_posix()).stem
         part = row.get("split") or "all"
@@ -213,6 +327,34 @@ def read_pairs(root: Path) -> dict[str, list[Example]]:
             )
         seen[name] = line
         found.setdefault(part, []).append(Example(name, image, (mask,)))
+    if not seen:
+        raise UserError(f"{path}: no pairs below the first line")
     if "all" in found and len(found) > 1:
         raise UserError(f"{path}: split is given for some pairs and missing for others")
     return {part: sorted(examples, key=lambda e: e.id) for part, examples in found.items()}
+
+
+def _read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The cells of each line that says something, and its number in the file, from 1."""
+    try:
+        require_file(path, _MAX_LIST)
+        content = path.read_bytes()
+        utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        # Names of files may be any bytes.
+        text = content.decode("utf-16") if utf16 else content.decode("utf-8-sig", "surrogateescape")
+        lines = io.StringIO(text, newline="")
+        first = next((line for line in lines if line.strip() and line.lstrip()[0] != "#"), "")
+        separator = next((mark for mark in ",;\t" if mark in first), ",")
+        lines.seek(0)
+        reader = csv.reader(lines, delimiter=separator, strict=True, skipinitialspace=True)
+        begin = 1
+        for cells in reader:
+            line, begin = begin, reader.line_num + 1
+            cells = [cell.strip() for cell in cells]
+            comment = "".join(cells).startswith("#") and not (path.parent / cells[0]).is_file()
+            if any(cells) and not comment:
+                yield line, cells
+    except UserError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path}: not a readable CSV file ({error})") from None

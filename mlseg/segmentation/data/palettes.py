@@ -19,6 +19,31 @@ def spread_palette(number: int) -> Palette:
     return tuple(colours)
 
 
+# Told apart by all kinds of colour vision (Okabe and Ito 2008, "Color Universal Design"); the
+# first, black, is the background's.
+_OKABE_ITO: Palette = (
+    (0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178),
+    (213, 94, 0), (204, 121, 167),
+)  # fmt: skip
+
+
+def class_palette(number: int) -> Palette:
+    """Colours for a user's own classes.
+
+    Two are black and white. Up to eight are those of Okabe and Ito; then come these lighter and
+    darker, then those of `spread_palette`, which not all eyes tell apart.
+    """
+    if number == 2:
+        return spread_palette(2)
+    shades = [
+        tuple(round(value + part * (towards - value)) for value in rgb)
+        for part, towards in ((0.6, 255), (0.5, 0))
+        for rgb in _OKABE_ITO[1:]
+    ]
+    colours = dict.fromkeys([*_OKABE_ITO, *((r, g, b) for r, g, b in shades)])
+    return tuple((colours | dict.fromkeys(spread_palette(255))).keys())[:number]
+
+
 CAMVID_CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
     "bicyclist",

@@ -10,12 +10,14 @@ from typing import Any, Literal
 import torch
 
 from mlseg.errors import UserError
+from mlseg.files import reachable
 from mlseg.segmentation.data import contents, splits
-from mlseg.segmentation.data.decode import decode
-from mlseg.segmentation.data.entry import Entry, Example, data_set
+from mlseg.segmentation.data.decode import decode, limit_pixels
+from mlseg.segmentation.data.entry import Entry, Example, Part, data_set
 from mlseg.segmentation.data.fetch import fetch, incomplete
-from mlseg.segmentation.data.layout import find_examples
+from mlseg.segmentation.data.layout import MAX_FILES, find_examples
 from mlseg.segmentation.data.placement import Fit
+from mlseg.segmentation.data.presence import classes_missing, held_values, require_two_classes
 from mlseg.segmentation.data.samples import DatasetSpec, Samples
 from mlseg.segmentation.data.scenes import synthetic_scenes
 from mlseg.segmentation.data.settings import OWN_DATA, DataSettings, check_fit, resolve_root
@@ -72,10 +74,11 @@ def load_data(settings: DataSettings) -> SegmentationData:
     """
     entry = settings.entry
     root = resolve_root(entry.spec.name, settings.root)
+    limit_pixels(settings.max_megapixels)
     if entry.synthetic or not _available(entry, root, settings):
         return _synthetic(entry, root, settings)
 
-    parts = find_examples(entry, root)
+    parts = find_examples(entry, root, settings.max_files)
     split, how = _split(entry, parts, settings, root)
     chosen = {(e.id): e for examples in _of(parts, how).values() for e in examples}
     others, left_out = _others(entry, split, settings)
@@ -92,10 +95,12 @@ def load_data(settings: DataSettings) -> SegmentationData:
         of, examples = wanted[key]
         return decode(examples, of, of.spec, settings.size, cache, settings.fit)
 
+    made = {name: decoded(name) for name in splits.SPLITS}
+    notices = classes_missing(made, entry.spec)
+    if left_out:
+        notices.append(f"Not tested on, because missing: {'; '.join(left_out)}.")
     return SegmentationData(
-        train=decoded("train"),
-        val=decoded("val"),
-        test=decoded("test"),
+        **made,
         out_of_distribution={name: decoded(f"other {name}") for name in others},
         spec=entry.spec,
         provenance="real",
@@ -107,7 +112,7 @@ def load_data(settings: DataSettings) -> SegmentationData:
             provenance="real",
             out_of_distribution={n: [e.id for e in found] for n, (_, found) in others.items()},
         ),
-        notice=(f"Not tested on, because missing: {'; '.join(left_out)}." if left_out else None),
+        notice=" ".join(notices) or None,
         files={
             "data": {id: _paths(chosen[id]) for ids in split.as_dict().values() for id in ids},
             **{name: {e.id: _paths(e) for e in found} for name, (_, found) in others.items()},
@@ -126,6 +131,8 @@ def load_examples(
     size: tuple[int, int],
     spec: DatasetSpec,
     fit: Fit = "stretch",
+    max_files: int = MAX_FILES,
+    layout: Part | None = None,
 ) -> Samples:
     """All examples of a data set, for scoring a trained model on it.
 
@@ -136,12 +143,16 @@ def load_examples(
         size: (H, W) in pixels.
         spec: of the data the model was trained on; classes and channels must fit.
         fit: as `DataSettings.fit`.
+        max_files: as `DataSettings.max_files`.
+        layout: of an own folder, see `folder_layout`.
 
     Raises:
         UserError: data are missing, bad, of other classes, or can't be padded.
     """
     try:
         entry = _fitting(_as_trained(data_set(name), spec), spec)
+        if layout is not None:
+            entry = replace(entry, layouts=({"all": layout},))
         check_fit(fit, entry, "a model of padded images can only be scored on sets that have one")
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -151,12 +162,18 @@ def load_examples(
         return _draw_synthetic(entry.spec, ids, size, fit, 0)
     if _absent(folder):
         raise _missing(entry, folder)
-    examples = _whole(entry, find_examples(entry, folder))
-    return decode(examples, entry, entry.spec, size, fit=fit)
+    examples = _whole(entry, find_examples(entry, folder, max_files))
+    samples = decode(examples, entry, entry.spec, size, fit=fit)
+    if fit == "stretch":  # padding is ignored in images of healthy people too
+        require_two_classes(held_values(samples, spec), spec, fit)
+    return samples
 
 
 def _absent(root: Path) -> bool:
-    return not root.exists() or (root.is_dir() and not any(root.iterdir()))
+    try:
+        return not root.exists() or (root.is_dir() and not any(root.iterdir()))
+    except OSError as error:
+        raise UserError(f"{root}: can't be looked into ({error.strerror})") from None
 
 
 def _available(entry: Entry, root: Path, settings: DataSettings) -> bool:
@@ -191,7 +208,7 @@ def _missing(entry: Entry, root: Path) -> UserError:
 
 def _of(parts: dict[str, list[Example]], how: str) -> dict[str, list[Example]]:
     """The parts that a split is made from."""
-    if how == "official":
+    if how.startswith("official"):
         return parts
     return {"all": parts["all"] if "all" in parts else parts.get("train", [])}
 
@@ -199,12 +216,12 @@ def _of(parts: dict[str, list[Example]], how: str) -> dict[str, list[Example]]:
 def _split(
     entry: Entry, parts: dict[str, list[Example]], settings: DataSettings, root: Path
 ) -> tuple[splits.Split, str]:
-    """The split and how it was made, "drawn" or "official"."""
+    """The split and how it was made: `DataSettings.splits`, or the set's default of it."""
     name = f"{entry.spec.name} in {root}"
     by_default = entry.official or (entry.spec.name == "pairs" and "all" not in parts)
     how = settings.splits or ("official" if by_default else "drawn")
     counts = settings.train, settings.val, settings.test, settings.split_seed
-    if how == "official":
+    if how.startswith("official"):
         if "all" in parts:
             raise UserError(f"{name}: comes without an official split; set data.splits to drawn")
         ids = {part: [e.id for e in examples] for part, examples in parts.items()}
@@ -215,6 +232,8 @@ def _split(
                     "or leave it out, and test on the validation split or the benchmark's server"
                 )
             ids = {part: found for part, found in ids.items() if part != "test"} | {"test": []}
+        if how == "official_test":
+            ids.pop("val", None)  # drawn from the training part, then
         return splits.official(ids, *counts, name), how
     (pool,) = _of(parts, how).values()
     if not pool:
@@ -241,7 +260,7 @@ def _others(
             # A drawn stand-in would say nothing about a model that has seen real images.
             left_out.append(f"{name} ({root}; get it from {other.source})")
             continue
-        examples = _whole(other, find_examples(other, root))
+        examples = _whole(other, find_examples(other, root, settings.max_files))
         shared = {e.id for e in examples} & set(split.train + split.val + split.test)
         if shared and other.ids == entry.ids:
             raise UserError(
@@ -278,7 +297,7 @@ def _fitting(entry: Entry, spec: DatasetSpec) -> Entry:
 
 def _cache(settings: DataSettings, mib: float) -> Path | None:
     if settings.cache_dir is not None:
-        return Path(settings.cache_dir).expanduser()
+        return reachable(settings.cache_dir)
     if mib <= settings.memory_limit_mib:
         return None
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -8,9 +8,12 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from mlseg.config import Settings
+from mlseg.files import reachable
 from mlseg.segmentation.data.contents import How
+from mlseg.segmentation.data.decode import MEGAPIXELS
 from mlseg.segmentation.data.entry import DATA_SETS, Entry, data_set
-from mlseg.segmentation.data.palettes import spread_palette
+from mlseg.segmentation.data.layout import MAX_FILES, folder_layout
+from mlseg.segmentation.data.palettes import class_palette
 from mlseg.segmentation.data.placement import Fit
 
 OWN_DATA = ("folder", "pairs")
@@ -38,9 +41,16 @@ class DataSettings(Settings):
         train, val, test: number of examples; not given: see `mlseg.segmentation.data.splits`.
         split_seed: another seed, another draw of the examples.
         splits: "official" takes the split that the set comes with, "drawn" draws from its
-            examples (from its training part where it comes split). Not given: the set's default.
+            examples (from its training part where it comes split); "official_test" tests on the
+            official test part and draws training and validation from the training part. Not given:
+            the set's default.
         out_of_distribution: names of data sets that are only tested on, whole.
         out_of_distribution_roots: their folders by name, where they aren't data/<name>.
+        images, masks: for "folder", where these are within `root` if not in images/ and masks/: "."
+            is `root` itself, "*" any folder, {id} an image's name.
+        mask_pattern: for "folder", how a mask is named: {id} is its image's name, * anything, and
+            several masks that fit are united; "{id}_mask*" reads a_mask.png and a_mask_1.png of
+            a.jpg. Default {id}.
         classes: names of the classes, for own data; two without an ignore index mean a binary mask
             (0 and 255, or 0 and 1), otherwise the mask's values are class indices.
         ignore_index: mask value that doesn't count, for own data.
@@ -51,6 +61,9 @@ class DataSettings(Settings):
             run doesn't decode. Default: the user's cache folder, used only beyond the limit.
         digests: by what a run that goes on, or is evaluated, knows its files again: "sample" (size
             and contents, of a file above 1 MiB 16 pieces of 64 KiB) or "all".
+        max_files: files and folders that may lie in the data set's folder.
+        max_megapixels: millions of pixels that an image or mask may have. Default: Pillow's limit.
+            Decoding takes some 15 bytes a pixel.
     """
 
     name: str
@@ -63,9 +76,12 @@ class DataSettings(Settings):
     val: Count | None = None
     test: Count | None = None
     split_seed: int = 0
-    splits: Literal["drawn", "official"] | None = None
+    splits: Literal["drawn", "official", "official_test"] | None = None
     out_of_distribution: list[str] = []
     out_of_distribution_roots: dict[str, str] = {}
+    images: str | None = None
+    masks: str | None = None
+    mask_pattern: str | None = None
     classes: list[str] | None = None
     ignore_index: Annotated[int, pydantic.Field(ge=0, le=255)] | None = None
     channels: Literal[1, 3] | None = None
@@ -73,6 +89,8 @@ class DataSettings(Settings):
     memory_limit_mib: Count = 4096
     cache_dir: str | None = None
     digests: How = "sample"
+    max_files: Annotated[int, pydantic.Field(ge=1)] = MAX_FILES
+    max_megapixels: Annotated[float, pydantic.Field(gt=0)] = MEGAPIXELS
 
     @pydantic.field_validator("name")
     @classmethod
@@ -122,6 +140,10 @@ class DataSettings(Settings):
                         f"{key} is for own data (name: {' or '.join(OWN_DATA)}); "
                         f"{self.name!r} states its own"
                     )
+        for key in ("images", "masks", "mask_pattern"):
+            if self.name != "folder" and getattr(self, key) is not None:
+                raise ValueError(f"{key} is for name: folder; {self.name!r} says where its own are")
+        folder_layout(self.images, self.masks, self.mask_pattern)
         unused = sorted(set(self.out_of_distribution_roots) - set(self.out_of_distribution))
         if unused:
             raise ValueError(f"out_of_distribution_roots: {unused[0]!r} isn't tested on")
@@ -130,7 +152,12 @@ class DataSettings(Settings):
     @pydantic.model_validator(mode="after")
     def _can_pad(self) -> "DataSettings":
         stretch = "set data.fit to stretch"
-        mend = f"set data.ignore_index, or {stretch[4:]}" if self.name in OWN_DATA else stretch
+        mend = stretch
+        if self.name in OWN_DATA:
+            mend = (
+                f"set data.ignore_index, or {stretch[4:]}; with an ignore index masks hold class "
+                "numbers (0 and 1, not 0 and 255)"
+            )
         check_fit(self.fit, self.entry, mend)
         for name in self.out_of_distribution:
             check_fit(self.fit, data_set(name), stretch)
@@ -149,10 +176,14 @@ class DataSettings(Settings):
             classes=classes,
             ignore_index=self.ignore_index,
             metric=self.metric or "jaccard",
-            palette=spread_palette(len(classes)),
+            palette=class_palette(len(classes)),
         )
         binary = len(classes) == 2 and self.ignore_index is None
-        return replace(entry, spec=spec, masks="binary" if binary else "index")
+        entry = replace(entry, spec=spec, masks="binary" if binary else "index")
+        if self.name != "folder":
+            return entry
+        layout = folder_layout(self.images, self.masks, self.mask_pattern)
+        return replace(entry, layouts=({"all": layout},))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -179,10 +210,14 @@ def check_fit(fit: Fit, entry: Entry, mend: str) -> None:
 
 
 def resolve_root(name: str, root: str | None) -> Path:
-    """The folder of a data set; see `DataSettings.root`."""
-    path = Path(root).expanduser() if root is not None else Path("data") / name
+    """The folder of a data set; see `DataSettings.root`.
+
+    Raises:
+        UserError: no folder can be there.
+    """
+    path = reachable(root) if root is not None else Path("data") / name
     base = os.environ.get("MLSEG_DATA")
     if path.is_absolute() or not base:
         return path
     parts = path.parts[1:] if path.parts[:1] == ("data",) else path.parts
-    return Path(base).expanduser().joinpath(*parts)
+    return reachable(reachable(base).joinpath(*parts))

@@ -52,9 +52,14 @@ def seeded_order(ids: Sequence[str], seed: int) -> list[str]:
     """The ids in the order described above; the order in which they come doesn't matter."""
 
     def digest(name: str) -> tuple[bytes, str]:
-        return hashlib.sha256(f"{seed}:{name}".encode()).digest(), name
+        return hashlib.sha256(_bytes(f"{seed}:{name}")).digest(), name
 
     return sorted(ids, key=digest)
+
+
+def _bytes(name: str) -> bytes:
+    """As in the file system, where a name need not be UTF-8."""
+    return name.encode("utf-8", "surrogateescape")
 
 
 def draw(
@@ -140,7 +145,7 @@ def fingerprint(sets: Mapping[str, Sequence[str]]) -> str:
     digest = hashlib.sha256()
     for name in sorted(sets):
         for line in (f"[{name}]", *sorted(sets[name])):
-            digest.update(line.encode() + b"\n")
+            digest.update(_bytes(line) + b"\n")
     return digest.hexdigest()
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from mlseg.config import Tree, parse
 from mlseg.config.components import Component
-from mlseg.config.registry import Registry, import_module
+from mlseg.config.registry import NotTrusted, Registry, import_module, say_foreign
 from mlseg.errors import UserError
 
 SEGMENTORS: Registry[Callable[..., nn.Module]] = Registry(
@@ -51,13 +51,16 @@ def described(found: Mapping[str, Any], source: str) -> SegmentorSettings:
         source: where it stands, for errors.
 
     Raises:
-        UserError: the network is a user's own that can't be imported here, or has other settings
-            by now.
+        UserError: the network is a user's own that can't be imported here, isn't trusted, or has
+            other settings by now.
     """
     module = found.get("module")
+    say_foreign({"imports": [module], "settings": found["settings"]})
     if module is not None:
         try:
             import_module(module)
+        except NotTrusted as error:
+            raise UserError(f"{source}: segmentor: {error}") from None
         except UserError as error:
             raise UserError(
                 f"{source}: its segmentor is defined in {module}: {error}; run this in the folder "

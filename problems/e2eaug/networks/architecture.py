@@ -1,37 +1,55 @@
 """The architecture A of E2EAug: the alphas, as a module of their own."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mlseg.problems.e2eaug.networks.cells import CANDIDATES
 
+Selection = Literal["softmax", "sigmoid"]
+
 
 class Architecture(nn.Module):
-    """Selection weights of a searchable generator: softmax of free parameters, cell by cell.
+    """Selection weights of a searchable generator: a function of free parameters, cell by cell.
 
     Args:
         num_cells: number of cells, `SearchableGenerator.num_cells`.
         scale: standard deviation of the initial alphas. The default 1e-3 (the public code's) starts
             every candidate at 1/3; larger values draw a random architecture.
+        selection: "softmax", a cell's weights sum to 1 (Liu, Simonyan, Yang: DARTS, ICLR 2019,
+            equation 2); "sigmoid", each lies in [0, 1] by itself (E2EAug, section 3.2).
         generator: random generator for the initial alphas.
 
     `alphas` (num_cells, 3) is its only parameter, so this problem's optimizer holds nothing else.
     """
 
     def __init__(
-        self, num_cells: int, scale: float = 1e-3, generator: torch.Generator | None = None
+        self,
+        num_cells: int,
+        scale: float = 1e-3,
+        selection: Selection = "softmax",
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        self.selection = selection
         alphas = scale * torch.randn(num_cells, len(CANDIDATES), generator=generator)
         self.alphas = nn.Parameter(alphas)
 
     def forward(self) -> Tensor:
-        """(cells, 3) selection weights in [0, 1], each row summing to 1."""
-        return self.alphas.softmax(1)
+        """(cells, 3) selection weights in [0, 1]; by softmax each row sums to 1."""
+        return self.alphas.sigmoid() if self.selection == "sigmoid" else self.alphas.softmax(1)
 
     def entropy(self) -> Tensor:
-        """(cells,) entropy of each cell's weights in nats: log 3 if undecided, 0 if decided."""
-        log_weights = self.alphas.log_softmax(1)
+        """(cells,) entropy of each cell's weights in nats: log 3 if undecided, 0 if decided.
+
+        Weights that don't sum to 1 are taken relative to their sum.
+        """
+        if self.selection == "sigmoid":
+            log_weights = functional.logsigmoid(self.alphas).log_softmax(1)
+        else:
+            log_weights = self.alphas.log_softmax(1)
         return -(log_weights.exp() * log_weights).sum(1)
 
     def choices(self) -> list[str]:

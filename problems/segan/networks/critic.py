@@ -27,6 +27,9 @@ class Critic(nn.Module):
         layers: of them, 1 to 6; with fewer, the deepest ones are left out.
         global_kernel: smallest kernel that becomes a global convolution; None: none does, as in the
             public code.
+        pixel_level: whether the masked image is the first of the features.
+        scalar: one output in place of the features: a linear map of the last one's mean over the
+            image, as a conventional GAN's discriminator has.
     """
 
     def __init__(
@@ -35,8 +38,11 @@ class Critic(nn.Module):
         channels: int = 64,
         layers: int = len(KERNELS),
         global_kernel: int | None = 9,
+        pixel_level: bool = True,
+        scalar: bool = False,
     ) -> None:
         super().__init__()
+        self.pixel_level = pixel_level
         if not 1 <= layers <= len(KERNELS):
             raise ValueError(f"layers: from 1 to {len(KERNELS)}, not {layers}")
         self.layers = layers
@@ -53,18 +59,24 @@ class Critic(nn.Module):
                     nn.LeakyReLU(LEAK),
                 )
             )
+        self.head = nn.Linear(widths[-1], 1) if scalar else None
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, LEAK)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
     def forward(self, masked_BCHW: Tensor) -> list[Tensor]:
-        """(B, C, H, W) masked image -> L = layers + 1 feature maps, the image itself the first."""
+        """(B, C, H, W) masked image -> L = layers + 1 feature maps, the image itself the first.
+
+        Without the pixel level L = layers; a scalar critic gives a list of (B, 1) logits.
+        """
         features = [masked_BCHW]
         for block in self.blocks:
             features.append(block(features[-1]))
-        return features
+        if self.head is not None:
+            return [self.head(features[-1].mean((2, 3)))]
+        return features if self.pixel_level else features[1:]
 
 
 class ClassCritics(nn.Module):

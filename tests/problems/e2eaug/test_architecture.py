@@ -36,3 +36,18 @@ def test_own_generator_draws_a_random_architecture() -> None:
     )
     assert torch.equal(first.alphas, second.alphas)
     assert first.entropy().min().item() < 1.0
+
+
+def test_by_sigmoid_each_weight_is_its_own() -> None:
+    architecture = Architecture(2, selection="sigmoid")
+    with torch.no_grad():
+        architecture.alphas.copy_(torch.tensor([[0.0, 0.0, 0.0], [100.0, -100.0, 0.0]]))
+    expected = torch.tensor([[0.5, 0.5, 0.5], [1.0, 0.0, 0.5]])
+    torch.testing.assert_close(architecture(), expected)
+    # Relative to their sum: a third each; two thirds and one third.
+    uneven = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
+    torch.testing.assert_close(architecture.entropy(), torch.tensor([math.log(3), uneven]))
+    assert architecture.choices()[1] == "4-2-1"
+    # One alpha moves its own weight alone.
+    (gradient,) = torch.autograd.grad(architecture()[0, 0], architecture.alphas)
+    torch.testing.assert_close(gradient, torch.tensor([[0.25, 0.0, 0.0], [0.0, 0.0, 0.0]]))

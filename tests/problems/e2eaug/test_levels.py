@@ -205,6 +205,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "random alphas": {"architecture.mode": "random"},
     "vanilla generator, trained on": {"generator.search": "none", "architecture.mode": "frozen"},
     "decoder only": {"generator.search": "decoder"},
+    "sigmoid": {"architecture.selection": "sigmoid"},
     "genseg": {"preset": "genseg"},
     "scenes": {"data.name": "synthetic_scenes", "data.image_size": 48},
     "bfloat16": {"precision": "bf16"},

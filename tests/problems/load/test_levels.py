@@ -19,6 +19,7 @@ from mlseg.problems.load.records import class_changes, markdown, read_events
 from mlseg.problems.load.settings import LoadSettings
 from mlseg.segmentation.data.entry import data_set
 from mlseg.segmentation.nets import build_segmentor
+from mlseg.segmentation.pictures import GAP, LINE, SIDE
 from mlseg.segmentation.scoring import evaluating, score
 
 pytestmark = pytest.mark.slow  # trains for seconds
@@ -162,7 +163,9 @@ def test_the_picture_shows_what_changed(tmp_path: Path) -> None:
     engine.results()
     with Image.open(tmp_path / "samples" / "changed.png") as picture:
         pixels = np.asarray(picture)
-    before, after = pixels[4:36, 76:108], pixels[4:36, 112:144]
+    top, step = LINE + 2 * GAP + LINE + GAP // 2, SIDE + GAP
+    before, after = (pixels[top : top + SIDE, GAP + i * step :][:, :SIDE] for i in (2, 3))
+    assert before.shape == after.shape == (SIDE, SIDE, 3)
     assert (before != after).any()
 
 

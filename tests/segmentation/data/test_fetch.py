@@ -2,6 +2,7 @@
 
 import io
 import re
+import socket
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -148,17 +149,91 @@ def test_only_what_is_needed_travels(server: Server, tmp_path: Path) -> None:
     assert not incomplete(tmp_path)
 
 
-def test_what_is_there_is_not_fetched_again_and_what_is_broken_is(
+def test_what_is_there_is_not_fetched_again_and_never_replaced(
     server: Server, tmp_path: Path
 ) -> None:
     get(server, tmp_path, limit=4)
-    broken = tmp_path / IMAGES / "ISIC_0000001.jpg"
-    right = broken.read_bytes()
-    broken.write_bytes(bytes([right[0] ^ 1]) + right[1:])  # of the right size
+    changed = tmp_path / IMAGES / "ISIC_0000001.jpg"
+    right = changed.read_bytes()
+    changed.write_bytes(bytes([right[0] ^ 1]) + right[1:])  # of the right size
+    theirs = changed.read_bytes()
+    for limit in (4, 5):
+        with pytest.raises(UserError, match=r"0000001\.jpg: is there already and differs"):
+            get(server, tmp_path, limit)
+    assert changed.read_bytes() == theirs
+    assert len(names(tmp_path)) == 8, "refused before any work"
+    assert not incomplete(tmp_path)
+    changed.unlink()
     server.sent.clear()
     get(server, tmp_path, limit=4)
-    assert broken.read_bytes() == right
+    assert changed.read_bytes() == right
     assert server.sent["/images.zip"] < 3 * len(right)
+
+
+def test_a_link_in_the_place_of_a_file_is_somebodys(server: Server, tmp_path: Path) -> None:
+    target, link = tmp_path / "precious", tmp_path / "in" / IMAGES / "ISIC_0000000.jpg"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(target)
+    with pytest.raises(UserError, match=r"0000000\.jpg: is there already and differs"):
+        get(server, tmp_path / "in", limit=1)
+    assert link.is_symlink()
+    assert not target.exists()
+
+
+def _packed(members: dict[str, bytes], method: int) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as made:
+        for name, content in members.items():
+            made.writestr(name, content)
+    return file.getvalue()
+
+
+def _odd(kind: str) -> tuple[bytes, str]:
+    """An archive of an image and its mask, and what is said of it."""
+    image, mask = "Kvasir-SEG/images/a.jpg", "Kvasir-SEG/masks/a.jpg"
+    flat = {image: bytes(60 * 2**20), mask: b"x"}
+    if kind == "bomb":
+        return _packed(flat, zipfile.ZIP_DEFLATED), r"that would become 60; refused"
+    if kind == "one file":
+        packed = bytearray(_packed({image: b"x", mask: b"x"}, zipfile.ZIP_STORED))
+        directory = packed.find(b"PK\x01\x02")
+        packed[directory + 24 : directory + 28] = (2**31).to_bytes(4, "little")
+        return bytes(packed), r"'Kvasir-SEG/images/a\.jpg' would take 2048 MiB; refused"
+    if kind == "method":
+        return _packed({image: b"x", mask: b"x"}, zipfile.ZIP_BZIP2), "packed by method 12"
+    if kind == "encrypted":
+        packed = bytearray(_packed({image: b"x", mask: b"x"}, zipfile.ZIP_STORED))
+        for place in (6, packed.find(b"PK\x01\x02") + 8):
+            packed[place] |= 1
+        return bytes(packed), r"no archive that can be unpacked \(.*encrypted"
+    if kind == "directory":
+        packed = bytearray(_packed({image: b"x", mask: b"x"}, zipfile.ZIP_STORED))
+        end = packed.find(b"PK\x05\x06")
+        packed[end + 12 : end + 16] = (2**31).to_bytes(4, "little")
+        return bytes(packed), "can't be read"
+    assert kind == "twice"
+    other = _packed({image: b"x", mask: b"x", f"{image[:-5]}b.jpg": b"x"}, zipfile.ZIP_STORED)
+    return other.replace(b"/b.jpg", b"/a.jpg"), "is in it twice"
+
+
+@pytest.mark.parametrize("kind", ["bomb", "one file", "method", "encrypted", "directory", "twice"])
+def test_an_odd_archive_is_one_line_and_leaves_no_file(
+    kind: str, server: Server, tmp_path: Path
+) -> None:
+    server.files["/images.zip"], said = _odd(kind)
+    made = [Archive(f"{server.url}/images.zip", "all")]
+    with pytest.raises(RunError, match=said) as caught:
+        fetch(data_set("kvasir"), tmp_path, archives=made, pause=0.01)
+    assert "\n" not in str(caught.value)
+    assert [name for name in names(tmp_path) if not name.startswith(".")] == []
+
+
+def test_a_silent_server_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "SILENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and never answers
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/images.zip"
+        with pytest.raises(RunError, match="can't be read"):
+            fetch(data_set("kvasir"), tmp_path, archives=[Archive(url, "all")], pause=0.01)
 
 
 def test_an_interrupted_download_goes_on(server: Server, tmp_path: Path) -> None:

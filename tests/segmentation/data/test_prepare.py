@@ -68,6 +68,32 @@ def test_own_classes_channels_and_size(folder: Path) -> None:
     assert load_data(two).train.masks.unique().tolist() == [0, 2]
 
 
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+def test_an_ignore_index_that_takes_all_of_the_foreground(folder: Path, fit: str) -> None:
+    with pytest.raises(UserError, match=r"no example of any split holds class 1 \(foreground\)"):
+        load_data(own(folder, ignore_index=255, fit=fit))
+    spec = DatasetSpec("folder", 3, ("background", "foreground"), 255)
+    with pytest.raises(UserError, match="no example of any split holds class 1"):
+        load_examples("folder", str(folder), (8, 8), spec)
+    three = own(folder, ignore_index=255, classes=["a", "b", "c"])
+    with pytest.raises(UserError, match=r"no example of any split holds class 1 \(b\)"):
+        load_data(three)
+
+
+def test_a_class_that_no_training_example_holds_is_said(folder: Path) -> None:
+    for path in (folder / "masks").iterdir():
+        write_image(path, half_mask(value=1))
+    settings = own(folder, classes=["a", "b", "c", "d"])
+    data = load_data(settings)
+    assert data.notice == "No training example holds class 2 (c), 3 (d)."
+    write_image(folder / "masks" / f"{data.val.ids[0]}.png", half_mask(value=2))
+    assert load_data(settings).notice == data.notice, "validation isn't trained on"
+    write_image(folder / "masks" / f"{data.train.ids[3]}.png", half_mask(value=2))
+    assert load_data(settings).notice == "No training example holds class 3 (d)."
+    write_image(folder / "masks" / f"{data.train.ids[1]}.png", half_mask(value=3))
+    assert load_data(settings).notice is None
+
+
 def test_pairs_with_official_splits(folder: Path) -> None:
     lines = ["image,mask,split"]
     for number, split in enumerate(["train"] * 5 + ["val"] * 2 + ["test"] * 3):
@@ -77,6 +103,23 @@ def test_pairs_with_official_splits(folder: Path) -> None:
     assert sorted(data.train.ids) == [f"p{n:02d}" for n in range(5)]
     assert sorted(data.test.ids) == ["p07", "p08", "p09"]
     assert data.manifest["how"] == "official"
+
+
+def test_the_official_test_part_and_a_drawn_validation(folder: Path) -> None:
+    """No official validation image is seen; the seed draws within the training part."""
+    parts = ["train"] * 6 + ["val"] * 2 + ["test"] * 3
+    lines = [f"images/p{n:02d}.png,masks/p{n:02d}.png,{part}" for n, part in enumerate(parts)]
+    (folder / "pairs.csv").write_text("\n".join(["image,mask,split", *lines]))
+    keys: dict[str, Any] = {"name": "pairs", "root": str(folder / "pairs.csv"), "image_size": 8}
+    keys |= {"splits": "official_test", "train": 4, "val": 2}
+    drawn = set()
+    for seed in range(4):
+        data = load_data(DataSettings(**keys, split_seed=seed))
+        assert {*data.train.ids, *data.val.ids} == {f"p{n:02d}" for n in range(6)}
+        assert sorted(data.test.ids) == ["p08", "p09", "p10"]
+        assert data.manifest["how"] == "official_test"
+        drawn.add(frozenset(data.val.ids))
+    assert len(drawn) > 1
 
 
 def test_more_than_there_is(folder: Path) -> None:
@@ -274,6 +317,12 @@ def test_where_a_root_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_root("ph2", "data/PH2") == Path("/base/PH2")
     assert resolve_root("ph2", "sets/PH2") == Path("/base/sets/PH2")
     assert resolve_root("ph2", "/else/PH2") == Path("/else/PH2")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert resolve_root("ph2", "~/PH2") == Path("/home/someone/PH2")
+    with pytest.raises(UserError, match="there is no user of that name"):
+        resolve_root("ph2", "~nobody-of-that-name/PH2")
+    monkeypatch.setenv("MLSEG_DATA", "~/sets")
+    assert resolve_root("ph2", None) == Path("/home/someone/sets/ph2")
 
 
 @pytest.mark.parametrize(
