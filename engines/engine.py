@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import betty.configs
 import betty.engine
@@ -22,7 +22,7 @@ from mlseg import checkpoint
 from mlseg.engines import state
 from mlseg.engines.hooks import Hooks, Work
 from mlseg.engines.interruption import Interruption
-from mlseg.engines.nan_guard import NanGuard, all_finite
+from mlseg.engines.nan_guard import NanGuard
 from mlseg.engines.recording import Recorder, read_scalars
 from mlseg.engines.settings import (
     Dependencies,
@@ -123,6 +123,8 @@ class Engine(KnowsLevels, betty.engine.Engine):
         self._stopped_early = False
         self._finished = False
         self._goes_on = False  # from a checkpoint
+        self._unproven: Path | None = None
+        """The checkpoint that a run has gone on from, until it has written one itself."""
         self._seconds = 0.0
         self._logged: dict[str, int] = {}  # steps of each problem at the last log
         self._wanted_device = wanted_device(device, config)
@@ -374,16 +376,42 @@ class Engine(KnowsLevels, betty.engine.Engine):
         found = self._guard.first()
         if found is not None:
             name, step = found
-            self._recorder.event("nan", self.global_step, problem=name, at_step=step)
-            raise RunError(
-                f"the loss of problem {name!r} is not finite at step {step}; "
-                f"{self._what_is_kept()}; try a lower learning rate or gradient clipping"
-            )
+            self._not_finite("the loss", name, step)
+
+    def _check_states(self, problems: Mapping[str, Any]) -> None:
+        """Raise RunError if parameters, buffers or optimizer state aren't finite; synchronises.
+
+        Args:
+            problems: states of problems by name, as a checkpoint is to hold them.
+        """
+        found = self._guard.first_state(problems)
+        if found is not None:
+            problem, kind, name = found
+            self._not_finite(kind, problem, self.global_step, f" ({name})")
+
+    def _not_finite(self, what: str, problem: str, step: int, which: str = "") -> NoReturn:
+        """Raise RunError; a hypergradient that brought it about is named in its place."""
+        mend = "try a lower learning rate or gradient clipping"
+        cause = self._guard.hypergradient()
+        if cause is not None and cause[1] <= step:
+            which = f" (and then {what} of {problem!r}{which})"
+            what, (problem, step) = "the hypergradient", cause
+            mend = "try a lower learning rate, more damping or another hypergradient method"
+        self._recorder.event("nan", self.global_step, problem=problem, at_step=step)
+        raise RunError(
+            f"{what} of problem {problem!r} is not finite at step {step}{which}; "
+            f"{self._what_is_kept()}; {mend}"
+        )
 
     def _what_is_kept(self) -> str:
-        if self._recorder.directory is None or not self.checkpoint_path("last").exists():
-            return "no checkpoint has been written yet"
-        return f"the last good checkpoint is {self.checkpoint_path('last')}"
+        if self._recorder.directory is not None:
+            for name in (checkpoint.LAST, checkpoint.PREVIOUS):
+                path = self._recorder.directory / "checkpoints" / name
+                if checkpoint.whole(path):
+                    return f"the last good checkpoint is {path}"
+            if self.checkpoint_path("last").exists():
+                return f"{self.checkpoint_path('last')} is damaged"
+        return "no checkpoint has been written yet"
 
     def _log(self) -> None:
         stepped = [
@@ -545,25 +573,40 @@ class Engine(KnowsLevels, betty.engine.Engine):
         if self._recorder.directory is None:
             return
         self._check_finite()
-        for problem in self.problems:
-            if not all_finite(problem):
-                raise RunError(
-                    f"a parameter of problem {problem.name!r} is not finite at step "
-                    f"{self.global_step}; {self._what_is_kept()}"
-                )
         self._recorder.flush()
         before, self._clock = self._clock, time.monotonic()
         self._seconds += self._clock - before
-        saved = self.best_state_dict() if name == "best" else self.state_dict()
-        checkpoint.save(self.checkpoint_path(name), saved)
+        self._write(name, self.best_state_dict() if name == "best" else self.state_dict())
         for hook in self._hooks:
             hook.saved(self)
 
-    def resume(self, directory: Path) -> None:
-        """Load ``last.pt`` of a run directory.
+    def _write(self, name: str, saved: dict[str, Any]) -> None:
+        """Write ``saved`` as the checkpoint ``name``.
 
         Raises:
-            UserError: there is none, or it doesn't fit these problems.
+            RunError: something in it isn't finite, or it can't be written.
+        """
+        self._check_states(saved["problems"])
+        path = self.checkpoint_path(name)
+        checkpoint.save(path, saved)
+        if path.name == checkpoint.LAST:
+            self._unproven = None
+
+    def resume(
+        self,
+        directory: Path,
+        saved: Mapping[str, Any] | None = None,
+        forget_best: bool = False,
+    ) -> None:
+        """Go on from ``last.pt`` of a run directory.
+
+        Args:
+            saved: what is in it, where that has been read already.
+            forget_best: where the best weights are gone, choose them anew from here on.
+
+        Raises:
+            UserError: there is none, it doesn't fit these problems, or the best weights that it
+                knows of are gone.
         """
         for problem in self.problems:
             if not isinstance(problem, Problem):
@@ -578,7 +621,20 @@ class Engine(KnowsLevels, betty.engine.Engine):
             )
         for hook in self._hooks:
             hook.resume(self, directory)
-        self.load_state_dict(checkpoint.load(directory / "checkpoints" / "last.pt"))
+        path = directory / "checkpoints" / checkpoint.LAST
+        saved = checkpoint.load(path) if saved is None else saved
+        try:
+            self.load_state_dict(saved)
+            state.require_finite(self._guard, saved)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        self._unproven = path
+        try:
+            state.require_best(self, path.parent)
+        except UserError:
+            if not forget_best:
+                raise
+            self._best, self._validations_without_best = None, 0
 
     # ------------------------------------------------------------------ the end
 

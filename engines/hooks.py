@@ -50,6 +50,7 @@ class Hooks:
         counted: how its validation figures are counted, shown behind them: ``at 256x256``.
         notice: said when a run starts and when it ends.
         shown_events: kinds of events that the progress display shows.
+        checkpoints: names of those that the end of a run needs, once a best one has been chosen.
     """
 
     name: str = ""
@@ -57,6 +58,7 @@ class Hooks:
     counted: str | None = None
     notice: str | None = None
     shown_events: ClassVar[Sequence[str]] = ()
+    checkpoints: Sequence[str] = ()
 
     def description(self, engine: Engine) -> Mapping[str, Any]:
         """Plain values that every checkpoint holds beside the problems' states."""

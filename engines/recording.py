@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mlseg.checkpoint import require_form
 from mlseg.engines.progress import Progress
 from mlseg.errors import UserError
 from mlseg.files import writing
@@ -49,7 +50,7 @@ class Recorder:
         self._files: dict[str, IO[str]] = {}
         self._curves: SummaryWriter | None = None
         self._offsets: dict[str, int] = {METRICS: 0, EVENTS: 0}
-        self._resumed_at: int | None = None
+        self._resumed_at = 0
         self._diverged: set[str] = set()
 
     @contextmanager
@@ -72,16 +73,18 @@ class Recorder:
             for name, offset in self._offsets.items():
                 path = self.directory / name
                 path.touch()
-                # Never beyond its end: a power cut may have lost lines, and that would add zeros.
-                os.truncate(path, min(offset, path.stat().st_size))
+                os.truncate(path, _end_of_lines(path, offset))
                 self._files[name] = path.open("a", encoding="utf-8")
         if self.settings.tensorboard:
+            # Here, since it is slow to import.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._curves = SummaryWriter(
-                str(self.directory / "tensorboard"),
-                purge_step=None if self._resumed_at is None else self._resumed_at + 1,
-            )
+            from mlseg.engines.curves import cut_off
+
+            folder = self.directory / "tensorboard"
+            with writing(folder):
+                cut_off(folder, self._resumed_at)
+                self._curves = SummaryWriter(str(folder))
 
     def _close(self) -> None:
         if self.directory is None:
@@ -205,6 +208,9 @@ class Recorder:
                     f"the checkpoint's records.offsets has {str(name)[:80]!r}: {str(offset)[:20]}, "
                     f"which no run writes ({METRICS} and {EVENTS}, 0 or more); start the run again"
                 )
+        require_form(0, state["step"], "step")
+        if not all(isinstance(name, str) for name in state["diverged"]):
+            raise ValueError("diverged holds what is no name")
         self._offsets |= offsets
         self._resumed_at = state["step"]
         self._diverged = set(state["diverged"])
@@ -224,6 +230,20 @@ def _one_report_of_a_failure() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = former
+
+
+def _end_of_lines(path: Path, offset: int) -> int:
+    """Where the last whole line ends at or before ``offset``: a power cut may have lost a part."""
+    with path.open("rb") as file:
+        end = min(offset, file.seek(0, os.SEEK_END))
+        while end > 0:
+            start = max(0, end - 2**16)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0
 
 
 def _json(value: Any) -> Any:

@@ -68,10 +68,12 @@ class Segmentation(Hooks):
         self.threshold = threshold
         self.window = window
         self.scored = scored
+        self.checkpoints = [name for name in scored if name != "last"]
         self.parts = parts or {}
         self.metric = data.spec.metric
         self.notice = data.notice
         self.counted = "at {}x{}".format(*data.val.image_size)
+        self._resumed = False
         self.counts: dict[str, dict[str, SegmentationMetrics]] = {}
         """What the final scores were computed from: by weights and split."""
 
@@ -97,13 +99,15 @@ class Segmentation(Hooks):
         return {"segmentor": segmentor, "data": spec.name, "provenance": self.data.provenance}
 
     def resume(self, engine: Engine, directory: Path) -> None:
-        """Refuse data that are split in another way than the run's."""
+        """Refuse data that are not the run's: split in another way, or of other contents."""
         check_same_data(directory, self.data)
+        self._resumed = True
 
     def start(self, engine: Engine) -> None:
-        """Write ``splits.json``: ids per split, seed, hash."""
-        if engine.recorder.directory is not None:
-            write_json(engine.recorder.directory / SPLITS, self.data.manifest)
+        """Write ``splits.json``: ids per split, seed, hash, digests of the files."""
+        if engine.recorder.directory is not None and not self._resumed:
+            path = engine.recorder.directory / SPLITS
+            write_json(path, {**self.data.manifest, "contents": self.data.contents()})
 
     # ---------------------------------------------------------------------- validation
 
@@ -157,13 +161,19 @@ class Segmentation(Hooks):
 
         The weights of ``best.pt`` were chosen on validation data alone.
         """
+        lost = {}
         for name in self.scored:
             if name == "last":
                 self.counts[name] = self._count(engine)
                 continue
-            with self.weights(engine, name) as found:
-                if found:
-                    self.counts[name] = self._count(engine)
+            try:
+                with self.weights(engine, name) as found:
+                    if found:
+                        self.counts[name] = self._count(engine)
+                    elif engine.best is not None and engine.recorder.directory is not None:
+                        lost[name] = f"{engine.checkpoint_path(name)}: missing"
+            except UserError as error:  # damaged while the run went on
+                lost[name] = str(error)
         return {
             "metric": engine.metric,
             "scored_at": engine.settings.scoring,
@@ -174,6 +184,8 @@ class Segmentation(Hooks):
             "data": self.data.spec.name,
             "provenance": self.data.provenance,
             "split_hash": self.data.manifest["hash"],
+            **({"lost": lost} if lost else {}),
+            **({"best": None} if "best" in lost else {}),
         }
 
     def _count(self, engine: Engine) -> dict[str, SegmentationMetrics]:
@@ -203,38 +215,61 @@ class Segmentation(Hooks):
 
         Yields:
             whether there is.
+
+        Raises:
+            UserError: it is damaged, or of another step than the run's best.
         """
         module = self.problem.module
         if engine.recorder.directory is None or not engine.checkpoint_path(name).exists():
             yield False
             return
+        path = engine.checkpoint_path(name)
+        state = checkpoint.load(path)
         kept = Snapshot(module)
         kept.take()
-        state = checkpoint.load(engine.checkpoint_path(name))
         try:
-            module.load_state_dict(state["problems"][self.problem.name]["module"])
+            with checkpoint.taking(f"{path}: its segmentor", "put the file back"):
+                if name == "best" and engine.best is not None:
+                    step = state["engine"]["global_step"]
+                    if step != engine.best["step"]:
+                        raise ValueError(f"of step {step}, the best is of {engine.best['step']}")
+                checkpoint.load_module(module, state["problems"][self.problem.name]["module"])
             yield True
         finally:
             kept.restore()
 
 
 def check_same_data(run: Path, data: SegmentationData) -> None:
-    """Check that ``data`` are split as those of a run were.
+    """Check that ``data`` are those of a run: split as they were, of the contents that they had.
 
     Otherwise examples that the run was trained on could be tested on; or, where the real data are
-    gone, a stand-in would silently take their place.
+    gone, a stand-in would silently take their place. Where the files lie, and when they were
+    written, doesn't matter.
 
     Raises:
         UserError: they aren't, or the run has no (readable) ``splits.json``.
     """
     path = run / SPLITS
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))["hash"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        before, contents = stored["hash"], stored.get("contents")  # older runs have no contents
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: can't be read ({one_line(error)})") from None
     now = data.manifest["hash"]
     if before != now:
         raise UserError(
             f"{path}: the data are not those of the run ({data.spec.name}, {data.provenance}; "
-            f"split hash {now[:12]}, was {before[:12]}); check data.root and $MLSEG_DATA"
+            f"split hash {now[:12]}, was {str(before)[:12]}); check data.root and $MLSEG_DATA"
+        )
+    if contents is None:
+        return
+    try:
+        changed = data.changed(contents)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: its contents can't be read ({one_line(error)})") from None
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UserError(
+            f"{changed[0]}: not what it was when the run {run} began{more}; put the "
+            f"{data.spec.name} data back as they were, or start a new run"
         )

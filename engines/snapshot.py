@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlseg.checkpoint import require_form
+from mlseg.multilevel.restoring import check_slots
 from mlseg.transfer import state_to_device
 
 _Pairs = list[tuple[Tensor, Tensor]]
@@ -157,11 +159,17 @@ class Snapshot:
         if not state:
             return
         live = self._live()
+        require_form(
+            {name: tensor.detach() for name, tensor in live.items()}, state["tensors"], "tensors"
+        )
         self._tensors = {
             name: tensor.to(live[name].device, copy=True)
             for name, tensor in state["tensors"].items()
         }
         if self.optimizer is not None:
+            groups = [_settings(group) for group in self.optimizer.param_groups]
+            require_form(groups, state["groups"], "groups", loose=True)
+            check_slots(self.optimizer, dict(enumerate(state["slots"])))
             places = [(p, g) for g in self.optimizer.param_groups for p in g["params"]]
             self._slots = [
                 {key: _like(parameter, group, key, value) for key, value in slot.items()}

@@ -3,23 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mlseg import randomness
-from mlseg.errors import UserError, one_line
+import pydantic
+from pydantic import NonNegativeFloat, NonNegativeInt
+
+from mlseg import checkpoint, config, randomness
+from mlseg.checkpoint import taking
+from mlseg.config import Settings
+from mlseg.errors import UserError
 
 if TYPE_CHECKING:
     from mlseg.engines.engine import Engine
+    from mlseg.engines.nan_guard import NanGuard
 
-_PLAIN = (
-    "stage_step",
-    "best",
-    "last_validation",
-    "validations_without_best",
-    "stopped_early",
-    "finished",
-    "seconds",
-)
+
+class Best(Settings):
+    """The best validation so far."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+
+    metric: str
+    value: float
+    step: NonNegativeInt
+
+
+class Loop(Settings):
+    """Where the loop is; every attribute but ``stage`` is one of the engine's."""
+
+    global_step: NonNegativeInt
+    stage: str
+    stage_step: NonNegativeInt
+    best: Best | None
+    last_validation: dict[str, Annotated[float, pydantic.Field(allow_inf_nan=True)]]
+    validations_without_best: NonNegativeInt
+    stopped_early: bool
+    finished: bool
+    seconds: NonNegativeFloat
+    logged: dict[str, NonNegativeInt]
+
+    @pydantic.model_validator(mode="after")
+    def _in_order(self) -> Loop:
+        for name, step in (("stage_step", self.stage_step), ("best.step", self.best_step)):
+            if step > self.global_step:
+                raise ValueError(f"{name} is {step}, after global_step, {self.global_step}")
+        return self
+
+    @property
+    def best_step(self) -> int:
+        """0 before there is a best one."""
+        return 0 if self.best is None else self.best.step
+
+
+_PLAIN = [name for name in Loop.model_fields if name not in ("global_step", "stage")]
 """Attributes of the engine that are saved as they are."""
 
 
@@ -33,7 +70,6 @@ def whole(engine: Engine) -> dict[str, Any]:
             "global_step": engine.global_step,
             **plain,
             "stage": engine._stage.name,
-            "logged": engine._logged,
         },
         "hooks": {hook.name: hook.state_dict() for hook in engine._hooks if hook.name},
         **({"env": engine.env.state_dict()} if keeps_state(engine.env) else {}),
@@ -63,37 +99,86 @@ def restore(engine: Engine, state: Mapping[str, Any]) -> None:
     """Go on from :func:`whole`.
 
     Raises:
-        UserError: it is of another program.
+        UserError: it is of another program, or holds what no run writes.
     """
-    own = state["engine"]
+    with taking("the run"):
+        own = dict(state["engine"])
+        problems = dict(state["problems"])
+        # The first versions kept them in two places.
+        saved = dict(state["hooks"] if "hooks" in state else {**state, **state["companions"]})
+    found = config.parse(Loop, config.Tree(own, source="engine"))
     names = [stage.name for stage in engine._stages]
-    if own["stage"] not in names:
+    if found.stage not in names:
         raise UserError(
-            f"the checkpoint is in stage {own['stage']!r}, this run has {', '.join(names)}; "
+            f"the checkpoint is in stage {found.stage!r}, this run has {', '.join(names)}; "
             "resume with the config it was started with"
         )
-    engine.enter_stage(names.index(own["stage"]))
+    more = [name for name in problems if name not in {p.name for p in engine.problems}]
+    if more:
+        raise UserError(
+            f"the checkpoint has a problem {str(more[0])[:40]!r}, which this run doesn't; resume "
+            "with the config it was started with"
+        )
+    engine.enter_stage(names.index(found.stage))
     for name in _PLAIN:
         setattr(engine, f"_{name}", own[name])
-    engine.global_step = own["global_step"]
-    engine._logged = dict(own["logged"])
+    engine.global_step = found.global_step
     for problem in engine.problems:
-        try:
-            problem.load_state_dict(state["problems"][problem.name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"problem {problem.name!r} doesn't fit the checkpoint "
-                f"({one_line(error)}); resume with the config it was started with"
-            ) from error
-    # The first versions kept them in two places.
-    saved = state["hooks"] if "hooks" in state else {**state, **state["companions"]}
+        with taking(f"problem {problem.name!r}"):
+            problem.load_state_dict(problems[problem.name])
     for hook in engine._hooks:
-        if hook.name in saved:
+        if not hook.name:
+            continue
+        with taking(f"what belongs to {hook.name!r}"):
             hook.load_state_dict(saved[hook.name])
     if "env" in state and keeps_state(engine.env):
-        engine.env.load_state_dict(state["env"])
-    engine._recorder.load_state_dict(state["records"])
-    randomness.restore(state["random_state"], engine.device)
+        with taking("the engine's env"):
+            engine.env.load_state_dict(state["env"])
+    with taking("the place in the records"):
+        engine._recorder.load_state_dict(state["records"])
+    with taking("the random state"):
+        randomness.restore(state["random_state"], engine.device)
+
+
+def require_finite(guard: NanGuard, state: Mapping[str, Any]) -> None:
+    """Raise UserError where a NaN or an infinity has been saved, as older versions may have."""
+    found = guard.first_state(state["problems"])
+    if found is not None:
+        problem, kind, name = found
+        raise UserError(
+            f"{kind} of problem {problem!r} ({name}) is not finite; take another checkpoint of the "
+            "run, or start the run again"
+        )
+
+
+def require_best(engine: Engine, folder: Path) -> None:
+    """Raise UserError where the weights are gone that validation has chosen.
+
+    Args:
+        folder: of the run's checkpoints.
+    """
+    best = engine._best
+    if best is None:
+        return
+    for name in dict.fromkeys(["best", *(n for hook in engine._hooks for n in hook.checkpoints)]):
+        path = folder / f"{name}.pt"
+        mend = "put the file back"
+        if name == "best":
+            mend += ", or choose the best weights anew from here on with --forget-best"
+        fault = "missing"
+        if path.exists():
+            fault = "damaged"
+            if checkpoint.whole(path):
+                with taking(str(path), mend):
+                    step = checkpoint.load(path)["engine"]["global_step"]
+                # One that is newer than this state is found again on the way.
+                if name != "best" or (isinstance(step, int) and step >= best["step"]):
+                    continue
+                fault = f"of step {str(step)[:20]}"
+        raise UserError(
+            f"{path}: {fault}, and the run needs it at its end (best {best['metric']} "
+            f"{best['value']:.4g} at step {best['step']}); {mend}"
+        )
 
 
 def _description(engine: Engine) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     for run in arguments.runs:
         require_writable(run, "RUN")
-    samples = own_data(arguments.runs).val
+    samples = own_data(arguments.runs, trained.config).val
     native = (arguments.scale or trained.scoring) == "native"
     metric = arguments.metric or trained.spec.metric
     ks, thresholds = sorted(set(arguments.k)), sorted(set(arguments.thresholds))

@@ -16,7 +16,15 @@ from rich.table import Table
 
 from mlseg.config import Tree
 from mlseg.engines.interruption import Interrupted
-from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, RunError, UserError, one_line, printable
+from mlseg.errors import (
+    EXIT_RUN_ERROR,
+    EXIT_USER_ERROR,
+    RunError,
+    UserError,
+    located,
+    one_line,
+    printable,
+)
 from mlseg.files import reachable
 
 
@@ -102,6 +110,9 @@ def _guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.N
         said = one_line(error).removesuffix(".")
         print(f"failed: out of memory ({said}); lower a batch_size or image_size, or make a "
               "network smaller", file=sys.stderr)  # fmt: skip
+        return EXIT_RUN_ERROR
+    except SystemExit as error:  # a user's own code: ours never ends the process from within
+        print(f"failed: the process was ended from within ({located(error)})", file=sys.stderr)
         return EXIT_RUN_ERROR
     except Interrupted as interrupted:
         print(f"{interrupted}; go on with --resume", file=sys.stderr)

@@ -3,6 +3,8 @@
 Everything else that is raised is a bug and keeps its traceback.
 """
 
+import traceback
+
 EXIT_USER_ERROR = 2
 EXIT_RUN_ERROR = 1
 
@@ -38,3 +40,11 @@ def one_line(error: BaseException, length: int = 160) -> str:
     """The first line of an exception's text, cut to ``length`` characters."""
     text = str(error).strip().splitlines()
     return (text[0] if text else type(error).__name__)[:length]
+
+
+def located(error: BaseException) -> str:
+    """An exception of somebody's code in one line: file, line, kind and text."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
+    text = "" if not str(error).strip() else f": {one_line(error)}"
+    return f"{place}{type(error).__name__}{text}"

@@ -36,6 +36,7 @@ from mlseg.engines.segmentation import check_same_data
 from mlseg.errors import UserError
 from mlseg.files import require_file, require_writable, write_json
 from mlseg.machine import choose_device
+from mlseg.resuming import require_untouched
 from mlseg.run import begun_with, parse_run
 from mlseg.segmentation.calibration import calibrated, describe
 from mlseg.segmentation.data import (
@@ -105,7 +106,7 @@ def _run(arguments: argparse.Namespace) -> int:
     chosen = choose_threads(arguments).use()
     trained = ensemble.first
     if arguments.data is None:
-        data = own_data(arguments.runs)
+        data = own_data(arguments.runs, trained.config)
         own = {"test": data.test, **data.out_of_distribution}
         sets = {name: samples for name, samples in own.items() if len(samples)}
         if not sets:
@@ -137,7 +138,11 @@ def _run(arguments: argparse.Namespace) -> int:
         )
         values = metrics.compute()
         figures[name] = {**values, "per_image": metrics.per_image()}
-        table.add_row(name, str(len(samples)), *(f"{values[key]:.4f}" for key in shown))
+        table.add_row(
+            name,
+            str(len(samples)),
+            *(f"{values[key]:.4f}" if key in values else "" for key in shown),
+        )
     make_console().print(table)
     if arguments.out is not None:
         report = {
@@ -225,13 +230,17 @@ def _own(path: Path) -> bool:
     return isinstance(found, dict) and {"runs", "weights", "scored_at", "scores"} <= found.keys()
 
 
-def own_data(runs: Sequence[Path]) -> SegmentationData:
-    """The data of runs that share one split.
+def own_data(runs: Sequence[Path], trained_with: Any = None) -> SegmentationData:
+    """The data of runs that share one split, as the first one's config has them.
+
+    Args:
+        trained_with: the config that the first one's checkpoint holds, if it does.
 
     Raises:
-        UserError: the data are no longer those that the runs were split from, or one run has been
-            trained on what another is to be tested on.
+        UserError: the data, or the config, are no longer those that the runs were made with, or one
+            run has been trained on what another is to be tested on.
     """
+    require_untouched(runs[0], trained_with)
     wanted = _data_settings(runs[0])
     if wanted is None:
         raise UserError(f"{runs[0]}: its system has no data of its own; name a data set by --data")

@@ -93,7 +93,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, former: Path | None = None) -> Iterator[Path]:
     """Give a temporary name in the same folder; what is written there becomes ``path`` at the end.
 
     It is flushed to the disk first, so that a crash, a full disk or a power cut at any moment
@@ -101,6 +101,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Args:
         path: the file to be; its folder is made when missing.
+        former: where the file goes that stood there; None: it is lost.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")  # one name: a crash's rest is overwritten
@@ -108,12 +109,27 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        if former is not None and path.exists():
+            _keep(path, former)
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def _keep(path: Path, former: Path) -> None:
+    """Give a file a second name, in place of whatever had it; nothing is copied."""
+    temporary = former.with_name(f".{former.name}.partial")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # no hard links on this file system: for a moment there is only the former
+        path.replace(former)
+        return
+    temporary.replace(former)
+    temporary.unlink(missing_ok=True)  # left where both were the same file already
 
 
 def mapped(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:

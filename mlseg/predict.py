@@ -89,11 +89,11 @@ def _run(arguments: argparse.Namespace) -> int:
     for path in track(paths, "Segmenting", console=console, disable=not console.is_terminal):
         try:
             image = read_image(path, spec.channels)
+            mask = segment(ensemble, image, str(path))
         except UserError as error:
             print(f"error: {printable(str(error))}", file=sys.stderr)
             failed.append(path)
             continue
-        mask = segment(ensemble, image)
         shown = Image.fromarray(overlay(_rgb(image), mask, spec.palette))
         for file, picture in zip(
             outputs(path, arguments.out), (_mask_image(mask, spec), shown), strict=True
@@ -209,7 +209,7 @@ def _own(file: Path) -> bool:
         return False
 
 
-def segment(ensemble: Ensemble, image_CHW: np.ndarray) -> np.ndarray:
+def segment(ensemble: Ensemble, image_CHW: np.ndarray, name: str = "image") -> np.ndarray:
     """Label map of one image, at its own size.
 
     The image is brought to the size the networks were trained at as in training (bilinear,
@@ -217,15 +217,21 @@ def segment(ensemble: Ensemble, image_CHW: np.ndarray) -> np.ndarray:
 
     Args:
         image_CHW: uint8, (C, H, W).
+        name: of the image, for errors.
 
     Returns:
         (H, W) uint8 class indices.
+
+    Raises:
+        UserError: probabilities are NaN or infinite.
     """
     device = next(ensemble.first.module.parameters()).device
     native, size = (image_CHW.shape[1], image_CHW.shape[2]), ensemble.first.image_size
     resized = _resized(image_CHW, placed(native, size, ensemble.first.fit))
     tensor = torch.from_numpy(padded(resized, size, PADDING)).unsqueeze(0).to(device)
     found = ensemble.probabilities(to_float(tensor))
+    if not found.isfinite().all():
+        raise UserError(f"{name}: its class probabilities by {ensemble.first.run} are not finite")
     return label_map(found, native, ensemble.first.fit, ensemble.threshold).cpu().numpy()
 
 

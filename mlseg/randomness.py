@@ -53,6 +53,8 @@ class _Numpy:
         generator = _generator()
         if state is self._known and self._is_known(generator, _words(generator)):
             return
+        if not 0 <= state["pos"] <= len(state["key"]):
+            raise ValueError(f"numpy's generator has no position {state['pos']}")
         np.random.set_state(
             {
                 "bit_generator": state["bit_generator"],
@@ -150,7 +152,11 @@ def capture(device: torch.device | str = "cpu") -> RandomState:
 
 @_by_itself
 def restore(state: RandomState, device: torch.device | str = "cpu") -> None:
-    """Set every global generator to ``state``; the inverse of :func:`capture`."""
+    """Set every global generator to ``state``; the inverse of :func:`capture`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, KeyError: it is no such state.
+    """
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

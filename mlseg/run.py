@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mlseg import config
+from mlseg import checkpoint, config
 from mlseg.commands import guarded, make_console, named, say_notes
 from mlseg.config.registry import run_imports
 from mlseg.dry_run import dry_run, timed_dry_run
 from mlseg.engines.engine import Engine
-from mlseg.errors import UserError
+from mlseg.engines.interruption import Interrupted
+from mlseg.errors import RunError, UserError, located
 from mlseg.files import claimed, require_new, write_json, write_text
 from mlseg.machine import device_name, versions
 from mlseg.problems.systems import AnyRunSettings, all_systems, load_system
 from mlseg.randomness import seed_everything
+from mlseg.resuming import TrainedWith, refuse_changes, require_unchanged
 from mlseg.segmentation.data.samples import shapes_alone
-
-RESUMABLE = ("engine.iterations", "threads")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,6 +78,11 @@ def parser() -> argparse.ArgumentParser:
         help="build, count what it asks for without doing it; --dry-run=timed runs each level once",
     )
     made.add_argument("--timed-dry-run", action="store_true", help=argparse.SUPPRESS)
+    made.add_argument(
+        "--forget-best",
+        action="store_true",
+        help="with --resume, where best.pt is lost: choose the best weights anew from here on",
+    )
     threads.add_flag(made)
     return made
 
@@ -103,13 +109,22 @@ def bring_to_end(directory: Path, tree: config.Tree | None = None) -> None:
     """
     going_on = tree is None
     arguments = argparse.Namespace(
-        config=None, overrides=[], resume=directory if going_on else None, out=None, threads=None
+        config=None,
+        overrides=[],
+        resume=directory if going_on else None,
+        out=None,
+        threads=None,
+        forget_best=False,
     )
     _train(arguments, _resumed(arguments) if tree is None else tree, directory)
 
 
 def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | None) -> int:
     settings, build = parse_run(tree)
+    saved = None if directory is None or arguments.resume is None else _saved(directory)
+    if saved is not None and directory is not None:
+        path = directory / "checkpoints" / checkpoint.LAST
+        require_unchanged(settings, tree, saved.get("config"), path)
     chosen, remark = _threads(arguments, settings)
     settings = settings.model_copy(update={"threads": chosen.use().number})
     say_notes(tree)
@@ -122,9 +137,11 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
             dry_run(build(settings, None))
         return 0
     engine = build(settings, directory)
+    engine._hooks.append(TrainedWith(settings))
     console = make_console(stderr=True)
-    if arguments.resume is not None and (directory / "checkpoints" / "last.pt").exists():
-        engine.resume(directory)
+    if saved is not None:
+        engine.resume(directory, saved, arguments.forget_best)
+        del saved
         console.print(f"Resuming after step {engine.global_step}")
         if engine.stopped_early:
             console.print("It had stopped early: nothing is left to train, scoring it again")
@@ -135,7 +152,8 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
     if remark is not None:
         console.print(remark)
     _say(console, engine.notices)
-    engine.run()
+    with _blaming_checkpoint(engine):
+        engine.run()
     results = {
         **engine.results(),
         "system": settings.system,
@@ -149,7 +167,34 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
     report(engine, results, make_console())
     _say(console, engine.notices)
     console.print(f"All of it is in {directory}")
+    for reason in results.get("lost", {}).values():
+        raise RunError(f"{reason}; {directory / 'results.json'} has no scores of it")
     return 0
+
+
+@contextmanager
+def _blaming_checkpoint(engine: Engine) -> Iterator[None]:
+    """Until a run that goes on has saved anything itself, what fails is a checkpoint's fault.
+
+    Much of what a checkpoint holds, an optimizer's state or a method's memory, shows only when it
+    is used whether it is of use.
+    """
+    try:
+        yield
+    except (UserError, RunError, Interrupted, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if engine._unproven is None:
+            raise
+        raise RunError(f"{engine._unproven}: can't go on from it ({located(error)})") from error
+
+
+def _saved(directory: Path) -> dict[str, Any] | None:
+    """What a run goes on from; None for one that hasn't saved anything yet."""
+    folder = directory / "checkpoints"
+    if any((folder / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
+        return checkpoint.load(folder / checkpoint.LAST)
+    return None
 
 
 def parse_run(tree: config.Tree) -> tuple[AnyRunSettings, Any]:
@@ -203,6 +248,8 @@ def begun_with(run: Path) -> int:
 
 
 def _what(arguments: argparse.Namespace) -> config.Tree:
+    if arguments.forget_best and arguments.resume is None:
+        raise UserError("--forget-best: only a run that goes on has a best; give --resume DIR")
     if arguments.resume is not None:
         return _resumed(arguments)
     if arguments.config is None:
@@ -211,7 +258,7 @@ def _what(arguments: argparse.Namespace) -> config.Tree:
 
 
 def _resumed(arguments: argparse.Namespace) -> config.Tree:
-    """The config stored in the run; one given beside it may only change what RESUMABLE lists."""
+    """The config stored in the run; what may differ from it is in its settings' ``resumable``."""
     if arguments.out is not None:
         raise UserError("--out: a resumed run stays in its directory; drop it")
     path = arguments.resume / "config.yaml"
@@ -225,13 +272,8 @@ def _resumed(arguments: argparse.Namespace) -> config.Tree:
         settings, _ = parse_run(given)
         stored = config.Tree(settings.model_dump(mode="json"), given.origins, given.source)
     before = parse_run(original)[0].model_dump(mode="json")
-    now = parse_run(stored)[0].model_dump(mode="json")
-    changed = [key for key in config.differences(before, now) if key not in RESUMABLE]
-    if changed:
-        raise UserError(
-            f"--resume: {changed[0]} differs from the run's own config.yaml; a resumed run may "
-            f"only change {' and '.join(RESUMABLE)}, start a new run for the rest"
-        )
+    settings, _ = parse_run(stored)
+    refuse_changes(before, settings.model_dump(mode="json"), stored, settings.resumable)
     return stored
 
 
@@ -242,12 +284,12 @@ def _say(console: Console, notices: Sequence[str]) -> None:
 
 def report(engine: Engine, results: dict[str, Any], console: Console) -> None:
     """Print the final scores, and what the system has to add."""
-    scores = results.get("scores", {})
+    scores, best = results.get("scores", {}), results.get("best")
     if scores:
         metric = results["metric"]
         shown = list(dict.fromkeys([metric, "jaccard", "dice", "accuracy"]))
         table = Table("weights", "split", "images", *shown, title=f"Scores, {_counted(results)}")
-        steps = {"last": results["steps"], "best": results["best"]["step"]}
+        steps = {"last": results["steps"], **({"best": best["step"]} if best else {})}
         for weights, splits in scores.items():
             label = f"{weights} (step {steps[weights]})" if weights in steps else weights
             for split, values in splits.items():

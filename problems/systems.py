@@ -3,14 +3,16 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
+import torch
 
 from mlseg.config import Settings
 from mlseg.config.registry import Entry, Registry, find_entry
 from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings, LoopSettings
+from mlseg.errors import RunError, UserError, located
 from mlseg.threads import MOST as MOST_THREADS
 
 
@@ -27,6 +29,24 @@ class AnyRunSettings(Settings):
         precision: ``bf16`` is autocast; hypergradients are evaluated in fp32 all the same.
         engine: length, validation, checkpoints.
     """
+
+    resumable: ClassVar[Sequence[str]] = (
+        "engine.iterations",  # how long
+        "engine.log_every",  # what is written down on the way
+        "engine.checkpoint_every",
+        "engine.samples",
+        "engine.tensorboard",
+        "device",  # where; another one may change the last digits
+        "threads",
+        "data.root",  # where the files lie: that they are the same ones is checked
+        "data.out_of_distribution_roots",
+        "data.when_missing",
+        "data.memory_limit_mib",
+        "data.cache_dir",
+        "data.max_files",
+        "data.max_megapixels",
+    )
+    """What may differ when a run goes on; all else is what it was made with."""
 
     system: str
     imports: list[str] = []
@@ -82,8 +102,24 @@ class System(Entry):
     """
 
     def __call__(self, settings: Any, out: Path | None = None) -> Engine:
-        """Build it; with ``out``, the run directory, its records are written there."""
-        return self.build(settings, out)
+        """Build it; with ``out``, the run directory, its records are written there.
+
+        Raises:
+            UserError: a system of a user's own fails or ends the process, or makes no engine.
+        """
+        if self.build.__module__.split(".")[0] == "mlseg":
+            return self.build(settings, out)
+        try:
+            engine = self.build(settings, out)
+        except (UserError, RunError, torch.OutOfMemoryError):
+            raise
+        except (Exception, SystemExit) as error:
+            raise UserError(f"system {self.name!r} can't be built ({located(error)})") from error
+        if not isinstance(engine, Engine):
+            raise UserError(
+                f"system {self.name!r} gives a {type(engine).__name__}, not an mlseg.Engine"
+            )
+        return engine
 
 
 SYSTEMS: Registry[System] = Registry("system", example="my_package.games:build")

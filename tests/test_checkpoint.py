@@ -5,11 +5,14 @@ import errno
 import io
 import os
 import pickle
+import subprocess
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 from mlseg import checkpoint
@@ -153,6 +156,129 @@ def test_other_formats_are_named(tmp_path: Path, state: Any, words: str) -> None
     torch.save(state, path)
     with pytest.raises(UserError, match=f"{words}, this mlseg reads format {checkpoint.FORMAT}"):
         checkpoint.load(path)
+
+
+# ------------------------------------------------------------------------- damage
+
+
+def a_run(folder: Path) -> dict[str, Any]:
+    """Two checkpoints of one; the state of the last."""
+    for step in (1, 2):
+        state = {"step": step, "problems": {f"w{i}": torch.randn(5, 30) for i in range(4)}}
+        checkpoint.save(folder / "last.pt", state)
+    return state
+
+
+def test_no_flipped_bit_changes_what_is_loaded(tmp_path: Path) -> None:
+    """Of every 7th byte one bit: refused, or it lies in padding and changes nothing."""
+    state, path = a_run(tmp_path), tmp_path / "last.pt"
+    content = path.read_bytes()
+    weights = content.index(state["problems"]["w2"].numpy().tobytes())
+    refused = set()
+    for position in (*range(0, len(content), 7), weights):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        loaded: Any = None
+        said = f"{path}: truncated or not a checkpoint (damaged: "
+        try:
+            loaded = checkpoint.load(path)
+        except UserError as error:
+            said = str(error)
+            refused.add(position)
+        assert said.startswith(f"{path}: truncated or not a checkpoint (damaged: ")
+        assert "\n" not in said
+        if position not in refused:
+            assert tiny.same(loaded, {"format": checkpoint.FORMAT, **state})
+    assert weights in refused
+
+
+def test_the_checkpoint_before_last_is_kept_and_offered(tmp_path: Path) -> None:
+    a_run(tmp_path)
+    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    assert checkpoint.load(last)["step"] == 2
+    assert checkpoint.load(previous)["step"] == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"last.pt", "previous.pt"}
+    content = last.read_bytes()
+    for damaged in (content[:1000], b"", None):
+        last.unlink()
+        if damaged is not None:
+            last.write_bytes(damaged)
+        with pytest.raises(UserError) as caught:
+            checkpoint.load(last)
+        command = f"mv {previous} {last}"
+        assert f"the one saved before it is whole; to go on from that: {command}, then" in one_line(
+            caught
+        )
+        if damaged is None:
+            last.write_bytes(content)
+    subprocess.run(command, shell=True, check=True)
+    assert checkpoint.load(last)["step"] == 1
+    last.write_bytes(b"")
+    with pytest.raises(UserError, match="start the run again"):
+        checkpoint.load(last)
+
+
+def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: Any) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr("os.link", link)
+    a_run(tmp_path)
+    assert checkpoint.load(tmp_path / "previous.pt")["step"] == 1
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 2
+
+
+def test_compressed_data_are_refused_unread(tmp_path: Path) -> None:
+    a_run(tmp_path)
+    with zipfile.ZipFile(tmp_path / "last.pt", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/99", bytes(10**6))
+    with pytest.raises(UserError, match="it holds compressed data, and torch writes none"):
+        checkpoint.load(tmp_path / "last.pt")
+
+
+# ------------------------------------------------------------------------- what is in it
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.complex64])
+def test_what_is_finite(dtype: torch.dtype) -> None:
+    """Large numbers, whose sum overflows, are; also integers and tensors of no element."""
+    top = torch.finfo(dtype).max
+    fine = {
+        "large": torch.full((4,), top, dtype=dtype),
+        "whole": torch.arange(3),
+        "none": torch.zeros(0, dtype=dtype),
+    }
+    assert checkpoint.first_not_finite(fine) is None
+    for value in (float("nan"), float("inf"), -float("inf")):
+        bad = torch.zeros(3, dtype=dtype)
+        bad[1] = value
+        assert checkpoint.first_not_finite({**fine, "bad": bad}) == "bad"
+
+
+@pytest.mark.parametrize(
+    ("own", "fits", "misfits"),
+    [
+        (1, [0, 7], [-1, 1.0, True, "1", None, torch.tensor(1)]),
+        (-1, [-1, 4], ["-1", 0.5]),
+        (0.5, [0.0, 3, -0.1], [float("nan"), float("inf"), "x", None, True]),
+        (float("inf"), [0.5, float("inf")], [float("nan"), "inf", None]),
+        (True, [False], [0, 1, "yes", None]),
+        ("a", ["", "b"], [b"a", 1, None]),
+        (None, [None, 3, "a", [1]], []),
+        ([1, 2], [[3, 4], (5, 6)], [[1], [1, "2"], 3, {}]),
+        ([], [[], [1, 2]], [None, {}]),
+        ({"a": 1}, [{"a": 2}], [{}, {"a": 1, "b": 1}, {"a": "1"}, [1], None]),
+        (torch.zeros(2), [torch.ones(2)], [torch.zeros(3), torch.zeros(2).double(), [0.0, 0.0]]),
+    ],
+    ids=repr,
+)
+def test_forms(own: Any, fits: list[Any], misfits: list[Any]) -> None:
+    for given in fits:
+        checkpoint.require_form(own, given, "it")
+    for given in misfits:
+        with pytest.raises(ValueError, match=r"^it(\.\w+)? is "):
+            checkpoint.require_form(own, given, "it")
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

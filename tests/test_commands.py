@@ -45,7 +45,7 @@ def test_a_run_leaves_its_whole_directory(
     out = train(tmp_path, "engine.tensorboard=true")
     for name in ("config.yaml", "metrics.jsonl", "events.jsonl", "splits.json", "results.json"):
         assert (out / name).stat().st_size > 0, name
-    assert {p.stem for p in (out / "checkpoints").iterdir()} == {"last", "best"}
+    assert {p.stem for p in (out / "checkpoints").iterdir()} == {"last", "previous", "best"}
     assert list((out / "tensorboard").iterdir())
     assert {p.name.partition("_")[0] for p in (out / "samples").iterdir()} == {"validation"}
     curves = EventAccumulator(str(out / "tensorboard"), size_guidance={"images": 0}).Reload()
@@ -280,6 +280,9 @@ def test_resume_takes_the_runs_own_config(
         ("problems.segmentor.optimizer.betas=[0.9,0.99]", "betas"),
         ("data.name=kvasir", "kvasir"),
         ("device=abacus", "abacus"),
+        ("device=mps", "device: 'mps' isn't supported"),
+        ("device=meta", "device: 'meta' isn't supported"),
+        ("device=xla:0", "device: 'xla:0' isn't supported"),
         ("engine.scoring=own", "engine.scoring"),
     ],
 )

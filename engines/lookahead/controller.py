@@ -32,6 +32,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
+from mlseg.checkpoint import require_form
 from mlseg.config import Settings
 from mlseg.errors import RunError
 
@@ -330,6 +331,7 @@ class Lookahead:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
+        require_form(self.state_dict(), state, "controller")
         vars(self).update(state)
         self.buffer = list(state["buffer"])
 
@@ -397,6 +399,7 @@ class StraightAhead:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
+        require_form(self.state_dict(), state, "controller")
         vars(self).update(state)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
+from mlseg.checkpoint import require_form
 from mlseg.config import Settings
 from mlseg.engines.lookahead.label_maps import LabelMapBatches
 from mlseg.engines.snapshot import Snapshot
@@ -154,6 +155,9 @@ class DiscriminatorTraining:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
+        own = {key: value for key, value in self.state_dict().items() if key != "best"}
+        for key in own.keys() - self.batches.state_dict().keys():
+            require_form(own[key], state[key], key)
         self.batches.load_state_dict(state)
         self.running = state["running"]
         self._epoch = state["epoch"]

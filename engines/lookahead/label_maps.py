@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlseg.checkpoint import require_form
 from mlseg.engines.lookahead.map_buffer import MapBuffer
 from mlseg.segmentation.data import (
     Augmentation,
@@ -140,6 +141,9 @@ class LabelMapBatches:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
+        require_form(0, state["position"], "position")
+        if not isinstance(state["order"], Tensor) or state["order"].dtype != torch.int64:
+            raise ValueError("order is no list of places")
         self._order = state["order"]
         self._position = state["position"]
         self._generator.set_state(state["generator"])

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from betty.problems import Problem as BettyProblem
 
-from mlseg import checkpoint
+from mlseg.checkpoint import require_form
 from mlseg.engines.engine import Engine
 from mlseg.engines.hooks import Hooks, Work
 from mlseg.engines.lookahead.controller import Command, Controller
@@ -109,6 +109,11 @@ class LookaheadLoop(Hooks):
             command = self._queue.popleft()
             self._AT_ONCE[command.action](self, engine, command.values)
 
+    def start(self, engine: Engine) -> None:
+        """Write ``best.pt`` again where a run that goes on has lost it."""
+        if engine._best is None:
+            self.stop(engine)
+
     def stop(self, engine: Engine) -> None:
         """Keep the best model, whatever has ended the run."""
         if self.in_charge(engine):
@@ -168,7 +173,7 @@ class LookaheadLoop(Hooks):
             self._keep_best(engine)
             if engine._recorder.directory is not None:
                 state = {**engine.best_state_dict(), **self.start_state()}
-                checkpoint.save(engine.checkpoint_path(START), state)
+                engine._write(START, state)
 
     def _promote(self, engine: Engine, _: Mapping[str, Any]) -> None:
         start, peak = self.snapshots["start"], self.snapshots["peak"]
@@ -241,7 +246,7 @@ class LookaheadLoop(Hooks):
         if found is None or (engine._best and engine._best["value"] >= _about(found)["value"]):
             return
         if engine._recorder.directory is not None:
-            checkpoint.save(engine.checkpoint_path(BEST), engine.best_state_dict())
+            engine._write(BEST, engine.best_state_dict())
         engine._best = dict(_about(found))
 
     def _best_snapshot(self) -> Snapshot | None:
@@ -284,7 +289,15 @@ class LookaheadLoop(Hooks):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self.controller.load_state_dict(state["controller"])
-        self._queue = deque(Command(action, values) for action, values in state["queue"])
+        self._queue = deque(Command(action, dict(values)) for action, values in state["queue"])
+        for command in self._queue:
+            if command.action not in {**self._WORK, **self._AT_ONCE}:
+                raise ValueError(f"there is no command {str(command.action)[:40]!r}")
+        require_form(1, state["hold_out_batch"], "hold_out_batch")
+        if state["hold_out_batch"] < 1:
+            raise ValueError("hold_out_batch is 0")
+        if state["written"] is not None:
+            require_form(0, state["written"], "written")
         self._written = state["written"]
         for key, value in state["snapshots"].items():
             self.snapshots[key].load_state_dict(value)

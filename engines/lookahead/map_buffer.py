@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,10 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mlseg.checkpoint import require_form
 from mlseg.errors import UserError
 from mlseg.files import mapped, writing
 
 MIB = 2**20
+_FILE = re.compile(r"maps_[0-9]{5,}\.npy")
 
 
 class MapBuffer:
@@ -24,8 +27,8 @@ class MapBuffer:
 
     In memory, or in one memory-mapped file per entry where all of them together exceed the limit:
     then only the maps that a batch asks for are read. The files of the last checkpoint live until
-    another has been written (:meth:`collect`), so that a run which is killed finds them; there are
-    never more than 2 B_max.
+    another has been written (:meth:`collect`), so that a run which is killed finds them; those of
+    the one before it too, as long as there are no more than 2 B_max.
 
     Args:
         shape: (N, H, W) of an entry.
@@ -45,7 +48,8 @@ class MapBuffer:
         self._entries: list[_Entry] = []
         self._made = 0
         self._saved: set[str] = set()
-        """Files of the last checkpoint."""
+        """Files of the last checkpoint and of the one before it."""
+        self._last: set[str] = set()
         self._spare: list[NDArray[np.uint8]] = []
 
     def __len__(self) -> int:
@@ -121,10 +125,21 @@ class MapBuffer:
     def _room(self, name: str) -> NDArray[np.uint8]:
         if not name:
             return self._spare.pop() if self._spare else np.zeros(self.shape, np.uint8)
+        self._bound()
         path = self.folder / name
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             return mapped(path, self.shape)
+
+    def _bound(self) -> None:
+        """Before another file is made: give up those of the checkpoint before the last."""
+        files = list(self.folder.glob("maps_*.npy"))
+        if len(files) < 2 * self.size:
+            return
+        self._saved = set(self._last)
+        for path in files:
+            if path.name not in self._saved | {entry.file for entry in self._entries}:
+                _remove(path)
 
     def _release(self, entry: _Entry) -> None:
         if not entry.file:
@@ -136,7 +151,8 @@ class MapBuffer:
         """Remove files that no entry uses; call it once a checkpoint has been written."""
         if not self.mapped:
             return
-        self._saved = {entry.file for entry in self._entries}
+        before, self._last = self._last, {entry.file for entry in self._entries}
+        self._saved = before | self._last
         for path in self.folder.glob("maps_*.npy"):
             if path.name not in self._saved:
                 _remove(path)
@@ -172,8 +188,19 @@ class MapBuffer:
                 f"the label maps of the checkpoint are {tuple(state['shape'])}, this run's "
                 f"{self.shape}; resume with the config it was started with"
             )
+        require_form(self._made, state["made"], "made")
+        if len(state["entries"]) > self.size:
+            raise ValueError(f"{len(state['entries'])} sets of label maps, of {self.size} at most")
+        for entry in state["entries"]:
+            require_form("", entry["label"], "label")
+            # Data from a file, which may not say what else is opened or removed where.
+            if entry["file"] and not _FILE.fullmatch(entry["file"]):
+                raise ValueError(f"label maps in {str(entry['file'])[:80]!r}")
+            if not entry["file"]:
+                wanted = torch.empty(self.shape, dtype=torch.uint8, device="meta")
+                require_form(wanted, entry["maps"], "maps")
         self._made = state["made"]
-        self._saved = {entry["file"] for entry in state["entries"]}
+        self._saved = self._last = {entry["file"] for entry in state["entries"]}
         self._entries = []
         for entry in state["entries"]:
             if entry["file"]:

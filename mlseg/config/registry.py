@@ -390,7 +390,12 @@ def find_entry(registry: Registry[Any], cls: type[E], settings: type[Settings], 
     found = registry.get(name)
     if isinstance(found, cls):
         return found
-    hints = typing.get_type_hints(found) if inspect.isroutine(found) else {}
+    try:
+        hints = typing.get_type_hints(found) if inspect.isroutine(found) else {}
+    except Exception as error:  # an annotation may be any expression
+        raise UserError(
+            f"{registry.kind} {name!r}: its annotations can't be read ({one_line(error)})"
+        ) from error
     hints.pop("return", None)
     own = next(iter(hints.values()), None)
     if not (isinstance(own, type) and issubclass(own, settings)):

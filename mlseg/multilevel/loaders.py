@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mlseg import randomness
+from mlseg.checkpoint import require_form
 from mlseg.errors import UserError
 
 
@@ -77,6 +78,8 @@ class Place:
             self.loader.load_state_dict(state["loader"])
             return iter(self.loader)
         self._start, self._drawn = state["start"], state["drawn"]
+        if isinstance(self._drawn, bool) or not isinstance(self._drawn, int) or self._drawn < 0:
+            raise ValueError(f"loaders.drawn is {str(self._drawn)[:40]!r}, no number of batches")
         self._waits = state.get("waits", False)
         rest = None
         if self._start is not None:
@@ -85,8 +88,9 @@ class Place:
                 rest = iter(self.loader)
                 if "first" in self._start:
                     randomness.restore(self._start["first"], self.device)
-                for _ in range(self._drawn):
-                    next(rest)
+                for number in range(self._drawn):
+                    if next(rest, self) is self:
+                        raise ValueError(f"loaders.drawn is {self._drawn}, of {number} batches")
         self.set_own(state["own"])
         return rest
 
@@ -172,6 +176,7 @@ class Stream:
     def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go there."""
         for index, (place, state) in enumerate(zip(self.places, states, strict=True)):
+            require_form(0, state.get("epoch", 0), "loaders.epoch")
             self.epochs[index] = state.get("epoch", 0)
             rest = place.load_state_dict(dict(state))
             if rest is not None:

@@ -19,7 +19,7 @@ from mlseg.errors import RunError, UserError
 from mlseg.hypergradients import Hop, Vector
 from mlseg.hypergradients.second_order.fused import formulas
 from mlseg.hypergradients.substitution import check_none_left, substituted
-from mlseg.multilevel import graph
+from mlseg.multilevel import graph, restoring
 from mlseg.multilevel.betty_tables import carry_by_bettys, is_bettys
 from mlseg.multilevel.config import Config, SchedulerClock, method_of
 from mlseg.multilevel.loaders import FreshBatches, Place, Stream
@@ -421,10 +421,14 @@ class Problem(Revisitable):
         """Restore :meth:`state_dict`; the loaders go on where they were.
 
         Betty's own, which has neither counts nor places, is taken for what it has.
+
+        Raises:
+            ValueError, RuntimeError, KeyError, TypeError: it is of another level.
         """
         if "count" not in state:
             super().load_state_dict(state)
             return
+        restoring.check(self, state)
         if self.optimizer is not None:
             super().load_state_dict(state)
         else:

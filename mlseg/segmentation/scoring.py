@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mlseg.errors import RunError
 from mlseg.precision import full
 from mlseg.segmentation.data import Fit, Samples, placed, to_float
 from mlseg.segmentation.metrics import SegmentationMetrics
@@ -132,10 +133,22 @@ def label_map(
 def predictions(
     by: Predict, samples: Samples, device: torch.device, batch_size: int = SCORING_BATCH
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Class probabilities of all samples at their size, batch by batch, and which they are of."""
+    """Class probabilities of all samples at their size, batch by batch, and which they are of.
+
+    Raises:
+        RunError: after the last batch, some were NaN or infinite: a class is no answer to that.
+    """
+    total = torch.zeros((), device=device)
     for start in range(0, len(samples), batch_size):
         span = slice(start, start + batch_size)
-        yield span, by(to_float(samples.images[span].to(device)))
+        found = by(to_float(samples.images[span].to(device)))
+        total = total + found.sum()
+        yield span, found
+    if not total.isfinite():
+        raise RunError(
+            f"the network's class probabilities for images of {samples.spec.name} are not finite; "
+            "try a lower learning rate, or precision: fp32"
+        )
 
 
 @torch.no_grad()

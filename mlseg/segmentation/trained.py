@@ -4,12 +4,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import pydantic
 import torch
 from torch import Tensor, nn
 
 from mlseg import checkpoint
+from mlseg.config import Settings, Tree, parse
 from mlseg.errors import UserError
 from mlseg.segmentation.data import DatasetSpec, Fit
 from mlseg.segmentation.nets import (
@@ -19,6 +21,47 @@ from mlseg.segmentation.nets import (
     temperature,
 )
 from mlseg.segmentation.scoring import at_native, predict_logits
+
+Side = Annotated[int, pydantic.Field(ge=1, le=2**14)]
+Sides = Annotated[list[Side], pydantic.Field(min_length=2, max_length=2)]
+Colour = Annotated[
+    list[Annotated[int, pydantic.Field(ge=0, le=255)]], pydantic.Field(min_length=3, max_length=3)
+]
+
+
+class Description(Settings):
+    """What a checkpoint says of its segmentor and of the data that it was trained on.
+
+    See ``Segmentation.description``; the network's own settings are checked by the network.
+    """
+
+    model_config = pydantic.ConfigDict(extra="ignore")
+
+    settings: dict[str, Any]
+    in_channels: Annotated[int, pydantic.Field(ge=1, le=256)]
+    num_classes: Annotated[int, pydantic.Field(ge=2, le=255)]
+    image_size: Sides
+    fit: Fit = "stretch"
+    classes: list[str]
+    ignore_index: Annotated[int, pydantic.Field(ge=0, le=255)] | None
+    palette: list[Colour]
+    metric: str
+    problem: str
+    precision: Literal["fp32", "bf16"]
+    threshold: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.5
+    window: Sides | None = None
+    scoring: Literal["native", "trained"] = "native"
+
+    @pydantic.model_validator(mode="after")
+    def _of_one_number(self) -> "Description":
+        if not len(self.classes) == len(self.palette) == self.num_classes:
+            raise ValueError(
+                f"{self.num_classes} classes with {len(self.classes)} names and "
+                f"{len(self.palette)} colours"
+            )
+        if self.window and any(w > s for w, s in zip(self.window, self.image_size, strict=True)):
+            raise ValueError("window is larger than image_size")
+        return self
 
 
 @dataclass(frozen=True)
@@ -38,6 +81,7 @@ class Trained:
         scoring: the size at which the run's config counts scores.
         digest: SHA-256 of the checkpoint file, by which a calibration knows its runs.
         temperature: k, in place of the network's own; see :attr:`k`.
+        config: of the run, as plain values; None in checkpoints that don't say.
     """
 
     run: Path
@@ -52,6 +96,7 @@ class Trained:
     scoring: Literal["native", "trained"]
     digest: str
     temperature: float | None = None
+    config: Any = None
 
     @property
     def own_k(self) -> float:
@@ -163,39 +208,46 @@ def load_trained(run: Path, device: torch.device, weights: str = "best") -> Trai
         raise UserError(f"{run}: no such run directory")
     path = run / "checkpoints" / f"{weights}.pt"
     state = checkpoint.load(path)
-    found: dict[str, Any] | None = state.get("segmentor")
-    if found is None:
+    if state.get("segmentor") is None:
         raise UserError(f"{path}: this run has no segmentor to load")
-    settings = described(found, str(path))
-    module = build_segmentor(settings, found["in_channels"], found["num_classes"])
+    with checkpoint.taking(f"{path}: its segmentor", "name another checkpoint or run"):
+        values = dict(state["segmentor"])
+        found = parse(Description, Tree(values, source=f"{path}: segmentor"))
+        step = state["engine"]["global_step"]
+        checkpoint.require_form(0, step, "engine.global_step")
+        checkpoint.require_form("", state["data"], "data")
+        tensors = state["problems"][found.problem]["module"]
+        settings = described(values, str(path))
+        module = build_segmentor(settings, found.in_channels, found.num_classes)
     try:
-        module.load_state_dict(state["problems"][found["problem"]]["module"])
-    except RuntimeError as error:
+        checkpoint.load_module(module, tensors)
+    except Exception as error:  # the file may hold anything
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"{path}: its weights don't fit {settings.name!r} as it is now ({reason})"
-        ) from None
+        ) from error
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    height, width = found["image_size"]
-    window = found.get("window")
+    height, width = found.image_size
+    window = found.window
     return Trained(
         run=run,
         module=module.to(device).eval(),
         spec=DatasetSpec(
             name=state["data"],
-            channels=found["in_channels"],
-            classes=tuple(found["classes"]),
-            ignore_index=found["ignore_index"],
-            metric=found["metric"],
-            palette=tuple((r, g, b) for r, g, b in found["palette"]),
+            channels=found.in_channels,
+            classes=tuple(found.classes),
+            ignore_index=found.ignore_index,
+            metric=found.metric,
+            palette=tuple((r, g, b) for r, g, b in found.palette),
         ),
         image_size=(height, width),
-        fit=found.get("fit", "stretch"),
+        fit=found.fit,
         window=None if window is None else (window[0], window[1]),
-        step=state["engine"]["global_step"],
-        autocast=found["precision"] == "bf16",
-        threshold=found.get("threshold", 0.5),
-        scoring=found.get("scoring", "native"),
+        step=step,
+        autocast=found.precision == "bf16",
+        threshold=found.threshold,
+        scoring=found.scoring,
         digest=digest,
+        config=state.get("config"),
     )

@@ -77,6 +77,7 @@ class Pretraining(Hooks):
             return
         if engine.recorder.directory is not None:
             state = {name: part.module.state_dict() for name, part in self._parts.items()}
+            engine._check_states({name: {"module": own} for name, own in state.items()})
             checkpoint.save(engine.checkpoint_path("gan"), {**state, "shape": self._shape})
         for player in self._players:
             player.optimizer.state.clear()
@@ -92,19 +93,21 @@ class Pretraining(Hooks):
         state = checkpoint.load(path)
         if "shape" not in state:
             raise UserError(f"gan.pretrained: {path} is no GAN; name a run's checkpoints/gan.pt")
-        for key, value in self._shape.items():
-            # A file without the key is from before there was a choice.
-            found = state["shape"].get(key, "softmax" if key == "selection" else value)
-            if found != value:
-                raise UserError(
-                    f"gan.pretrained: {path} has {key} {found}, this config {value}; use the same, "
-                    "or pre-train anew (gan.pretrained=null)"
-                )
-        for name, part in self._parts.items():
-            if name in state and not (
-                name == "architecture" and self._settings.architecture.mode == "learned"
-            ):
-                part.module.load_state_dict(state[name])
+        mend = "name another run's checkpoints/gan.pt, or pre-train anew (gan.pretrained=null)"
+        with checkpoint.taking(f"gan.pretrained: {path}", mend):
+            for key, value in self._shape.items():
+                # A file without the key is from before there was a choice.
+                found = state["shape"].get(key, "softmax" if key == "selection" else value)
+                if found != value:
+                    raise UserError(
+                        f"gan.pretrained: {path} has {key} {found}, this config {value}; use the "
+                        "same, or pre-train anew (gan.pretrained=null)"
+                    )
+            for name, part in self._parts.items():
+                if name in state and not (
+                    name == "architecture" and self._settings.architecture.mode == "learned"
+                ):
+                    checkpoint.load_module(part.module, state[name])
 
 
 class ArchitectureRecord(Hooks):
@@ -127,6 +130,10 @@ class ArchitectureRecord(Hooks):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
+        if not state["history"]:
+            raise ValueError("its history is empty")
+        for index, entry in enumerate(state["history"]):
+            checkpoint.require_form(self.history[0], entry, f"history.{index}")
         self.history = list(state["history"])
 
     def validated(self, engine: Engine, figures: Mapping[str, float]) -> None:

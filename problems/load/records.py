@@ -83,6 +83,8 @@ class LoadRecords(Hooks):
             RunError: the file can't be written.
         """
         samples = self.segmentation.data.val
+        if not {START, BEST} <= self.segmentation.counts.keys():
+            return
         found = {}
         for name in (START, BEST):
             with self.segmentation.weights(engine, name) as there:

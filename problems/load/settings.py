@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -153,6 +154,8 @@ class LoadSettings(AnyRunSettings):
         buffer_limit_mib: label maps beyond this many MiB are kept in memory-mapped files.
         pictures: images in the picture of those whose label maps changed most.
     """
+
+    resumable: ClassVar[Sequence[str]] = (*AnyRunSettings.resumable, "pictures")
 
     engine: LoadEngineSettings = LoadEngineSettings()
     data: DataSettings

@@ -9,6 +9,7 @@ from torch import nn
 
 from mlseg import checkpoint
 from mlseg.errors import UserError, one_line
+from mlseg.multilevel import restoring
 from mlseg.multilevel.problem import Problem
 
 
@@ -25,19 +26,22 @@ def load_start(network: nn.Module, path: Path, num_classes: int) -> dict[str, An
     description = state.get("segmentor")
     if description is None:
         raise UserError(f"start: {path} has no segmentor; name a run's checkpoints/best.pt")
-    if description["num_classes"] != num_classes:
+    with checkpoint.taking(f"start: {path}", "name another run's checkpoint"):
+        classes, settings = description["num_classes"], description["settings"]
+        tensors = state["problems"][description["problem"]]["module"]
+    if classes != num_classes:
         raise UserError(
-            f"start: {path} has {description['num_classes']} classes, the data have {num_classes}; "
+            f"start: {path} has {str(classes)[:40]} classes, the data have {num_classes}; "
             "name a model of the same classes, or train one (start=null)"
         )
     try:
-        network.load_state_dict(state["problems"][description["problem"]]["module"])
-    except RuntimeError as error:
+        checkpoint.load_module(network, tensors)
+    except Exception as error:  # the file may hold anything
         raise UserError(
             f"start: {path} doesn't fit the segmentor of this config "
-            f"({description['settings']}); use the same segmentor settings "
+            f"({settings}); use the same segmentor settings "
             f"[{one_line(error)}]"
-        ) from None
+        ) from error
     return state
 
 
@@ -52,7 +56,12 @@ def go_on(pretraining: Problem, start: dict[str, Any]) -> None:
     """
     if "pretraining" not in start:
         return
-    saved, optimizer, scheduler = start["pretraining"], pretraining.optimizer, pretraining.scheduler
+    with checkpoint.taking("start: the optimizer", "name another run's checkpoint"):
+        _go_on(pretraining, start["pretraining"])
+
+
+def _go_on(pretraining: Problem, saved: dict[str, Any]) -> None:
+    optimizer, scheduler = pretraining.optimizer, pretraining.scheduler
     kinds = {
         "optimizer": (optimizer.param_groups[0], saved["optimizer"]["param_groups"][0]),
         "scheduler": (scheduler.state_dict() if scheduler else {}, saved["scheduler"] or {}),
@@ -64,8 +73,10 @@ def go_on(pretraining: Problem, start: dict[str, Any]) -> None:
                 f"problems.pretraining.{key}: the start model was trained with another kind; use "
                 "the same for the control to go on from it"
             )
+    restoring.check_optimizer(optimizer, saved["optimizer"])
     optimizer.load_state_dict(saved["optimizer"])
     if scheduler is not None:
+        restoring.check_scheduler(scheduler, saved["scheduler"])
         scheduler.load_state_dict(saved["scheduler"])
 
 

@@ -17,6 +17,7 @@ from mlseg.engines.settings import EngineSettings, Stage
 from mlseg.errors import RunError, UserError
 from mlseg.multilevel.config import Config
 from mlseg.multilevel.problem import Problem
+from mlseg.testing import programs
 
 
 class Count(Problem):
@@ -306,6 +307,74 @@ def test_nan_weights_are_never_saved_although_every_loss_was_finite(tmp_path: Pa
     with pytest.raises(RunError, match=r"a parameter of problem 'second' is not finite at step 3"):
         made.run()
     assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["engine"]["global_step"] == 2
+
+
+class Spoils(Count):
+    """Something of its state becomes infinite at the third step, and no loss shows it."""
+
+    def training_step(self, batch: Any) -> Tensor:
+        if self.count == 3:
+            if self.spoilt == "buffer":
+                self.module.average.fill_(float("inf"))
+            else:
+                self.optimizer.state[self.module.weight][self.spoilt].fill_(float("inf"))
+        return super().training_step(batch)
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "told"),
+    [
+        ("buffer", "a buffer of problem 'spoils' is not finite at step 3 (average)"),
+        (
+            "square_avg",
+            "optimizer state of problem 'spoils' is not finite at step 3 (square_avg of",
+        ),
+    ],
+)
+def test_nothing_infinite_is_saved(tmp_path: Path, spoilt: str, told: str) -> None:
+    """Neither buffers nor the optimizer's state; the last good checkpoint stays."""
+    module = nn.Linear(1, 1, bias=False)
+    module.register_buffer("average", torch.zeros(1))
+    module.register_buffer("mask", torch.tensor([0.0, -float("inf")]))  # as it is meant to be
+    optimizer = torch.optim.RMSprop(module.parameters(), 0.0)
+    problem = Spoils("spoils", module, optimizer, [(torch.zeros(()),)])
+    problem.spoilt = spoilt
+    with pytest.raises(RunError) as caught:
+        engine([problem], tmp_path, iterations=4, checkpoint_every=1).run()
+    last = tmp_path / "checkpoints" / "last.pt"
+    assert told in str(caught.value)
+    assert f"the last good checkpoint is {last}" in str(caught.value)
+    assert checkpoint.load(last)["engine"]["global_step"] == 2
+
+
+@pytest.mark.parametrize("log_every", [1, 7])
+def test_a_hypergradient_that_is_not_finite_is_named_with_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
+) -> None:
+    """Not the loss of the level below, which shows it in the step after."""
+    made: Any = programs.small(
+        programs.GRAPHS["two levels"],
+        {"method": "identity", "linearise": "before_step", "scale": "optimizer"},
+        lambda params: torch.optim.SGD(params, 0.01),
+        settings=EngineSettings(
+            iterations=8, validate_every=0, log_every=log_every, tensorboard=False
+        ),
+        out=tmp_path,
+    )
+    upper, method = made.problems[-1], type(made.problems[0].method)
+    former = method.__call__
+
+    def call(self: Any, vector: Any, hop: Any) -> Any:
+        carried, report = former(self, vector, hop)
+        factor = float("nan") if upper.count == 3 else 1.0
+        return [[t * factor for t in part] for part in carried], report
+
+    monkeypatch.setattr(method, "__call__", call)
+    with pytest.raises(RunError) as caught:
+        made.run()
+    assert f"the hypergradient of problem '{upper.name}' is not finite at step 3 (and then" in str(
+        caught.value
+    )
 
 
 def test_nan_without_a_checkpoint_says_so(tmp_path: Path) -> None:

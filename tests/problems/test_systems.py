@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
-from mlseg import problems
+from mlseg import problems, run
+from mlseg.engines.engine import Engine
 from mlseg.errors import UserError
 from mlseg.hypergradients import FiniteDifference
 from mlseg.multilevel.settings import ProblemSettings
@@ -141,3 +143,59 @@ def test_a_problems_settings_reach_its_config() -> None:
     assert config.hypergradient == FiniteDifference(epsilon=0.5)
     assert (config.gradient_clipping, config.gradient_accumulation) == (2.0, 3)
     assert (config.unroll_steps, config.precision) == (4, "bf16")
+
+
+FAILING = """
+import sys
+{head}
+
+from mlseg import Engine
+from mlseg.problems.systems import RunSettings
+
+
+def build(settings: {settings}, out) -> Engine:
+    {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ({"head": "sys.exit(0)"}, "can't import 'failing'"),
+        ({"head": "1 / 0"}, "division by zero"),
+        ({"settings": "'Nowhere'"}, "its annotations can't be read (name 'Nowhere'"),
+        ({"body": "1 / 0"}, "failing.py:10: ZeroDivisionError: division by zero"),
+        ({"body": "sys.exit(0)"}, "failing.py:10: SystemExit: 0"),
+        ({"body": "raise KeyError"}, "failing.py:10: KeyError"),
+        ({"body": "return settings"}, "gives a RunSettings, not an mlseg.Engine"),
+    ],
+)
+def test_a_system_that_fails_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    parts: dict[str, str],
+    told: str,
+) -> None:
+    text = {"head": "", "settings": "RunSettings", "body": "pass", **parts}
+    (tmp_path / "failing.py").write_text(FAILING.format(**text))
+    (tmp_path / "config.yaml").write_text("system: failing:build\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.delitem(sys.modules, "failing", raising=False)
+    try:
+        assert run.main(["config.yaml", "--out", "run"]) == 2
+    finally:
+        sys.modules.pop("failing", None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
+
+
+def test_a_run_that_a_system_ends_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """sys.exit(0) in the midst of training is no success."""
+    monkeypatch.setattr(Engine, "train_step", lambda engine: sys.exit(0))
+    config = tiny.write_config(tmp_path / "tiny.yaml")
+    assert run.main([str(config), "--out", str(tmp_path / "run")]) == 1
+    assert "failed: the process was ended from within" in capsys.readouterr().err

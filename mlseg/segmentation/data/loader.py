@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlseg.checkpoint import require_form
 from mlseg.errors import UserError
 from mlseg.segmentation.data.augmentation import Augmentation
 from mlseg.segmentation.data.samples import Samples, to_float
@@ -137,6 +138,14 @@ class BatchLoader:
                     f"{self.samples.spec.name}: the saved data order has {key} = {state[key]}, "
                     f"this run has {mine}; resume with the config of the saved run"
                 )
+        for key in ("epoch", "position"):
+            require_form(0, state[key], key)
+        require_form(self._order, state["order"], "order")
+        if not state["order"].sort().values.equal(torch.arange(len(self.samples))):
+            raise UserError(
+                f"{self.samples.spec.name}: the saved data order is none of "
+                f"{len(self.samples)} examples; start the run again"
+            )
         self.epoch = state["epoch"]
         self._order = state["order"].cpu().clone()
         self._position = state["position"]

@@ -2,8 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 
 from mlseg.errors import UserError
 from mlseg.files import reachable
-from mlseg.segmentation.data import splits
+from mlseg.segmentation.data import contents, splits
 from mlseg.segmentation.data.decode import decode, limit_pixels
 from mlseg.segmentation.data.entry import Entry, Example, Part, data_set
 from mlseg.segmentation.data.fetch import fetch, incomplete
@@ -41,6 +41,8 @@ class SegmentationData:
         provenance: "real", or "synthetic" for stand-ins.
         manifest: what ``splits.json`` holds; see `mlseg.segmentation.data.splits.manifest`.
         notice: a line that a command must show at the start and at the end, or None.
+        files: of every example; empty for drawn ones.
+        digests: how much of a file its digest is of; see ``DataSettings.digests``.
     """
 
     train: Samples
@@ -51,6 +53,16 @@ class SegmentationData:
     provenance: Provenance
     manifest: dict[str, Any]
     notice: str | None = None
+    files: contents.Files = field(default_factory=dict, repr=False)
+    digests: contents.How = "sample"
+
+    def contents(self) -> dict[str, Any]:
+        """Digests of all files, for ``splits.json``."""
+        return contents.record(self.files, self.digests)
+
+    def changed(self, stored: Mapping[str, Any]) -> list[Path]:
+        """The files that are no longer what they were when ``stored`` was made."""
+        return contents.changed(self.files, stored)
 
 
 def load_data(settings: DataSettings) -> SegmentationData:
@@ -103,7 +115,16 @@ def load_data(settings: DataSettings) -> SegmentationData:
             out_of_distribution={n: [e.id for e in found] for n, (_, found) in others.items()},
         ),
         notice=" ".join(notices) or None,
+        files={
+            "data": {id: _paths(chosen[id]) for ids in split.as_dict().values() for id in ids},
+            **{name: {e.id: _paths(e) for e in found} for name, (_, found) in others.items()},
+        },
+        digests=settings.digests,
     )
+
+
+def _paths(example: Example) -> tuple[Path, ...]:
+    return (example.image, *example.masks)
 
 
 def load_examples(

@@ -9,6 +9,7 @@ import pydantic
 
 from mlseg.config import Settings
 from mlseg.files import reachable
+from mlseg.segmentation.data.contents import How
 from mlseg.segmentation.data.decode import MEGAPIXELS
 from mlseg.segmentation.data.entry import DATA_SETS, Entry, data_set
 from mlseg.segmentation.data.layout import MAX_FILES, folder_layout
@@ -58,6 +59,8 @@ class DataSettings(Settings):
         memory_limit_mib: decoded examples beyond this many MiB are kept in memory-mapped files.
         cache_dir: where those files are; if given, every data set is kept there, so that the next
             run doesn't decode. Default: the user's cache folder, used only beyond the limit.
+        digests: by what a run that goes on, or is evaluated, knows its files again: "sample" (size
+            and contents, of a file above 1 MiB 16 pieces of 64 KiB) or "all".
         max_files: files and folders that may lie in the data set's folder.
         max_megapixels: millions of pixels that an image or mask may have. Default: Pillow's limit.
             Decoding takes some 15 bytes a pixel.
@@ -85,6 +88,7 @@ class DataSettings(Settings):
     metric: Literal["jaccard", "dice"] | None = None
     memory_limit_mib: Count = 4096
     cache_dir: str | None = None
+    digests: How = "sample"
     max_files: Annotated[int, pydantic.Field(ge=1)] = MAX_FILES
     max_megapixels: Annotated[float, pydantic.Field(gt=0)] = float(MEGAPIXELS)
 
