@@ -18,7 +18,7 @@ from betty.problems import Problem as BettyProblem
 from rich.console import RenderableType
 
 from mlseg import checkpoint
-from mlseg.engines import state
+from mlseg.engines import notices, state
 from mlseg.engines.hooks import Hooks, Work
 from mlseg.engines.interruption import Interruption
 from mlseg.engines.nan_guard import NanGuard, all_finite
@@ -251,6 +251,7 @@ class Engine(KnowsLevels, betty.engine.Engine):
             leaves = leaves if chosen is None else list(chosen)
         for leaf in leaves:
             leaf.step(global_step=self.global_step)
+        notices.after_step(self)
         for hook in self.hooks:
             hook.stepped(self)
 
@@ -312,8 +313,9 @@ class Engine(KnowsLevels, betty.engine.Engine):
         ]
         self.logged = {problem.name: problem.count for problem in self.problems}
         figures = {problem.name: problem.metrics for problem in stepped}
-        self.recorder.log(self.global_step, figures, self._rates())
+        lines = self.recorder.log(self.global_step, figures, self._rates())
         self._check_finite()
+        notices.after_log(self, lines)
 
     def _rates(self) -> dict[str, float]:
         return {

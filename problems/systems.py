@@ -3,14 +3,15 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, PositiveInt
 
 from mlseg.config import Settings
 from mlseg.config.registry import Entry, Registry, find_entry
 from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings, LoopSettings
+from mlseg.randomness import LARGEST_SEED
 
 
 class AnyRunSettings(Settings):
@@ -19,7 +20,7 @@ class AnyRunSettings(Settings):
     Attributes:
         system: registered name, or dotted path ``package.module:build``.
         imports: modules to import first, which register what the rest of the config names.
-        seed: of every random draw but the data split, which has its own.
+        seed: of every random draw but the data split, which has its own; below 2^64.
         device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         threads: of the processor; ``auto``: what the environment says (OMP_NUM_THREADS), or else as
             many as the work fills. Another number may change the last digits.
@@ -29,7 +30,7 @@ class AnyRunSettings(Settings):
 
     system: str
     imports: list[str] = []
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
     device: str = "auto"
     threads: Literal["auto"] | PositiveInt = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
