@@ -52,7 +52,8 @@ def batch_to_device(batch: Any, device: torch.device | str) -> Any:
         return to_device(batch, device)
     if isinstance(batch, (str, bytes, type)):
         return batch
-    if callable(getattr(batch, "to", None)):
+    # Of the class: attribute dicts may raise anything for a key that they haven't.
+    if callable(getattr(type(batch), "to", None)):
         return _by_itself(batch, device)
     if isinstance(batch, Mapping):
         return _mapping(batch, {k: batch_to_device(v, device) for k, v in batch.items()})
