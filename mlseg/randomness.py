@@ -86,7 +86,7 @@ def is_generator(thing: Any) -> bool:
 
 def global_generators() -> list[Generator]:
     """Those whose state :func:`capture` has, as far as they are objects."""
-    bound = (random.random, np.random.random_sample)
+    bound: tuple[Any, ...] = (random.random, np.random.random_sample)
     return [torch.default_generator, *(function.__self__ for function in bound)]
 
 

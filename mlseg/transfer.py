@@ -84,7 +84,7 @@ def _mapping(batch: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:
         return moved
     try:
         if getattr(batch, "__dict__", None) is batch:  # its attributes are its items
-            return type(batch)(moved)  # type: ignore[call-arg]
+            return type(batch)(moved)
         result: Any = copy.copy(batch)
         for key, value in moved.items():
             result[key] = value
@@ -108,8 +108,10 @@ def _mapping(batch: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:
 def _attributes(batch: Any, device: torch.device | str) -> Any:
     """Dataclasses, namespaces and other objects whose attributes hold tensors."""
     if dataclasses.is_dataclass(batch) or isinstance(batch, SimpleNamespace):
-        held = isinstance(batch, SimpleNamespace)
-        names = list(vars(batch)) if held else [f.name for f in dataclasses.fields(batch)]
+        if isinstance(batch, SimpleNamespace):
+            names = list(vars(batch))
+        else:
+            names = [f.name for f in dataclasses.fields(batch)]
     else:
         names = [k for k, v in getattr(batch, "__dict__", {}).items() if _holds_tensors(v)]
         if not names or isinstance(batch, torch.nn.Module):

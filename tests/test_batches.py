@@ -18,13 +18,13 @@ from mlseg.transfer import batch_to_device
 X = torch.ones(2, 3)
 
 
-class Attributes(dict):
+class Attributes(dict[str, Any]):
     """An attribute dict."""
 
     __getattr__ = dict.__getitem__
 
 
-class Itself(dict):
+class Itself(dict[str, Any]):
     """An attribute dict whose attributes are its items."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -32,7 +32,7 @@ class Itself(dict):
         self.__dict__ = self
 
 
-class Fixed(Mapping):
+class Fixed(Mapping[str, Any]):
     """A mapping that nothing can be put into, with a constructor of its own."""
 
     def __init__(self, x: Tensor, name: str) -> None:

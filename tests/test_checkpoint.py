@@ -175,13 +175,13 @@ class Batch:
     name: str
 
 
-class Attributes(dict):
+class Attributes(dict[str, Any]):
     """An attribute dict."""
 
     __getattr__ = dict.__getitem__
 
 
-class Itself(dict):
+class Itself(dict[str, Any]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.__dict__ = self
@@ -273,7 +273,7 @@ def test_classes_that_are_not_loaded_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["tempfile:_TemporaryFileCloser", "os:_Environ", "builtins:print"])
 def test_a_checkpoint_makes_no_objects_of_other_classes(tmp_path: Path, name: str) -> None:
     for family in ("dataclass", "tuple", "dict", "tensor", "enum"):
-        value = {"mlseg.kind": family, "class": name, "value": {}}
+        value: dict[str, Any] = {"mlseg.kind": family, "class": name, "value": {}}
         torch.save({"format": checkpoint.FORMAT, "a": value}, tmp_path / "last.pt")
         with pytest.raises(UserError, match="this program hasn't"):
             checkpoint.load(tmp_path / "last.pt")

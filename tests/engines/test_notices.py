@@ -11,7 +11,7 @@ from torch import nn
 
 from mlseg import EngineSettings
 from mlseg.dry_run import dry_run
-from mlseg.hypergradients import classes
+from mlseg.hypergradients.registry import classes
 
 ONCE = EngineSettings(iterations=3, log_every=1, tensorboard=False)
 

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from mlseg.errors import UserError
-from mlseg.hypergradients import classes
+from mlseg.hypergradients.registry import classes
 from mlseg.hypergradients.second_order.refusals import explained
 
 FORWARD_OVER_REVERSE = {"method": "identity", "mode": "forward_over_reverse"}

@@ -65,7 +65,7 @@ class Cursor:
             yield BATCHES[self.at - 1]
 
 
-class Keeping(list):
+class Keeping(list[Any]):
     """Keeps its place for checkpoints, as torchdata's."""
 
     def state_dict(self) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Noisy(Lower):
         return super().training_step((x, batch[1]))
 
 
-def truth(net: nn.Module, x: Tensor, rate: float) -> float:
+def truth(net: Any, x: Tensor, rate: float) -> float:
     """One step's hypergradient at the weights after it."""
     w, s = net.weight.detach().requires_grad_(), torch.tensor(S).double().requires_grad_()
     (v,) = torch.autograd.grad(error(X @ w.T, Y + 1.0, 2), w)
@@ -145,7 +145,7 @@ class Guarded(Teacher):
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("within", [False, True])
 def test_a_teacher_that_moves_in_the_step(method: Any, within: bool) -> None:
-    def run(lower: type[Lower]) -> tuple[Any, nn.Module]:
+    def run(lower: type[Lower]) -> tuple[Any, Any]:
         engine = program(method, lower=lower, settings=EngineSettings(iterations=3))
         teacher = copy.deepcopy(linear(4)).requires_grad_(False)
         if within:  # as a part of the levels' own modules
@@ -230,7 +230,7 @@ def test_buffers_may_change() -> None:
 
 
 def test_generators_of_a_data_set_resume_where_they_were(tmp_path: Path) -> None:
-    class Data(torch.utils.data.Dataset):
+    class Data(torch.utils.data.Dataset[Any]):
         def __init__(self) -> None:
             self.R = np.random.default_rng(3)
 

@@ -160,7 +160,7 @@ def check_twice_differentiable(name: str, loss: Tensor, parameters: Sequence[Ten
             stack += [(after, False) for after in following]
             continue
         leads[node] = leads[node] or any(leads[after] for after in following)
-        function = getattr(node, "_forward_cls", None)
+        function: Any = getattr(node, "_forward_cls", None)
         backward = getattr(getattr(function, "backward", None), "__code__", None)
         if backward is _ONCE and leads[node]:
             raise UserError(
