@@ -19,7 +19,7 @@ from betty.problems import Problem as BettyProblem
 from rich.console import RenderableType
 
 from mlseg import checkpoint
-from mlseg.engines import state
+from mlseg.engines import notices, state
 from mlseg.engines.hooks import Hooks, Work
 from mlseg.engines.interruption import Interruption
 from mlseg.engines.nan_guard import NanGuard
@@ -334,6 +334,7 @@ class Engine(KnowsLevels, betty.engine.Engine):
             leaves = leaves if chosen is None else list(chosen)
         for leaf in leaves:
             leaf.step(global_step=self.global_step)
+        notices.after_step(self)
         for hook in self._hooks:
             hook.stepped(self)
 
@@ -421,8 +422,9 @@ class Engine(KnowsLevels, betty.engine.Engine):
         ]
         self._logged = {problem.name: problem.count for problem in self.problems}
         figures = {problem.name: problem._metrics for problem in stepped}
-        self._recorder.log(self.global_step, figures, self._rates())
+        lines = self._recorder.log(self.global_step, figures, self._rates())
         self._check_finite()
+        notices.after_log(self, lines)
 
     def _rates(self) -> dict[str, float]:
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,11 @@ from rich.progress import Progress as RichProgress
 if TYPE_CHECKING:
     from mlseg.engines.engine import Engine
 
+NOTICES = ("hypergradient_zero", "hypergradient_unsolved", "buffers_moved")
+"""Events that say in a text of their own what is wrong with a program."""
+
 SECONDS_BETWEEN_LINES = 10.0
-_SHOWN_EVENTS = frozenset({"early_stop", "rate_change", "nan", "hypergradient_diverged"})
+_SHOWN_EVENTS = frozenset({"early_stop", "rate_change", "nan", "hypergradient_diverged", *NOTICES})
 
 
 class Pace:
@@ -122,9 +126,17 @@ class Progress:
         """Something worth a line of its own."""
         if kind == "stage_start":
             self._pace.begin(0)
-        if kind in self._shown_events and not self.quiet:
+        if kind in NOTICES:
+            self._notice(f"step {step}: {values['text']}", kind == NOTICES[0])
+        elif kind in self._shown_events and not self.quiet:
             text = " ".join(f"{key}={_short(value)}" for key, value in values.items())
             self._console.print(f"step {step}: {kind.replace('_', ' ')} {text}")
+
+    def _notice(self, text: str, always: bool) -> None:
+        if not self.quiet:
+            self._console.print(text, markup=False, soft_wrap=True)
+        elif always:
+            warnings.warn(text, stacklevel=2)
 
     def stop(self) -> None:
         """End the display."""

@@ -103,8 +103,12 @@ class Recorder:
 
     def log(
         self, step: int, figures: Mapping[str, Mapping[str, Any]], rates: Mapping[str, float]
-    ) -> None:
-        """Write a line per problem; the one place where training waits for the device."""
+    ) -> Mapping[str, Mapping[str, float]]:
+        """Write a line per problem; the one place where training waits for the device.
+
+        Returns:
+            the figures, read.
+        """
         values = read_scalars({(p, k): v for p, group in figures.items() for k, v in group.items()})
         lines: dict[str, dict[str, float]] = {}
         for (problem, key), value in values.items():
@@ -116,15 +120,21 @@ class Recorder:
             self._write(METRICS, {"step": step, "problem": problem}, line)
             self._curve(problem, line, step)
         self.progress.update(step, {p: line["loss"] for p, line in lines.items() if "loss" in line})
+        return lines
 
     def _warn_of_divergence(self, step: int, problem: str, line: Mapping[str, float]) -> None:
         """Say of each hop once that its method's series or iteration has diverged."""
         for key, value in line.items():
             name = f"{problem}/{key}"
-            if key.endswith("_diverged") and value > 0.0 and name not in self._diverged:
-                self._diverged.add(name)
+            if key.endswith("_diverged") and value > 0.0 and self.is_new(name):
                 level = key.removeprefix("hypergradient/").removesuffix("_diverged")
                 self.event("hypergradient_diverged", step, problem=problem, level=level)
+
+    def is_new(self, name: str) -> bool:
+        """Whether this is asked for the first time in this run; for what is said once."""
+        new = name not in self._diverged
+        self._diverged.add(name)
+        return new
 
     def validation(self, step: int, figures: Mapping[str, float]) -> None:
         """A validation's figures, as a line, as an event and as curves."""

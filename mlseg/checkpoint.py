@@ -1,7 +1,8 @@
 """Checkpoints: written whole or not at all, read without running anybody's code.
 
 A checkpoint is torch's zip archive, which holds a CRC of each of its members. torch itself doesn't
-look at them, so :func:`load` does: a flipped bit is found before anything is made of it.
+look at them, so :func:`load` does: a flipped bit is found before anything is made of it. What isn't
+a tensor or a plain value is written as :mod:`mlseg.values` says.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from mlseg.errors import RunError, UserError, one_line
 from mlseg.files import replacing
+from mlseg.values import as_it_was, as_plain
 
 K = TypeVar("K")
 
@@ -35,18 +37,27 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
     Args:
         path: the checkpoint; its folder is made when missing.
-        state: tensors, numbers, strings, and dicts, lists and tuples of them.
+        state: tensors, arrays, numbers, strings, paths, and dicts, lists, (named) tuples and
+            dataclasses of them.
 
     Raises:
-        RunError: the file can't be written, as on a full disk.
+        RunError: the file can't be written, as on a full disk, or something in it couldn't be read.
     """
+    kept = "; the one written before it is kept" if path.exists() else ""
+    try:
+        plain = as_plain(state)
+    except TypeError as error:
+        raise RunError(
+            f"can't write checkpoint {path}: {error}, which couldn't be read back; keep tensors, "
+            "arrays, numbers, strings and paths there, in dicts, lists, (named) tuples and "
+            f"dataclasses of a module's top level{kept}"
+        ) from None
     former = path.with_name(PREVIOUS) if path.name == LAST else None
     try:
         with replacing(path, former) as temporary, open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
+            torch.save({"format": FORMAT, **plain}, file)
     except (OSError, RuntimeError) as error:
         # torch's zip writer reports a failed write as RuntimeError and loses the system's text.
-        kept = "; the one written before it is kept" if path.exists() else ""
         reason = one_line(_cause(error))
         raise RunError(f"can't write checkpoint {path}: {reason}{kept}") from error
 
@@ -80,8 +91,9 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read a checkpoint with ``weights_only=True``: it can hold data, never code.
 
     Raises:
-        UserError: there is no such file, it is truncated or damaged, or another format. The line
-            names the run's other checkpoint, if that is whole.
+        UserError: there is no such file, it is truncated or damaged, or another format, or it
+            holds an object of a class that isn't loaded. The line names the run's other checkpoint,
+            if that is whole.
     """
     if not path.is_file():
         mend = _other(path) or "name a run that has finished at least one"
@@ -99,7 +111,10 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise UserError(
             f"{path}: checkpoint format {str(found)[:40]}, this mlseg reads format {FORMAT}"
         )
-    return state
+    try:
+        return {key: as_it_was(value) for key, value in state.items()}
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: {one_line(error)}; start the run again, or mend that") from error
 
 
 def verify(path: Path) -> None:

@@ -22,6 +22,12 @@ T = TypeVar("T")
 
 RandomState = dict[str, Any]
 
+Generator = torch.Generator | np.random.RandomState | np.random.Generator | random.Random
+"""A generator of a program's own."""
+
+LARGEST_SEED = 2**64 - 1
+"""That torch takes."""
+
 
 class _Numpy:
     """numpy's global generator. It takes numpy most of a capture to copy its state out, and most
@@ -138,10 +144,9 @@ def capture(device: torch.device | str = "cpu") -> RandomState:
     Returns:
         a dict of tensors, numbers and lists, which ``torch.load(weights_only=True)`` accepts.
     """
-    version, internal, gauss = random.getstate()
     state: RandomState = {
         "torch": torch.get_rng_state(),
-        "python": [version, list(internal), gauss],
+        "python": _of_python(random.getstate()),
         "numpy": _NUMPY.capture(),
     }
     device = torch.device(device)
@@ -158,12 +163,96 @@ def restore(state: RandomState, device: torch.device | str = "cpu") -> None:
         ValueError, TypeError, RuntimeError, KeyError: it is no such state.
     """
     torch.set_rng_state(state["torch"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate(_for_python(state["python"]))
     _NUMPY.restore(state["numpy"])
     device = torch.device(device)
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+# ------------------------------------------------------------- generators of a program's own
+
+
+def is_generator(thing: Any) -> bool:
+    """Whether it is a generator whose state can be had and put back."""
+    if isinstance(thing, np.random.RandomState):
+        return bool(thing.get_state(legacy=False)["bit_generator"] == "MT19937")
+    return isinstance(
+        thing, (torch.Generator, np.random.Generator, random.Random)
+    ) and not isinstance(thing, random.SystemRandom)
+
+
+def global_generators() -> list[Generator]:
+    """Those whose state :func:`capture` has, as far as they are objects."""
+    bound: tuple[Any, ...] = (random.random, np.random.random_sample)
+    return [torch.default_generator, *(function.__self__ for function in bound)]
+
+
+def own_state(generator: Generator) -> Any:
+    """A generator's state, in what ``torch.load(weights_only=True)`` accepts."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return _of_python(generator.getstate())
+    return _of_numpy(_numpy_state(generator))
+
+
+def set_own_state(generator: Generator, state: Any) -> None:
+    """The inverse of :func:`own_state`."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(_for_python(state))
+    else:
+        whole = _for_numpy(state, _numpy_state(generator))
+        if isinstance(generator, np.random.RandomState):
+            generator.set_state(whole)
+        else:
+            generator.bit_generator.state = whole
+
+
+def state_from_seed(generator: Generator, seed: int) -> Any:
+    """The state of a generator of the same kind that starts from ``seed``."""
+    if isinstance(generator, torch.Generator):
+        return generator.clone_state().manual_seed(seed).get_state()
+    if isinstance(generator, random.Random):
+        return own_state(random.Random(seed))
+    if isinstance(generator, np.random.RandomState):
+        return own_state(np.random.RandomState(seed))
+    kind: Any = type(generator.bit_generator)
+    return own_state(np.random.Generator(kind(seed)))
+
+
+def _of_python(state: Any) -> list[Any]:
+    version, internal, gauss = state
+    return [version, list(internal), gauss]
+
+
+def _for_python(state: Any) -> Any:
+    version, internal, gauss = state
+    return version, tuple(internal), gauss
+
+
+def _numpy_state(generator: np.random.RandomState | np.random.Generator) -> Any:
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    return generator.bit_generator.state
+
+
+def _of_numpy(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _of_numpy(value) for key, value in state.items()}
+    # Words of 64 bits without sign keep their bits.
+    return torch.from_numpy(state.astype(np.int64)) if isinstance(state, np.ndarray) else state
+
+
+def _for_numpy(state: Any, like: Any) -> Any:
+    if isinstance(like, dict):
+        return {key: _for_numpy(state[key], value) for key, value in like.items()}
+    return state.numpy().astype(like.dtype) if isinstance(like, np.ndarray) else state
+
+
+# -------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -183,9 +272,14 @@ def replayed(state: RandomState | None, device: torch.device | str = "cpu") -> I
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch (all devices), numpy and Python; the start of every run."""
+    """Seed torch (all devices), numpy and Python; the start of every run.
+
+    Args:
+        seed: from 0 to :data:`LARGEST_SEED`.
+    """
     random.seed(seed)
-    np.random.seed(seed)
+    # numpy takes 32 bits, or words of them.
+    np.random.seed(seed if seed < 2**32 else [seed % 2**32, seed >> 32])
     torch.manual_seed(seed)
 
 

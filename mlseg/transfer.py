@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mlseg.errors import UserError
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -31,3 +36,97 @@ def state_to_device(
     """
     on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
     return value if on_host else value.to(device)
+
+
+def batch_to_device(batch: Any, device: torch.device | str) -> Any:
+    """A batch on ``device``, of the same types all through.
+
+    Tensors move; what has a method ``to`` (a ``BatchEncoding``, a packed sequence) is asked to;
+    mappings, sequences, dataclasses and plain objects are copied, with what is in them moved.
+    Anything else stays as it is.
+
+    Raises:
+        UserError: a container has tensors in it and can't be copied, or its ``to`` fails.
+    """
+    if isinstance(batch, Tensor):
+        return to_device(batch, device)
+    if isinstance(batch, (str, bytes, type)):
+        return batch
+    # Of the class: attribute dicts may raise anything for a key that they haven't.
+    if callable(getattr(type(batch), "to", None)):
+        return _by_itself(batch, device)
+    if isinstance(batch, Mapping):
+        return _mapping(batch, {k: batch_to_device(v, device) for k, v in batch.items()})
+    if isinstance(batch, tuple):
+        moved = [batch_to_device(value, device) for value in batch]
+        # Named tuples and others of the kind, whatever their constructors take.
+        return tuple.__new__(type(batch), moved)
+    if isinstance(batch, list):
+        result = copy.copy(batch)
+        result[:] = [batch_to_device(value, device) for value in batch]
+        return result
+    return _attributes(batch, device)
+
+
+def _by_itself(batch: Any, device: torch.device | str) -> Any:
+    try:
+        moved = batch.to(device)
+    except Exception as error:
+        raise UserError(
+            f"a batch holds a {type(batch).__name__} whose to({str(device)!r}) fails "
+            f"({type(error).__name__}: {error}); put tensors there, or convert it in get_batch"
+        ) from error
+    return batch if moved is None else moved  # some move themselves
+
+
+def _mapping(batch: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:
+    if type(batch) is dict:
+        return moved
+    try:
+        if getattr(batch, "__dict__", None) is batch:  # its attributes are its items
+            return type(batch)(moved)
+        result: Any = copy.copy(batch)
+        for key, value in moved.items():
+            result[key] = value
+        return result
+    except TypeError:
+        pass
+    try:
+        result = type(batch)(moved)  # type: ignore[call-arg]
+        if len(result) == len(moved) and all(result[k] is v for k, v in moved.items()):
+            return result
+    except (TypeError, ValueError, LookupError, AttributeError):  # it takes something else
+        pass
+    if all(moved[key] is value for key, value in batch.items()):
+        return batch
+    raise UserError(
+        f"a batch is a {type(batch).__name__}, which can't be copied with its tensors on another "
+        "device; give it a method to(device), or convert it in get_batch"
+    )
+
+
+def _attributes(batch: Any, device: torch.device | str) -> Any:
+    """Dataclasses, namespaces and other objects whose attributes hold tensors."""
+    if dataclasses.is_dataclass(batch) or isinstance(batch, SimpleNamespace):
+        if isinstance(batch, SimpleNamespace):
+            names = list(vars(batch))
+        else:
+            names = [f.name for f in dataclasses.fields(batch)]
+    else:
+        names = [k for k, v in getattr(batch, "__dict__", {}).items() if _holds_tensors(v)]
+        if not names or isinstance(batch, torch.nn.Module):
+            return batch
+    result = copy.copy(batch)
+    for name in names:
+        if hasattr(batch, name):
+            moved = batch_to_device(getattr(batch, name), device)
+            object.__setattr__(result, name, moved)  # frozen ones too
+    return result
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_tensors, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, Tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -76,10 +77,22 @@ class Builder:
         self.settings = settings
         self.spec = spec
         self.device: torch.device = choose_device(settings.device)
+        self._made: set[str] = set()
 
-    def segmentor(self) -> nn.Module:
-        """The config's segmentor, with random weights."""
-        with seeded(self.settings.seed, "segmentor"):
+    def segmentor(self, name: str = "segmentor") -> nn.Module:
+        """The config's segmentor, with random weights.
+
+        Args:
+            name: its initial weights are those of this name; a warning says where two have one.
+        """
+        if name in self._made:
+            warnings.warn(
+                f"a second segmentor {name!r} starts from the same weights as the first; where it "
+                "shouldn't, give it a name of its own: Builder.segmentor(name)",
+                stacklevel=2,
+            )
+        self._made.add(name)
+        with seeded(self.settings.seed, name):
             network = build_segmentor(
                 self.settings.segmentor, self.spec.channels, self.spec.num_classes
             )

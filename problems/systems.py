@@ -13,6 +13,7 @@ from mlseg.config.registry import Entry, Registry, find_entry
 from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings, LoopSettings
 from mlseg.errors import RunError, UserError, located
+from mlseg.randomness import LARGEST_SEED
 from mlseg.threads import MOST as MOST_THREADS
 
 
@@ -22,7 +23,7 @@ class AnyRunSettings(Settings):
     Attributes:
         system: registered name, or dotted path ``package.module:build``.
         imports: modules to import first, which register what the rest of the config names.
-        seed: of every random draw but the data split, which has its own.
+        seed: of every random draw but the data split, which has its own; below 2^64.
         device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         threads: of the processor; ``auto``: what the environment says (OMP_NUM_THREADS), or else as
             many as the work fills. Another number may change the last digits.
@@ -50,7 +51,7 @@ class AnyRunSettings(Settings):
 
     system: str
     imports: list[str] = []
-    seed: Annotated[int, pydantic.Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, pydantic.Field(ge=0, le=LARGEST_SEED)] = 0
     device: str = "auto"
     threads: Literal["auto"] | Annotated[int, pydantic.Field(ge=1, le=MOST_THREADS)] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"

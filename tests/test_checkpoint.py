@@ -1,6 +1,9 @@
 """Checkpoints: whole or not at all, data and never code, and one line where that fails."""
 
+import collections
 import contextlib
+import dataclasses
+import enum
 import errno
 import io
 import os
@@ -9,11 +12,14 @@ import subprocess
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from torch import Tensor
 
 from mlseg import checkpoint
 from mlseg.errors import RunError, UserError
@@ -284,3 +290,116 @@ def test_forms(own: Any, fits: list[Any], misfits: list[Any]) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"last\.pt: no such checkpoint"):
         checkpoint.load(tmp_path / "last.pt")
+
+
+Named = collections.namedtuple("Named", "x name")
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    x: Tensor
+    name: str
+
+
+class Attributes(dict[str, Any]):
+    """An attribute dict."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Itself(dict[str, Any]):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.__dict__ = self
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class Image(Tensor):
+    """A subclass of a tensor, as torchvision's and MONAI's."""
+
+
+KEPT: dict[str, Any] = {
+    "float64": (np.float64(0.5), 0.5),
+    "bool_": (np.bool_(True), True),
+    "int key": ({np.int64(3): 1}, {3: 1}),
+    "path": (Path("a") / "b.png", Path("a/b.png")),
+    "named tuple": (Named(1, "a"), Named(1, "a")),
+    "dataclass": (Batch(torch.ones(()), "a"), Batch(torch.ones(()), "a")),
+    "namespace": (SimpleNamespace(a=1), SimpleNamespace(a=1)),
+    "attributes": (Attributes(a=1), Attributes(a=1)),
+    "itself": (Itself(a=1), Itself(a=1)),
+    "enum": (Colour.RED, Colour.RED),
+}
+"""What is saved, and what it is read as."""
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_more_than_plain_values_is_saved(tmp_path: Path, name: str) -> None:
+    saved, expected = KEPT[name]
+    checkpoint.save(tmp_path / "last.pt", {"a": [saved]})
+    (loaded,) = checkpoint.load(tmp_path / "last.pt")["a"]
+    assert type(loaded) is type(expected)
+    assert loaded == expected
+    if name == "itself":
+        assert loaded.a == 1
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6.0).reshape(2, 3)[:, ::-1],
+        np.arange(3, dtype=">i4"),
+        np.array(3, dtype=np.uint16),
+        np.array(["a", "bc"]),
+        np.zeros((0, 2), np.float32),
+    ],
+)
+def test_arrays_are_saved(tmp_path: Path, array: Any) -> None:
+    checkpoint.save(tmp_path / "last.pt", {"a": array})
+    loaded = checkpoint.load(tmp_path / "last.pt")["a"]
+    assert loaded.dtype == array.dtype.newbyteorder("=")
+    assert np.array_equal(loaded, array)
+
+
+def test_tensors_keep_their_class(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "last.pt", {"a": torch.ones(2).as_subclass(Image)})
+    loaded = checkpoint.load(tmp_path / "last.pt")["a"]
+    assert type(loaded) is Image
+    assert loaded.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("value", [{1, 2}, object(), lambda: 1, np.array([None]), slice(3)])
+def test_what_could_not_be_read_is_said_at_the_save(tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"a": 1})
+    with pytest.raises(
+        RunError, match=r"can't write .*: problems.low.batch\[1\] is an? "
+    ) as caught:
+        checkpoint.save(path, {"problems": {"low": {"batch": (1, value)}}})
+    assert "the one written before it is kept" in one_line(caught)
+    assert checkpoint.load(path)["a"] == 1
+
+
+def test_classes_that_are_not_loaded_are_named(tmp_path: Path) -> None:
+    class Local(NamedTuple):
+        x: int
+
+    path = tmp_path / "last.pt"
+    with pytest.raises(RunError, match="a is a Local"):
+        checkpoint.save(path, {"a": Local(1)})
+    value = {"mlseg.kind": "dataclass", "class": "elsewhere:Batch", "value": {"x": 1}}
+    torch.save({"format": checkpoint.FORMAT, "a": value}, path)
+    with pytest.raises(UserError, match=r"it holds an elsewhere:Batch .*this program hasn't"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("name", ["tempfile:_TemporaryFileCloser", "os:_Environ", "builtins:print"])
+def test_a_checkpoint_makes_no_objects_of_other_classes(tmp_path: Path, name: str) -> None:
+    for family in ("dataclass", "tuple", "dict", "tensor", "enum"):
+        value: dict[str, Any] = {"mlseg.kind": family, "class": name, "value": {}}
+        torch.save({"format": checkpoint.FORMAT, "a": value}, tmp_path / "last.pt")
+        with pytest.raises(UserError, match="this program hasn't"):
+            checkpoint.load(tmp_path / "last.pt")

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from mlseg.randomness import capture, derived, replayed, restore, seed_everything, seeded
+from mlseg.randomness import (
+    LARGEST_SEED,
+    capture,
+    derived,
+    replayed,
+    restore,
+    seed_everything,
+    seeded,
+)
 
 
 def draw() -> list[float]:
@@ -146,3 +154,13 @@ def test_a_seeded_part_is_the_same_wherever_it_is_made() -> None:
     expected = draw()
     restore(state)
     assert draw() == expected
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**32 + 1, LARGEST_SEED])
+def test_seeds_beyond_32_bits(seed: int) -> None:
+    draws = []
+    for each in (seed, seed, seed % 2**32):
+        seed_everything(each)
+        draws.append((random.random(), np.random.rand(), float(torch.rand(()))))
+    assert draws[0] == draws[1]
+    assert draws[0][:2] != draws[2][:2], "no bit of the seed is lost"

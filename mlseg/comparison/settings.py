@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from mlseg import config
 from mlseg.comparison.tasks.base import Task, TaskSettings, load_task
@@ -32,9 +32,10 @@ from mlseg.errors import UserError
 from mlseg.hypergradients import Method
 from mlseg.hypergradients.registry import validated
 from mlseg.machine import choose_device
+from mlseg.randomness import LARGEST_SEED
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
-Seeds = Annotated[list[NonNegativeInt], Field(min_length=1)]
+Seeds = Annotated[list[Annotated[int, Field(ge=0, le=LARGEST_SEED)]], Field(min_length=1)]
 
 
 class AccuracySettings(Settings):

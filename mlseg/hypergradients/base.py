@@ -31,8 +31,16 @@ from pydantic import SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor, nn
 
 from mlseg.config import Settings
+from mlseg.errors import UserError
 from mlseg.hypergradients.diagnostics import Seconds
+from mlseg.hypergradients.gradient_hooks import (
+    change_something,
+    hooked,
+    silenced,
+    transposed,
+)
 from mlseg.hypergradients.second_order.fused import SecondOrder, formulas
+from mlseg.hypergradients.second_order.refusals import explained
 from mlseg.hypergradients.substitution import pointed_at
 from mlseg.hypergradients.trajectory import Keeps, Trajectory
 from mlseg.hypergradients.vectors import filled
@@ -279,6 +287,35 @@ class Hop:
         name = f"{self.level.name}/{self.level.count}"
         return torch.Generator(device).manual_seed(derived(seed, name))
 
+    def through_hooks(self, vector: Vector) -> Vector:
+        """``(dh/dg)^T vector`` where hooks on the level's parameters make ``h(g)`` of its gradient.
+
+        The level's loss is evaluated once more for that, at its present weights; without hooks the
+        vector is returned as it is.
+        """
+        if not hooked(self.parameters):
+            return vector
+        with self.evaluation(whole=True) as loss:
+            gradient = torch.autograd.grad(loss(), self.parameters, allow_unused=True)
+        return transposed(vector, gradient, self.parameters)
+
+    def refuse_hooks(self, method: str) -> None:
+        """Refuse hooks that change the level's gradient, in the name of a method.
+
+        Raises:
+            UserError: with the mend.
+        """
+        if not hooked(self.parameters):
+            return
+        with self.evaluation(whole=True) as loss:
+            gradient = torch.autograd.grad(loss(), self.parameters, allow_unused=True)
+        if change_something(gradient, self.parameters):
+            raise UserError(
+                f"problem {self.level.name!r}: hooks (register_hook) change the gradient by its "
+                f"parameters, and the hypergradient method {method} would leave that out; take "
+                "finite_difference, identity or unrolled, or change the gradient by the loss itself"
+            )
+
     # ----------------------------------------------------------------------- memory
 
     @property
@@ -380,6 +417,8 @@ class Method(Settings):
     """Beside the graph of the loss; ``w`` is a copy of the level's weights."""
     first_derivatives_alone: ClassVar[bool] = False
     """Whether it takes no derivative of a gradient."""
+    when_unsolved: ClassVar[str] = "minres, another damping, or more iterations"
+    """What to try where its figures say that the hop's system isn't solved."""
     converged: ClassVar[Mapping[str, Any]] = {}
     """Settings with which it is exact to 1e-4 on small, well-conditioned levels; for tests."""
 
@@ -411,12 +450,22 @@ class Method(Settings):
             the method's own, and of every method ``evaluations`` (of the level's loss, each with a
             backward pass), ``products`` (second derivatives along a direction) and ``seconds``.
         """
-        watch = Seconds(vector[0].device if vector else "cpu")
+        level = hop.level
+        if not vector or not level.trajectory.fits(level.trainable_parameters()):
+            raise UserError(
+                f"problem {level.name!r}: another level's step has frozen or thawed parameters of "
+                "it (requires_grad), and a hypergradient passes it; leave those of a level on the "
+                "path as they are"
+            )
+        watch = Seconds(vector[0].device)
         if not self.through_interface:
             hop = hop.without_interface()
         hop.second_order = self.formulas()
-        cotangents, diagnostics = self.cotangents(vector, hop)
-        gradients = hop.pull_back(cotangents)
+        with silenced(level.again.modules()), explained(level.name):
+            if not self.carries_hooks():
+                hop.refuse_hooks(self.name)
+            cotangents, diagnostics = self.cotangents(vector, hop)
+            gradients = hop.pull_back(cotangents)
         watch.stop()
         counted = {"evaluations": hop.evaluations, "products": hop.products, "seconds": watch}
         return gradients, {**diagnostics, **counted}
@@ -432,6 +481,21 @@ class Method(Settings):
     def keeps(self, level: Level) -> Keeps:
         """What ``level`` has to remember of its last steps for this method."""
         return Keeps()
+
+    def is_unsolved(self, figures: Mapping[str, float]) -> bool:
+        """Whether a hop's diagnostics say that its system wasn't solved.
+
+        That is where more than half of the incoming vector is left, or it has diverged.
+        """
+        return figures.get("residual", 0.0) > 0.5 or figures.get("diverged", 0.0) > 0.0
+
+    def carries_hooks(self) -> bool:
+        """Whether it knows of hooks on the level's parameters.
+
+        See :mod:`mlseg.hypergradients.gradient_hooks`. Where not, hooks that change a gradient are
+        refused.
+        """
+        return False
 
     def check(self, level: Level) -> None:
         """Refuse a level that the method can't differentiate, before any work.

@@ -11,9 +11,11 @@ import higher
 import torch
 from higher.optim import DifferentiableOptimizer
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from mlseg.errors import UserError
 from mlseg.hypergradients.base import Cotangents, Level, Vector
+from mlseg.hypergradients.gradient_hooks import applied
 from mlseg.hypergradients.optimizers import COUNT
 from mlseg.hypergradients.replay import Replay
 from mlseg.hypergradients.substitution import check_none_left, substituted
@@ -62,11 +64,17 @@ def backward_through(replay: Replay, vector: Vector, fresh: bool) -> Cotangents:
             (loss,) = replay.losses(step)
             with substituted(level.again.modules(), replay.parameters, weights):
                 value = loss()
-            left = torch.autograd.grad(
-                value, replay.parameters, retain_graph=True, allow_unused=True
-            )
-            check_none_left(level.name, left, "backend to mlseg")
-            weights = optimizer.step(value, params=weights, override=_rates(replay, step))
+                # Within the block: what is checkpointed passes its networks again in here.
+                left = torch.autograd.grad(
+                    value, replay.parameters, retain_graph=True, allow_unused=True
+                )
+                check_none_left(level.name, left, "backend to mlseg")
+                weights = optimizer.step(
+                    value,
+                    params=weights,
+                    override=_rates(replay, step),
+                    grad_callback=lambda gradients: applied(gradients, replay.parameters),
+                )
             replay.hop.products += 1
     pairs = [
         (w, v)
@@ -76,7 +84,21 @@ def backward_through(replay: Replay, vector: Vector, fresh: bool) -> Cotangents:
     if not pairs:
         return [None] * len(replay.hop.inputs)
     outputs, along = zip(*pairs, strict=True)
-    return torch.autograd.grad(outputs, replay.hop.inputs, grad_outputs=along, allow_unused=True)
+
+    def refuse(*_: Any) -> None:
+        raise UserError(
+            f"problem {level.name!r}: a checkpointed part (torch.utils.checkpoint) of its loss is "
+            "passed again where the backend higher has put the weights of each step aside; set "
+            "backend to mlseg"
+        )
+
+    passes = register_module_forward_pre_hook(refuse)
+    try:
+        return torch.autograd.grad(
+            outputs, replay.hop.inputs, grad_outputs=along, allow_unused=True
+        )
+    finally:
+        passes.remove()
 
 
 def _optimizer(replay: Replay, fresh: bool) -> DifferentiableOptimizer:

@@ -29,11 +29,15 @@ class OneStep(Method):
         """The weights before the last step, to linearise there."""
         return Keeps(steps=int(self.linearise == "before_step"))
 
+    def carries_hooks(self) -> bool:
+        """It does."""
+        return True
+
     def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         """Minus the mixed product of the scaled vector."""
         scaled = self.scaled(vector, hop)
         with hop.linearised(self.linearise):
-            product, diagnostics = self.mixed_product(scaled, hop)
+            product, diagnostics = self.mixed_product(hop.through_hooks(scaled), hop)
         return [None if q is None else q.neg() for q in product], diagnostics
 
     @abstractmethod

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mlseg.hypergradients.base import Hop
+from mlseg.hypergradients.gradient_hooks import applied, hooked
 from mlseg.hypergradients.optimizers import Moments, optimizer_of
 from mlseg.hypergradients.optimizers.step_map import StepMap
 from mlseg.hypergradients.second_order.fused import formulas
@@ -33,6 +34,7 @@ class Replay:
         steps: oldest first.
         parameters: the level's trainable ones.
         rates: its learning rates, where they depend on the sources.
+        hooked: whether hooks change its gradient.
     """
 
     def __init__(self, hop: Hop, count: int) -> None:
@@ -42,6 +44,7 @@ class Replay:
         self.parameters = self.level.trainable_parameters()
         with torch.enable_grad():
             self.rates = self.stepping.learning_rates()
+        self.hooked = hooked(self.parameters)
 
     def at(self, weights: list[Tensor]) -> AbstractContextManager[None]:
         """A block in which the level has these weights."""
@@ -63,10 +66,11 @@ class Replay:
         return [loss_of(index) for index in range(len(step.seen))]
 
     def gradient(self, step: Step) -> list[Tensor | None]:
-        """The step's loss's gradient at the level's present weights, without a graph."""
+        """The step's gradient at the level's present weights, after hooks, without a graph."""
         total: list[Tensor | None] = [None] * len(self.parameters)
         for loss in self.losses(step):
-            accumulate(total, torch.autograd.grad(loss(), self.parameters, allow_unused=True))
+            part = torch.autograd.grad(loss(), self.parameters, allow_unused=True)
+            accumulate(total, applied(part, self.parameters))
         return total
 
     def map(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mlseg.hypergradients.second_order.fused import SecondOrder
 from mlseg.randomness import RandomState
-from mlseg.transfer import state_to_device
+from mlseg.transfer import batch_to_device, state_to_device
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,18 @@ class Trajectory:
         )
 
     def see(self, batch: Any, random_state: RandomState | None) -> None:
-        """A batch is about to be evaluated."""
+        """A batch is being evaluated."""
         assert self._open is not None
         self._open.seen.append((batch, random_state))
+
+    def is_of(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether the open step began with these parameters; of a restored one nothing is known."""
+        known = self._parameters
+        return known is None or [id(p) for p in known] == [id(p) for p in parameters]
+
+    def fits(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether there are no steps, or they are of these parameters."""
+        return not self.steps or self._are_of(parameters)
 
     def leaves(self) -> list[Tensor]:
         """Fresh leaves with the open step's weights, for its graph."""
@@ -165,19 +174,18 @@ def _step_state(step: Step) -> dict[str, Any]:
 
 
 def _step_from(values: dict[str, Any], device: torch.device | str) -> Step:
-    def move(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(device)
-        if isinstance(value, dict):
-            return {k: move(v) for k, v in value.items()}
-        return type(value)(move(v) for v in value) if isinstance(value, (list, tuple)) else value
-
-    seen = [(move(batch), random_state) for batch, random_state in values["seen"]]
+    seen = [
+        (batch_to_device(batch, device), random_state) for batch, random_state in values["seen"]
+    ]
     moments = [
         {k: state_to_device(k, v, group or {}, device) for k, v in state.items()}
         for state, group in zip(values["moments"], values["groups"], strict=False)
     ]
-    rest = {name: move(values[name]) for name in _SAVED if name not in ("seen", "moments")}
+    rest = {
+        name: batch_to_device(values[name], device)
+        for name in _SAVED
+        if name not in ("seen", "moments")
+    }
     return Step(seen=seen, moments=moments, **rest)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from mlseg import randomness
 from mlseg.checkpoint import require_form
-from mlseg.errors import UserError
+from mlseg.errors import RunError, UserError
+from mlseg.multilevel.belongings import of_loader
 
 
 class Place:
@@ -20,7 +23,8 @@ class Place:
     A loader with a ``state_dict`` of its own (``BatchLoader``, torchdata's) keeps its place by
     itself. For any other one (``DataLoader``, a list) the random state in which the epoch began is
     kept, with the number of batches drawn since; it is put back by starting the epoch from that
-    state again and passing over these batches.
+    state again and passing over these batches. Generators of the data set's own (of its
+    transforms, of its samplers) belong to the random state, where they are in this process.
 
     Args:
         loader: an iterable of batches.
@@ -34,6 +38,8 @@ class Place:
         self._start: dict[str, Any] | None = None
         self._drawn = 0
         self._waits = False
+        self._found: dict[str, randomness.Generator] | None = None
+        self.passed = False  # whether it has given any batch
 
     @property
     def started(self) -> bool:
@@ -43,7 +49,11 @@ class Place:
     def start(self) -> Iterator[Any]:
         """Begin an epoch."""
         if not self.by_itself:
-            self._start = {"global": randomness.capture(self.device), "own": self.own_states()}
+            self._start = {
+                "global": randomness.capture(self.device),
+                "own": self.own_states(),
+                "found": self.found_states(),
+            }
             self._drawn = 0
         return iter(self.loader)
 
@@ -64,12 +74,18 @@ class Place:
     def draw(self) -> None:
         """A batch of the epoch has been drawn."""
         self._drawn += 1
+        self.passed = True
 
     def state_dict(self) -> dict[str, Any]:
         """The place, as tensors and plain values."""
         if self.by_itself:
             return {"loader": self.loader.state_dict()}
-        place = {"start": self._start, "drawn": self._drawn, "own": self.own_states()}
+        place = {
+            "start": self._start,
+            "drawn": self._drawn,
+            "own": self.own_states(),
+            "found": self.found_states(),
+        }
         return {**place, "waits": True} if self._waits else place
 
     def load_state_dict(self, state: dict[str, Any]) -> Iterator[Any] | None:
@@ -85,6 +101,7 @@ class Place:
         if self._start is not None:
             with randomness.replayed(self._start["global"], self.device):
                 self.set_own(self._start["own"])
+                self.set_found(self._start.get("found", {}))
                 rest = iter(self.loader)
                 if "first" in self._start:
                     randomness.restore(self._start["first"], self.device)
@@ -92,12 +109,33 @@ class Place:
                     if next(rest, self) is self:
                         raise ValueError(f"loaders.drawn is {self._drawn}, of {number} batches")
         self.set_own(state["own"])
+        self.set_found(state.get("found", {}))
         return rest
 
-    def apart(self) -> Place:
-        """A place of its own in the same data, in another order; this one takes no note of it."""
+    def apart(self, name: str) -> Place:
+        """A place of its own in the same data, in another order; this one takes no note of it.
+
+        Raises:
+            UserError: the loader of problem ``name`` has but one pass at a time.
+        """
         sibling = getattr(self.loader, "sibling", None)
-        return Place(sibling() if callable(sibling) else self.loader, self.device)
+        if callable(sibling):
+            return Place(sibling(), self.device)
+        if self.by_itself or isinstance(self.loader, Iterator):
+            raise _only_one_pass(name)
+        if isinstance(self.loader, DataLoader) and self.loader.persistent_workers:
+            # Its passes share their workers, and a second one would begin the first one anew.
+            other = copy.copy(self.loader)
+            other.__dict__["persistent_workers"] = False
+            return Place(other, self.device)
+        return Place(self.loader, self.device)
+
+    def attributes(self) -> dict[str, Any]:
+        """What a pass may keep its place in, if it isn't in an iterator of its own."""
+        if isinstance(self.loader, DataLoader):
+            return {}
+        values = getattr(self.loader, "__dict__", {})
+        return {k: v for k, v in values.items() if isinstance(v, (int, Iterator))}
 
     def _own(self) -> list[torch.Generator]:
         """Generators that a ``DataLoader`` and its samplers were given."""
@@ -116,6 +154,24 @@ class Place:
         """States of the generators that the loader was given."""
         return [generator.get_state() for generator in self._own()]
 
+    def generators(self) -> dict[str, randomness.Generator]:
+        """Generators found in the loader beside those."""
+        if self._found is None:
+            known = {id(generator) for generator in self._own()}
+            found = of_loader(self.loader).generators
+            self._found = {path: g for path, g in found.items() if id(g) not in known}
+        return self._found
+
+    def found_states(self) -> dict[str, Any]:
+        """States of the generators that were found in the loader."""
+        return {path: randomness.own_state(g) for path, g in self.generators().items()}
+
+    def set_found(self, states: Mapping[str, Any]) -> None:
+        """Put :meth:`found_states` back."""
+        for path, state in states.items():
+            if path in self.generators():
+                randomness.set_own_state(self.generators()[path], state)
+
     def set_own(self, states: Sequence[Tensor]) -> None:
         """Put :meth:`own_states` back."""
         for generator, state in zip(self._own(), states, strict=True):
@@ -126,12 +182,16 @@ class Stream:
     """Batches from a problem's loaders, one after the other.
 
     Args:
+        name: the problem's.
         places: one per loader.
         iterators: over each loader's present epoch; a list of the caller's, kept up to date.
         epochs: of each loader so far; likewise.
     """
 
-    def __init__(self, places: list[Place], iterators: list[Any], epochs: list[int]) -> None:
+    def __init__(
+        self, name: str, places: list[Place], iterators: list[Any], epochs: list[int]
+    ) -> None:
+        self.name = name
         self.places, self.iterators, self.epochs = places, iterators, epochs
 
     def next(self, index: int, at_end: Callable[[], None] | None = None) -> Any:
@@ -139,6 +199,10 @@ class Stream:
 
         Args:
             at_end: called when its epoch is over, before the next one starts.
+
+        Raises:
+            UserError: it gives none at all.
+            RunError: it gives no more, and can't be begun anew.
         """
         place = self.places[index]
         if not place.started:
@@ -152,9 +216,21 @@ class Stream:
                 at_end()
             self.epochs[index] += 1
             self.iterators[index] = place.start()
-            batch = next(self.iterators[index])
+            try:
+                batch = next(self.iterators[index])
+            except StopIteration:
+                raise self._has_ended(place, self.epochs[index]) from None
         place.draw()
         return batch
+
+    def _has_ended(self, place: Place, epochs: int) -> Exception:
+        if isinstance(place.loader, Iterator) and place.passed:
+            return RunError(
+                f"problem {self.name!r}: its loader can be walked through only once, and is used "
+                "up; give it one that starts anew with each iter(), such as a DataLoader or a list"
+            )
+        kind = UserError if epochs <= 1 else RunError
+        return kind(_no_batch(self.name))
 
     def replace(self, index: int, loader: Any) -> None:
         """Another loader in the place of one; the next batch comes from it."""
@@ -163,8 +239,8 @@ class Stream:
 
     def apart(self) -> Stream:
         """A second stream of the same data, in another order; this one takes no note of it."""
-        places = [place.apart() for place in self.places]
-        return Stream(places, [iter(()) for _ in places], [0] * len(places))
+        places = [place.apart(self.name) for place in self.places]
+        return Stream(self.name, places, [iter(()) for _ in places], [0] * len(places))
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Where each loader is."""
@@ -186,9 +262,9 @@ class Stream:
 class FreshBatches:
     """Batches of a problem's data beside those that it trains on.
 
-    They come from a second stream of its loaders, with its own order and random draws (those of the
-    problem's ``torch.Generator`` attributes included): neither training's order nor any random
-    stream of it notices. The second stream is seeded by the problem's name.
+    They come from a second stream of its loaders, with its own order and random draws (those of
+    generators of the problem's and the data set's own included): neither training's order nor any
+    random stream of it notices. The second stream is seeded by the problem's name.
 
     Args:
         name: the problem's.
@@ -200,49 +276,53 @@ class FreshBatches:
         self.name, self.training, self.device = name, training, device
         self._stream: Stream | None = None
         self._random_state: randomness.RandomState | None = None
-        self._generators: dict[str, Tensor] = {}
+        self._generators: dict[str, Any] = {}
         self._saved: list[dict[str, Any]] = []
 
     @contextmanager
-    def drawing(self, generators: Mapping[str, torch.Generator]) -> Iterator[Stream]:
+    def drawing(self, generators: Mapping[str, randomness.Generator]) -> Iterator[Stream]:
         """A block that draws from the second stream, which it gives, and leaves no other trace.
 
         Args:
             generators: the problem's own, by name.
         """
-        stream = self._stream = self._stream or self._begin(generators)
-        kept = {key: generator.get_state() for key, generator in generators.items()}
-        own = [place.own_states() for place in self.training.places]
+        stream = self._stream = self._stream or self._begin()
+        places = self.training.places
+        generators = {**generators, **_in_loaders(places)}
+        kept = _states(generators)
+        own = [place.own_states() for place in places]
+        cursors = [place.attributes() for place in places]
         try:
             with randomness.replayed(self._random_state, self.device):
                 for key, generator in generators.items():
-                    generator.set_state(self._generators[key])
+                    if key not in self._generators:
+                        seed = randomness.derived(0, f"{self.name}/{key}")
+                        self._generators[key] = randomness.state_from_seed(generator, seed)
+                    randomness.set_own_state(generator, self._generators[key])
                 yield stream
                 self._random_state = randomness.capture(self.device)
-                self._generators = {k: g.get_state() for k, g in generators.items()}
+                self._generators = _states(generators)
         finally:
-            for place, states in zip(self.training.places, own, strict=True):
+            for place, states in zip(places, own, strict=True):
                 place.set_own(states)
             for key, generator in generators.items():
-                generator.set_state(kept[key])
+                randomness.set_own_state(generator, kept[key])
+        self._check_apart(stream, cursors)
 
-    def _begin(self, generators: Mapping[str, torch.Generator]) -> Stream:
-        for place in self.training.places:
-            if isinstance(place.loader, Iterator):  # iter() would start a pass of training's
-                raise UserError(
-                    f"problem {self.name!r}: its loader can be walked through only once, by "
-                    "training; give it one that starts anew with each iter(), such as a DataLoader "
-                    "or a list, or take a hypergradient method that needs no fresh batches (cg)"
-                )
+    def _check_apart(self, stream: Stream, cursors: Sequence[dict[str, Any]]) -> None:
+        """Refuse loaders whose passes aren't apart from each other."""
+        training = self.training
+        for i, place in enumerate(training.places):
+            same = stream.iterators[i] is training.iterators[i]
+            shared = stream.places[i].loader is place.loader and place.attributes() != cursors[i]
+            if same or shared:
+                raise _only_one_pass(self.name)
+
+    def _begin(self) -> Stream:
         if self._random_state is None:
             with randomness.seeded(0, f"fresh batches of {self.name}"):
                 self._random_state = randomness.capture(self.device)
-            self._generators = {
-                key: generator.clone_state()
-                .manual_seed(randomness.derived(0, f"{self.name}/{key}"))
-                .get_state()
-                for key, generator in generators.items()
-            }
+            self._generators = {}
         stream = self.training.apart()
         if self._saved:
             stream.load_state_dict(self._saved)
@@ -269,3 +349,42 @@ class FreshBatches:
         self._generators = dict(state["generators"])
         self._stream = None
         self._saved = list(state["places"])
+
+
+def check_not_empty(name: str, loader: Any) -> None:
+    """Refuse a loader that says that it has no batches.
+
+    Raises:
+        UserError: problem ``name`` would have nothing to train on.
+    """
+    try:
+        count = len(loader)
+    except TypeError:  # some don't know
+        return
+    if count == 0:
+        raise UserError(_no_batch(name))
+
+
+def _no_batch(name: str) -> str:
+    return (
+        f"problem {name!r}: its loader gives no batch; give it data, and where it drops the last "
+        "batch (drop_last) at least as many examples as a batch has"
+    )
+
+
+def _only_one_pass(name: str) -> UserError:
+    return UserError(
+        f"problem {name!r}: its loader can be walked through only once, by training, and "
+        "fresh batches would be missing there; give it one that starts a pass of its own with each "
+        "iter(), such as a DataLoader or a list, or a method sibling() that returns a second "
+        "loader, or take a hypergradient method that needs no fresh batches (cg)"
+    )
+
+
+def _in_loaders(places: Sequence[Place]) -> dict[str, randomness.Generator]:
+    found = (place.generators().items() for place in places if not place.by_itself)
+    return {f"{i}:{path}": g for i, group in enumerate(found) for path, g in group}
+
+
+def _states(generators: Mapping[str, randomness.Generator]) -> dict[str, Any]:
+    return {key: randomness.own_state(generator) for key, generator in generators.items()}

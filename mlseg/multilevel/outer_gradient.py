@@ -9,7 +9,7 @@ import torch
 from betty.problems import Problem as BettyProblem
 from torch import Tensor
 
-from mlseg.errors import RunError
+from mlseg.errors import RunError, UserError
 from mlseg.hypergradients import Diagnostics, Hop, Vector
 from mlseg.hypergradients.vectors import filled, norm
 from mlseg.multilevel.betty_tables import carry_by_bettys
@@ -55,6 +55,13 @@ class OuterGradient:
             RunError: the loss doesn't use one of ``params`` itself, and ``allow_unused`` is False.
         """
         groups = [list(level.meta_trainable_parameters()) for level in self.hops.first]
+        for level, group in zip(self.hops.first, groups, strict=True):
+            if not group:
+                raise UserError(
+                    f"problem {self.upper.name!r}: its hypergradient passes {level.name!r}, all "
+                    "of whose parameters are frozen (requires_grad) when its training_step "
+                    "returns; leave them as they are there, or leave the path out of u2l"
+                )
         flat = [*params, *(p for group in groups for p in group)]
         gradients = torch.autograd.grad(loss, flat, retain_graph=retain_graph, allow_unused=True)
         if not allow_unused and any(g is None for g in gradients[: len(params)]):

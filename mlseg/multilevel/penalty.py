@@ -28,9 +28,10 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from mlseg import randomness
 from mlseg.config import Settings
+from mlseg.errors import UserError
 from mlseg.hypergradients import Vector, pointed_at
+from mlseg.hypergradients.gradient_hooks import hooked
 from mlseg.hypergradients.vectors import filled
 from mlseg.multilevel.problem import Problem
 
@@ -81,17 +82,22 @@ class PenaltyProblem(Problem):
         """The problem whose steps are evaluated again by this one."""
         return self.lower
 
-    def _take_gradient(self, batch: Any, parameters: Vector) -> dict[str, Any]:
+    def _take_gradient(self, batch: Any) -> dict[str, Any]:
         lower: Any = self.levels[self.lower]
-        own, parameters = parameters, lower.trainable_parameters()
+        parameters, own = lower.trainable_parameters(), self.trainable_parameters()
+        if hooked(parameters):
+            raise UserError(
+                f"problem {self.lower!r}: its parameters have hooks (register_hook), which the "
+                "penalty's twin would leave out; change the gradient by the loss itself"
+            )
         twin = self._twin or [p.detach().clone() for p in parameters]
         strength = self._strength
         if strength is None:
             strength = torch.full((), self.penalty.strength, device=self.device)
-        state = randomness.capture(self.device)
+        state = self.random_state()
 
         def upper_loss() -> tuple[Tensor, dict[str, Any]]:
-            randomness.restore(state, self.device)
+            self.again.restore_randomness(state)
             return self.get_loss(batch)
 
         lower_loss = lower.again.last_loss
@@ -107,8 +113,8 @@ class PenaltyProblem(Problem):
                 above = _gradient(lower_loss(), [*own, *parameters])
                 loss, metrics = upper_loss()
                 f = _gradient(loss, [*own, *parameters])
-            after = randomness.capture(self.device)
-        randomness.restore(after, self.device)  # the next step draws anew
+            after = self.random_state()
+        self.again.restore_randomness(after)  # the next step draws anew
         excess = [a - b for a, b in zip(above, below, strict=False)]
         if self.penalty.barrier is not None:
             strength = self._barrier(f, [*excess, *above[len(own) :]], self.penalty.barrier)

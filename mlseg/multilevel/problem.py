@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -17,17 +16,19 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from mlseg import randomness
 from mlseg.errors import RunError, UserError
 from mlseg.hypergradients import Hop, Vector
+from mlseg.hypergradients.gradient_hooks import applied, silenced
 from mlseg.hypergradients.second_order.fused import formulas
+from mlseg.hypergradients.second_order.refusals import explained
 from mlseg.hypergradients.substitution import check_none_left, substituted
 from mlseg.multilevel import graph, restoring
 from mlseg.multilevel.betty_tables import carry_by_bettys, is_bettys
 from mlseg.multilevel.config import Config, SchedulerClock, method_of
-from mlseg.multilevel.loaders import FreshBatches, Place, Stream
+from mlseg.multilevel.loaders import FreshBatches, Place, Stream, check_not_empty
 from mlseg.multilevel.outer_gradient import OuterGradient
 from mlseg.multilevel.own_names import Shown
 from mlseg.multilevel.plain import regroup
 from mlseg.multilevel.revisiting import Revisitable
-from mlseg.transfer import state_to_device, to_device
+from mlseg.transfer import batch_to_device, state_to_device
 
 
 class Problem(Revisitable):
@@ -84,6 +85,9 @@ class Problem(Revisitable):
         if self.precision == "fp16":
             raise ValueError(f"problem {name!r}: precision fp16; choose fp32 or bf16")
         self._metrics: dict[str, Any] = {}
+        self._moves_buffers_of: set[str] = set()
+        """Levels below whose buffers its own loss moved in its first step."""
+        self._has_watched = False
         self._start_remembering(method_of(self._config))
 
     metrics = Shown[dict[str, Any]]()
@@ -99,16 +103,17 @@ class Problem(Revisitable):
     def one_step_descent(self, batch: Any = None) -> dict[str, Any]:
         """Draw a batch, take the (hyper)gradient, step the optimizer."""
         if batch is None:
-            self.cur_batch = self.get_batch()
-            batch = self.cur_batch
+            self.cur_batch = batch = self._next_batch()
         self._set_learning_rates()
-        parameters = self.trainable_parameters()
         if self._is_differentiated:
-            self._step_begins(batch, parameters)
-        metrics = self._take_gradient(batch, parameters)
+            self._step_begins(batch)
+        metrics = self._take_gradient(batch)
+        if self._is_differentiated and self.again.is_checked:
+            self.again.check(batch, metrics["loss"])
         if self.is_implemented("grad_callback"):
             self.grad_callback()
         if self.gradient_accumulation_boundary():
+            parameters = self.trainable_parameters()
             self._gradient_is_complete(batch, parameters)
             self.optimizer_step()
             if self.is_implemented("param_callback"):
@@ -119,27 +124,43 @@ class Problem(Revisitable):
                 self.zero_grad()
         return metrics
 
-    def _take_gradient(self, batch: Any, parameters: Vector) -> dict[str, Any]:
+    def _next_batch(self) -> Any:
+        try:
+            return self.get_batch()
+        except StopIteration as error:
+            raise RunError(
+                f"problem {self.name!r}: its get_batch raised StopIteration: "
+                f"its data are used up after batch {self._count - 1}; begin them anew there"
+            ) from error
+
+    def _take_gradient(self, batch: Any) -> dict[str, Any]:
         """Evaluate the loss and accumulate its (hyper)gradient into ``.grad``."""
-        keeps_graph = (
-            self.trajectory.is_open and self._steps_to_hop() < self.trajectory.keeps.graphs
-        )
+        keeps = self.trajectory.keeps
+        keeps_graph = self.trajectory.is_open and self._steps_to_hop() < keeps.graphs
+        parameters = self.trainable_parameters() if keeps_graph else []
         # With a graph that is to outlive the step, the optimizer must not write into its leaves.
-        leaves = self.trajectory.leaves() if keeps_graph else parameters
+        leaves = self.trajectory.leaves() if keeps_graph else []
         with (
-            substituted(self.again.modules(), parameters, leaves) if keeps_graph else nullcontext()
+            explained(self.name),
+            substituted(self.again.modules(), parameters, leaves) if keeps_graph else nullcontext(),
         ):
+            watched = self._watch_levels_below()
+            with formulas(keeps.second_order) if keeps_graph else nullcontext():
+                loss, metrics = self.get_loss(batch)
+            self._moves_buffers_of = {n for n, b, version in watched if b._version != version}
+            if not keeps_graph:
+                # Not before the loss, which may freeze and thaw some.
+                leaves = parameters = self.trainable_parameters()
+            self._check_gradient(loss, leaves)
+            if self._is_differentiated:
+                self._loss_is_evaluated(batch, loss, parameters, leaves)
             if keeps_graph:
-                with formulas(self.trajectory.keeps.second_order):
-                    loss, metrics = self.get_loss(batch)
                 both = torch.autograd.grad(
                     loss, [*leaves, *parameters], create_graph=True, allow_unused=True
                 )
                 gradient, left = both[: len(leaves)], both[len(leaves) :]
                 check_none_left(self.name, left, "store to weights")
                 self.trajectory.add_graph(gradient)
-            else:
-                loss, metrics = self.get_loss(batch)
             if keeps_graph and not self._paths:
                 total: list[Any] = [None if g is None else g.detach() for g in gradient]
             else:
@@ -155,8 +176,37 @@ class Problem(Revisitable):
         if keeps_graph:
             for leaf in leaves:
                 leaf.grad = None
-            self.set_grads(parameters, total)
+            self._accumulate(parameters, total)
         return metrics
+
+    def _watch_levels_below(self) -> list[tuple[str, Tensor, int]]:
+        """At the first step, the buffers of levels that its hypergradient passes first."""
+        if self._has_watched or not self._paths:
+            return []
+        self._has_watched = True
+        first = {path[1].name: path[1].module for path in self._paths}
+        return [(n, b, b._version) for n, module in first.items() for b in module.buffers()]
+
+    def _check_gradient(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
+        """Refuse a loss that no gradient can come from."""
+        trained = any(p.requires_grad for p in parameters)
+        if trained and loss.requires_grad:
+            return
+        why = (
+            "its loss depends on nothing that is trained: it is computed under torch.no_grad(), of "
+            "detached tensors, or of levels that are frozen (requires_grad)"
+            if trained
+            else "all its parameters are frozen (requires_grad) when its training_step returns: "
+            "thaw them there, or leave this problem out"
+        )
+        raise UserError(f"problem {self.name!r} has nothing to step along: {why}")
+
+    def _accumulate(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Add whole gradients to ``.grad`` with all the hooks that torch's ``backward`` runs."""
+        self.set_grads(parameters, applied(gradients, parameters))
+        for p in parameters:
+            for hook in list((p._post_accumulate_grad_hooks or {}).values()):
+                hook(p)
 
     def _set_learning_rates(self) -> None:
         rates = self.learning_rates()
@@ -242,10 +292,11 @@ class Problem(Revisitable):
             super().backward(loss, list(params), paths, create_graph, True, allow_unused)
             return {}
         outer = OuterGradient(self, paths)
-        gradient, diagnostics = outer(
-            loss, params, retain_graph=retain_graph, allow_unused=allow_unused
-        )
-        self.set_grads(params, gradient)
+        with silenced(self.again.modules()):
+            gradient, diagnostics = outer(
+                loss, params, retain_graph=retain_graph, allow_unused=allow_unused
+            )
+        self._accumulate(params, gradient)
         return diagnostics
 
     def set_grads(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
@@ -345,10 +396,13 @@ class Problem(Revisitable):
         if self.optimizer is None and self.trainable_parameters():
             raise ValueError(f"problem {self.name!r} has parameters but no optimizer")
         self._stream = Stream(
+            self.name,
             [Place(loader, self.device) for loader in self.train_data_loader or ()],
             self.train_data_iterator or [],
             self.epoch_counter or [],
         )
+        for loader in self.train_data_loader or ():
+            check_not_empty(self.name, loader)
         self._fresh = FreshBatches(self.name, self._stream, self.device)
         if self.method is None:
             # Betty has begun the first pass by now; begin it again, and note from where.
@@ -399,7 +453,8 @@ class Problem(Revisitable):
         """The next batch of loader ``idx``, counted so that a resumed run finds its place."""
         training = self._stream is self._fresh.training
         at_end = self.epoch_callback_exec if idx == 0 and training else None
-        return _on(self.device, self._stream.next(idx, at_end))
+        batch = batch_to_device(self._stream.next(idx, at_end), self.device)
+        return tuple(batch) if type(batch) is list else batch  # as Betty
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
@@ -446,7 +501,7 @@ class Problem(Revisitable):
                 p.grad = None if gradient is None else gradient.to(p.device)
         if "last_step" in state:
             last = state["last_step"]
-            batch = _on(self.device, last["batch"])
+            batch = batch_to_device(last["batch"], self.device)
             self.cur_batch = batch if batch is not None else self.cur_batch
             self.again.load(batch, last["random_state"])
         self._recall(state)
@@ -455,12 +510,24 @@ class Problem(Revisitable):
         return {"module": self.module.state_dict()}
 
 
+class NoLossError(UserError, TypeError):
+    """A ``training_step`` returned no loss."""
+
+
 def _as_dict(result: Any, name: str) -> dict[str, Any]:
     values = dict(result) if isinstance(result, Mapping) else {"loss": result}
-    if not isinstance(values.get("loss"), Tensor):
-        raise TypeError(
-            f"problem {name!r}: training_step must return the loss, a tensor, or a dict with 'loss'"
+    loss = values.get("loss")
+    if not isinstance(loss, Tensor):
+        raise NoLossError(
+            f"problem {name!r}: training_step must return the loss, a tensor, or a dict with "
+            f"'loss'; its loss is {type(loss).__name__}"
         )
+    if loss.numel() != 1 or loss.is_complex():
+        raise UserError(
+            f"problem {name!r}: training_step returns a loss of shape {tuple(loss.shape)}, "
+            f"{loss.dtype}: reduce it to one real number, with mean() or sum()"
+        )
+    values["loss"] = loss.reshape(())
     return values
 
 
@@ -468,24 +535,6 @@ def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
     if gradient.stride() == parameter.stride():
         return gradient
     return torch.empty_like(parameter).copy_(gradient)
-
-
-def _on(device: torch.device | str, batch: Any) -> Any:
-    """A batch on ``device``: a tensor, or mappings, dataclasses and sequences of anything."""
-    if isinstance(batch, Tensor):
-        return to_device(batch, device)
-    if type(batch) in (list, tuple):  # what most batches are
-        return tuple([_on(device, value) for value in batch])
-    if isinstance(batch, Mapping):
-        return {key: _on(device, value) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_on(device, value) for value in batch))
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.init}
-        return dataclasses.replace(batch, **_on(device, values))
-    if isinstance(batch, (list, tuple)):
-        return tuple(_on(device, value) for value in batch)
-    return batch
 
 
 def _clear(parameters: Vector) -> None:

@@ -1,112 +1,23 @@
-"""What a level remembers of its steps, and how it evaluates them again without a trace."""
+"""What a level remembers of its steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import betty.problems
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlseg import randomness
+from mlseg.errors import UserError
 from mlseg.hypergradients import Interface, Keeps, Method, Stepping, Trajectory, Vector
+from mlseg.hypergradients.fitness import check_level
 from mlseg.multilevel import graph
+from mlseg.multilevel.again import Again
 from mlseg.multilevel.loaders import FreshBatches, Stream
-
-if TYPE_CHECKING:
-    from mlseg.multilevel.problem import Problem
 
 _HOOKS = ("grad_callback", "param_callback", "custom_optimizer_step")
 """Where a problem may change its steps."""
-
-
-class Again:
-    """A problem's loss, evaluated again; see :class:`mlseg.hypergradients.base.Again`.
-
-    Args:
-        problem: whose loss.
-
-    Attributes:
-        last_batch: the (last) batch of the last finished step.
-        last_random_state: the generators' state at its start.
-    """
-
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-        self.last_batch: Any = None
-        self.last_random_state: randomness.RandomState | None = None
-        self._begun: randomness.RandomState | None = None
-        self._buffers: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
-
-    def begin(self) -> randomness.RandomState:
-        """A batch is about to be evaluated: note the generators' state, and return it."""
-        self._begun = randomness.capture(self._problem.device)
-        return self._begun
-
-    def end(self, batch: Any) -> None:
-        """The step is finished; ``batch`` was its last one."""
-        self.last_batch, self.last_random_state = batch, self._begun
-
-    @contextmanager
-    def untraced(self) -> Iterator[None]:
-        """Within this block evaluations leave no trace: not in buffers, not in random streams."""
-        holders = {id(m): m for module in self.modules() for m in module.modules()}.values()
-        self._buffers = [
-            (holder._buffers, name, buffer, buffer.clone())
-            for holder in holders
-            for name, buffer in holder._buffers.items()
-            if buffer is not None
-        ]
-        self._problem.replaying = True
-        try:
-            with randomness.replayed(None, self._problem.device):
-                yield
-        finally:
-            self._problem.replaying = False
-            self._restore_buffers()
-            self._buffers = []
-
-    def rewind(self, random_state: randomness.RandomState | None = None) -> None:
-        """Within :meth:`untraced`: every buffer back, and :meth:`restore_randomness`."""
-        self._restore_buffers()
-        self.restore_randomness(random_state)
-
-    def restore_randomness(self, state: randomness.RandomState | None = None) -> None:
-        """Set the generators to ``state``, by default to that at the start of the last step."""
-        state = state if state is not None else self.last_random_state or self._begun
-        if state is not None:
-            randomness.restore(state, self._problem.device)
-
-    def last_loss(self) -> Tensor:
-        """Rewind, then the loss of the last finished step's (last) batch."""
-        return self.loss(self.last_batch, None)
-
-    def loss(self, batch: Any, random_state: randomness.RandomState | None) -> Tensor:
-        """Rewind to ``random_state``, then the loss of ``batch``."""
-        self.rewind(random_state)
-        return self._problem._full_loss(batch)
-
-    def fresh_loss(self) -> Tensor:
-        """The loss of a batch from the same data, in a stream of which training takes no note."""
-        return self._problem._full_loss(self._problem.fresh_batch())
-
-    def modules(self) -> list[nn.Module]:
-        """Those of all problems of the engine, this one's first."""
-        return [problem.module for problem in self._problem._everyone()]
-
-    def _restore_buffers(self) -> None:
-        """The tensors themselves and their values."""
-        for table, name, buffer, value in self._buffers:
-            table[name] = buffer
-            # Through ``data``: a graph that is still to be walked may have saved the buffer.
-            buffer.data.copy_(value)
-
-    def load(self, batch: Any, random_state: randomness.RandomState | None) -> None:
-        """Restore the last finished step."""
-        self.last_batch, self.last_random_state = batch, random_state
-        self._begun = random_state
 
 
 class Revisitable(graph.KnowsLevels, betty.problems.ImplicitProblem):
@@ -141,6 +52,7 @@ class Revisitable(graph.KnowsLevels, betty.problems.ImplicitProblem):
     trajectory: Trajectory
     hop_memory: dict[str, dict[str, Tensor]]
     _is_differentiated: bool
+    _random_state: randomness.RandomState | None
     _stream: Stream
     _fresh: FreshBatches
 
@@ -148,7 +60,7 @@ class Revisitable(graph.KnowsLevels, betty.problems.ImplicitProblem):
         self.interface, self.replaying, self.method = None, False, method
         self.trajectory, self.hop_memory = Trajectory(Keeps()), {}
         self.again = Again(self)
-        self._is_differentiated = False
+        self._is_differentiated, self._random_state = False, None
 
     @property
     def is_differentiated(self) -> bool:
@@ -198,14 +110,32 @@ class Revisitable(graph.KnowsLevels, betty.problems.ImplicitProblem):
 
     # -------------------------------------------------------------- taking a step
 
-    def _step_begins(self, batch: Any, parameters: Vector) -> None:
+    def _step_begins(self, batch: Any) -> None:
         """Remember what a later evaluation of this step needs."""
-        random_state = self.again.begin()
-        if not self.trajectory.keeps.steps:
-            return
-        if not self.trajectory.is_open:
-            self.trajectory.begin(parameters, self.optimizer)
-        self.trajectory.see(batch, random_state)
+        self._random_state = self.again.begin()
+        if self.trajectory.keeps.graphs and not self.trajectory.is_open:
+            self.trajectory.begin(self.trainable_parameters(), self.optimizer)
+
+    def _loss_is_evaluated(
+        self, batch: Any, loss: Tensor, parameters: Vector, leaves: Vector
+    ) -> None:
+        """Remember the weights that it was evaluated at; what it trains is known only now.
+
+        Args:
+            leaves: what stood in for ``parameters``, or they themselves.
+        """
+        if self.again.is_checked and self.method is not None:
+            check_level(self, self.method, loss, leaves)
+        if self.trajectory.keeps.steps:
+            if not self.trajectory.is_open:
+                self.trajectory.begin(parameters, self.optimizer)
+            if not self.trajectory.is_of(parameters):
+                raise UserError(
+                    f"problem {self.name!r}: its training_step freezes or thaws parameters "
+                    "(requires_grad) within a step of several batches, or one whose graph is kept; "
+                    "set accumulate to 1 and the hypergradient's store to weights, or do it before"
+                )
+            self.trajectory.see(batch, self._random_state)
 
     def _steps_to_hop(self) -> int:
         """How many steps follow this one before the levels above may step."""
@@ -221,18 +151,20 @@ class Revisitable(graph.KnowsLevels, betty.problems.ImplicitProblem):
         keeps = Keeps()
         if self._is_differentiated and self.method is not None:
             self.method.check(self)
+            check_level(self, self.method)
             keeps = self.method.keeps(self)
         self.trajectory = Trajectory(keeps)
+        self.again.connect()
 
     # --------------------------------------------------- evaluating a step again
 
     def random_state(self) -> randomness.RandomState:
         """The generators' present state, for an :class:`Interface`."""
-        return randomness.capture(self.device)
+        return self.again.random_state()
 
     def fresh_batch(self) -> Any:
         """A batch from the same data in a stream of its own, of which training takes no note."""
-        generators = {k: v for k, v in vars(self).items() if isinstance(v, torch.Generator)}
+        generators = self._own_generators()
         training = self._stream
         with self._fresh.drawing(generators) as stream:
             self._stream = stream
@@ -240,6 +172,11 @@ class Revisitable(graph.KnowsLevels, betty.problems.ImplicitProblem):
                 return self.get_batch()
             finally:
                 self._stream = training
+
+    def _own_generators(self) -> dict[str, randomness.Generator]:
+        """Those that a batch may be drawn with, beside the loaders' own."""
+        mine, all_levels = f"{self.name}.", self.again.generators()
+        return {k.removeprefix(mine): g for k, g in all_levels.items() if k.startswith(mine)}
 
     def trainable_parameters(self) -> Vector:
         """The module's parameters that require a gradient."""

@@ -72,3 +72,12 @@ def test_parts_of_one_name_are_the_same_at_one_seed(
     assert torch.equal(orders[0], orders[1])
     assert not torch.equal(orders[0], orders[2])
     assert torch.equal(torch.get_rng_state(), before), "training's own draws notice nothing"
+
+
+def test_a_second_segmentor_has_a_name_of_its_own(make: Builder) -> None:
+    first = make.segmentor().state_dict()
+    other = make.segmentor("teacher").state_dict()
+    assert not tiny.same(first, other)
+    with pytest.warns(UserWarning, match=r"a second segmentor 'segmentor' starts from the same w"):
+        again = make.segmentor().state_dict()
+    assert tiny.same(first, again)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,13 @@ class ConjugateGradients(Krylov):
     symbols = {"K": "iterations"}
     cost_note = "at most; a warm start 1 H"
     memory = "graph of the gradient, 4 w"
+
+    when_unsolved = "minres, damping above the modulus of the curvature, or more iterations"
+
+    def is_unsolved(self, figures: Mapping[str, float]) -> bool:
+        """Also where it has ended at a direction without positive curvature."""
+        ended = figures.get("curvature", 1.0) <= 0.0 and figures.get("residual", 0.0) > 1e-3
+        return ended or super().is_unsolved(figures)
 
     def solve(self, system: System, v: Tensor) -> Solution:
         """See the class."""

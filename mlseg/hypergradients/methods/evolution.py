@@ -83,6 +83,10 @@ class Evolution(Method):
             gradient=level.stepping.changes_its_gradient,
         )
 
+    def carries_hooks(self) -> bool:
+        """It does."""
+        return True
+
     def check(self, level: Level) -> None:
         """Refuse levels whose steps can't be taken again."""
         optimizer_of(level)

@@ -37,6 +37,8 @@ class Exact(Implicit):
     cost_note = "about 10 N^3 operations"
     memory = "3 N^2 numbers"
 
+    when_unsolved = "damping: the Hessian is singular"
+
     def check(self, level: Level) -> None:
         """Refuse a level with too many parameters."""
         n = sum(p.numel() for p in level.trainable_parameters())

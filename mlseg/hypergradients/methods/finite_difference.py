@@ -69,9 +69,10 @@ def difference(
     parameters = hop.parameters
     with torch.no_grad():
         size = norm(vector)
-        # An all-zero vector gives a huge step along nothing: the gradients agree, q is zero.
+        # An all-zero vector has no direction: the gradients agree, q is zero, whatever the step.
         smallest = torch.finfo(size.dtype).tiny ** 0.5
-        step = epsilon * norm(parameters).clamp_min(1e-8) / size.clamp_min(smallest)
+        size = torch.where(size > 0, size.clamp_min(smallest), 1.0)
+        step = epsilon * norm(parameters).clamp_min(1e-8) / size
     with hop.evaluation() as loss:
         above = _gradient_at(parameters, vector, step, loss, hop.inputs)
         below = _gradient_at(parameters, vector, -step if central else None, loss, hop.inputs)

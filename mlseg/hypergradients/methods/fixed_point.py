@@ -7,6 +7,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from mlseg.hypergradients.base import Cotangents, Diagnostics, Differentiating, Hop, Level, Vector
+from mlseg.hypergradients.gradient_hooks import applied, transposed
 from mlseg.hypergradients.implicit import finished
 from mlseg.hypergradients.optimizers import Moments, optimizer_of
 from mlseg.hypergradients.optimizers.step_map import StepMap
@@ -65,6 +66,12 @@ class FixedPoint(Differentiating):
     cost_note = "at most"
     memory = "graph of the gradient, twice weights and moments"
 
+    when_unsolved = "more iterations, a smaller learning rate of the level, or unrolled"
+
+    def carries_hooks(self) -> bool:
+        """It does."""
+        return True
+
     def check(self, level: Level) -> None:
         """Refuse optimizers that can't be differentiated."""
         optimizer_of(level)
@@ -78,7 +85,8 @@ class FixedPoint(Differentiating):
             gradient = torch.autograd.grad(loss(), parameters, create_graph=True, allow_unused=True)
             step = present(parameters, level.stepping.optimizer)
             step.stepped = [g is not None for g in gradient]
-            taken = StepMap(optimizer_of(level), step, gradient, hold=True)
+            raw = [None if g is None else g.detach() for g in gradient]
+            taken = StepMap(optimizer_of(level), step, applied(raw, parameters), hold=True)
             now = (start, taken.zero_moments())
             best, size = now, norm(start)
             bound = size.clamp_min(torch.finfo(size.dtype).tiny)
@@ -90,6 +98,7 @@ class FixedPoint(Differentiating):
                 count = count + active
                 before, along, moments, _ = taken.pull_back(*now)
                 hop.products += 1
+                along = transposed(along, raw, parameters)
                 product = pull_through(gradient, along, parameters, retain_graph=True)
                 terms = zip(before, filled(product, parameters), start, strict=True)
                 weights = [b + q + s for b, q, s in terms]
@@ -105,7 +114,7 @@ class FixedPoint(Differentiating):
                 active = active & (moved > self.tolerance * size)
             _, along, _, _ = taken.pull_back(*best)
             hop.products += 1
-            product = pull_through(gradient, along, hop.inputs)
+            product = pull_through(gradient, transposed(along, raw, parameters), hop.inputs)
         return product, {
             "residual": change / bound,
             "iterations": count,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mlseg.errors import UserError
 from mlseg.hypergradients.base import Cotangents, Diagnostics, Differentiating, Hop, Level, Vector
+from mlseg.hypergradients.gradient_hooks import applied, pushed
 from mlseg.hypergradients.optimizers import Moments, optimizer_of
 from mlseg.hypergradients.registry import register
 from mlseg.hypergradients.replay import Replay
@@ -69,6 +70,10 @@ class Forward(Differentiating):
             gradient=level.stepping.changes_its_gradient,
         )
 
+    def carries_hooks(self) -> bool:
+        """It does."""
+        return True
+
     def check(self, level: Level) -> None:
         """Refuse optimizers that can't be differentiated, and too many hyperparameters."""
         optimizer_of(level)
@@ -107,11 +112,13 @@ class Forward(Differentiating):
                     loss(), [*parameters, *inputs], create_graph=True, allow_unused=True
                 )
                 by_weights, by_inputs = gradient[: len(parameters)], gradient[len(parameters) :]
+                own = [None if g is None else g.detach() for g in by_weights]
                 if not step.gradient:
-                    values = [None if g is None else g.detach() for g in by_weights]
+                    values = applied(own, parameters)
                 for tangent, total in zip(tangents, along, strict=True):
                     replay.hop.products += 1
-                    torch._foreach_add_(total, tangent.product(by_weights, by_inputs))
+                    change = tangent.product(by_weights, by_inputs)
+                    torch._foreach_add_(total, pushed(change, own, parameters))
         taken = replay.map(step, values)
         for tangent, change in zip(tangents, along, strict=True):
             tangent.weights, tangent.moments = taken.push_forward(

@@ -39,6 +39,8 @@ class MinimalResidual(Krylov):
     cost_note = "at most; a warm start 1 H"
     memory = "graph of the gradient, 7 w"
 
+    when_unsolved = "more iterations, warm_start, or damping"
+
     def solve(self, system: System, v: Tensor) -> Solution:
         """See the class."""
         return minimal_residual(

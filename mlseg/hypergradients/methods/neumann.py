@@ -59,6 +59,8 @@ class Neumann(Implicit):
     cost_note = "no P with a ``step_size``"
     memory = "graph of the gradient, 3 w"
 
+    when_unsolved = "a smaller step_size, damping, or minres"
+
     def solve(self, system: System, v: Tensor) -> Solution:
         """See the class."""
         if self.step_size is None:

@@ -58,6 +58,8 @@ class Nystrom(Implicit):
     cost_note = "1 for the residual that it reports"
     memory = "graph of the gradient, R w"
 
+    when_unsolved = "a higher rank, a larger damping, or minres"
+
     def solve(self, system: System, v: Tensor) -> Solution:
         """See the class."""
         rank = min(self.rank, v.numel())

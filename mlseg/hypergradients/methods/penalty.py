@@ -66,6 +66,8 @@ class Penalty(Method):
     memory = "3 w"
     first_derivatives_alone = True
 
+    when_unsolved = "more iterations, or a larger step_size"
+
     def check(self, level: Level) -> None:
         """Refuse an optimizer that minimises and maximises at once."""
         if (

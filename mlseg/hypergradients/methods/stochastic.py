@@ -77,6 +77,8 @@ class Stochastic(Implicit):
     cost_note = "P at the first hop only, none with a ``step_size``"
     memory = "graphs of two gradients, 2 w"
 
+    when_unsolved = "a smaller step_size, damping, or unrolled"
+
     def solve(self, system: System, v: Tensor) -> Solution:
         """See the class."""
         a = self._step(system, v)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from mlseg.config import Settings
 from mlseg.errors import UserError
 from mlseg.hypergradients.base import Cotangents, Diagnostics, Differentiating, Hop, Level, Vector
+from mlseg.hypergradients.gradient_hooks import applied, transposed
 from mlseg.hypergradients.optimizers import Moments, optimizer_of
 from mlseg.hypergradients.registry import register
 from mlseg.hypergradients.replay import Replay
@@ -130,6 +131,10 @@ class Unrolled(Differentiating):
         ours = self.backend == "mlseg" and self.mode == "double_backward"
         return self.second_order if ours else "torch"
 
+    def carries_hooks(self) -> bool:
+        """It does."""
+        return True
+
     def check(self, level: Level) -> None:
         """Refuse optimizers and combinations of settings that can't be differentiated."""
         if self.backend == "higher":
@@ -204,18 +209,20 @@ class _Back:
             if not graphs and not step.gradient:
                 (loss,) = losses
                 graphs = [torch.autograd.grad(loss(), leaves, create_graph=True, allow_unused=True)]
-            values = step.gradient or [None if g is None else g.detach() for g in graphs[0]]
+            values = step.gradient or _detached(applied(_detached(graphs[0]), replay.parameters))
             taken = replay.map(step, values, moments=self.moments)
             before, along, moments_before, rates_bar = taken.pull_back(weights_bar, moments_bar)
             # The weights that the first step started from depend on nothing any more.
             targets = [*([] if first else leaves), *inputs]
             for index, loss in enumerate(losses):
                 replay.hop.products += 1
-                if graphs:
-                    share = _through_kept(replay, graphs[index], along, targets, kept)
+                graph = graphs[index] if graphs else None
+                towards = self._before_hooks(along, loss, graph) if replay.hooked else along
+                if graph is not None:
+                    share = _through_kept(replay, graph, towards, targets, kept)
                 else:
                     share = directional(
-                        loss, replay.level, replay.parameters, along, targets, self.mode
+                        loss, replay.level, replay.parameters, towards, targets, self.mode
                     )
                 if not first:
                     accumulate(before, share[: len(leaves)])
@@ -223,6 +230,19 @@ class _Back:
         if rates_bar and replay.rates is not None:
             accumulate(total, _by_rates(replay.rates, rates_bar, inputs))
         return before, moments_before
+
+    def _before_hooks(
+        self, along: list[Tensor], loss: Callable[[], Tensor], graph: Sequence[Tensor | None] | None
+    ) -> list[Tensor]:
+        """What the cotangent of the gradient is before the level's hooks change it."""
+        parameters = self.replay.parameters
+        if graph is None:
+            graph = torch.autograd.grad(loss(), parameters, allow_unused=True)
+        return transposed(along, graph, parameters)
+
+
+def _detached(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.detach() for t in tensors]
 
 
 def _through_kept(

@@ -1,0 +1,82 @@
+"""What no method differentiates, or the chosen one doesn't: refused, early where it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+
+from mlseg.errors import UserError
+from mlseg.hypergradients.base import Level, Method
+from mlseg.hypergradients.second_order.refusals import check_twice_differentiable
+
+
+def check_level(
+    level: Level,
+    method: Method,
+    loss: Tensor | None = None,
+    parameters: Sequence[Tensor] | None = None,
+) -> None:
+    """Refuse a level that ``method`` would differentiate wrongly, or not at all.
+
+    Args:
+        level: that a hypergradient passes by ``method``.
+        loss: of a step with its graph, when there is one.
+        parameters: that it is differentiated by.
+
+    Raises:
+        UserError: with the mend.
+    """
+    name = level.name
+    own = level.trainable_parameters() if parameters is None else parameters
+    sources = [(s.name, p) for s in level.sources() for p in s.trainable_parameters()]
+    for owner, p in [*((name, p) for p in own), *sources]:
+        if p.is_complex():
+            raise UserError(
+                f"problem {owner!r}: hypergradients take real parameters, and it has complex ones; "
+                "keep their real and imaginary parts as one real parameter (torch.view_as_real) "
+                "and compute with torch.view_as_complex of it"
+            )
+        if p.layout != torch.strided:
+            raise UserError(
+                f"problem {owner!r}: hypergradients take dense parameters, and it has some of "
+                f"layout {p.layout}; keep them dense"
+            )
+    for module in _modules(level):
+        if getattr(module, "sparse", False) is True:
+            raise UserError(
+                f"problem {name!r}: {type(module).__name__} with sparse=True has sparse gradients, "
+                "which hypergradients don't work with; set sparse=False"
+            )
+    _check_hooks(level, own)
+    if loss is not None and not _first_order(method):
+        check_twice_differentiable(name, loss, own)
+
+
+def _check_hooks(level: Level, parameters: Sequence[Tensor]) -> None:
+    name = level.name
+    if any(p._post_accumulate_grad_hooks for p in parameters):
+        raise UserError(
+            f"problem {name!r}: its parameters have post-accumulate-grad hooks, which no "
+            "hypergradient can pass; take Tensor.register_hook, which is differentiated, or the "
+            "level's grad_callback, which counts as constant"
+        )
+    anywhere = torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks
+    for module in _modules(level):
+        if anywhere or module._backward_hooks or module._backward_pre_hooks:
+            raise UserError(
+                f"problem {name!r}: {type(module).__name__} has a backward hook "
+                "(register_full_backward_hook), which hypergradients would run once more on second "
+                "derivatives; take Tensor.register_hook of its parameters, or a forward hook"
+            )
+
+
+def _first_order(method: Method) -> bool:
+    forwards = getattr(method, "mode", None) == "forward_over_reverse"
+    return method.first_derivatives_alone or forwards
+
+
+def _modules(level: Level) -> Iterator[torch.nn.Module]:
+    return level.again.modules()[0].modules()

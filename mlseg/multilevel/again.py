@@ -1,0 +1,247 @@
+"""A level's loss, evaluated again without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mlseg import randomness
+from mlseg.errors import RunError, UserError
+from mlseg.hypergradients import Interface
+from mlseg.multilevel.belongings import Belongings, belongings, of_problems
+
+if TYPE_CHECKING:
+    from mlseg.multilevel.problem import Problem
+
+Buffers = list[tuple[dict[str, Any], str, Tensor, Tensor]]
+"""Table, name, the tensor itself, and its value."""
+
+_GENERATORS = "own"
+"""Key of a random state: generators of the program's own, by where they were found."""
+
+_FIRST_CHECKS, _CHECK_EVERY = (1, 2, 10, 100), 1000
+"""Steps at which a step is checked to repeat itself: these, and every so many."""
+
+
+class Again:
+    """A problem's loss, evaluated again; see :class:`mlseg.hypergradients.base.Again`.
+
+    Args:
+        problem: whose loss.
+
+    Attributes:
+        last_batch: the (last) batch of the last finished step.
+        last_random_state: the generators' state at its start.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self.last_batch: Any = None
+        self.last_random_state: randomness.RandomState | None = None
+        self._begun: randomness.RandomState | None = None
+        self._buffers: Buffers = []
+        self._found: Belongings | None = None
+        self._begins = 0
+        self._buffers_begun: Buffers = []
+
+    # ------------------------------------------------------------------- a step's course
+
+    def begin(self) -> randomness.RandomState:
+        """A batch is about to be evaluated: note the generators' state, and return it."""
+        self._begins += 1
+        if self.is_checked:
+            self._found = None  # what was made since is found now
+            self._buffers_begun = self._present_buffers()
+        self._begun = self.random_state()
+        return self._begun
+
+    def end(self, batch: Any) -> None:
+        """The step is finished; ``batch`` was its last one."""
+        self.last_batch, self.last_random_state = batch, self._begun
+
+    def connect(self) -> None:
+        """The program has changed: search and check anew."""
+        self._found, self._begins = None, 0
+
+    # -------------------------------------------------------------------- evaluations
+
+    @contextmanager
+    def untraced(self) -> Iterator[None]:
+        """Within this block evaluations leave no trace: not in buffers, not in random streams, not
+        in which parameters are frozen."""
+        self._buffers = self._present_buffers()
+        parameters = [p for m in self._holders() for p in m._parameters.values() if p is not None]
+        frozen = [not p.requires_grad for p in parameters]
+        own = self._own_states()
+        self._problem.replaying = True
+        try:
+            with randomness.replayed(None, self._problem.device):
+                yield
+        finally:
+            self._problem.replaying = False
+            self._set_own_states(own)
+            for p, was in zip(parameters, frozen, strict=True):
+                if p.requires_grad is was:
+                    p.requires_grad_(not was)
+            _put_back(self._buffers)
+            self._buffers = []
+
+    def rewind(self, random_state: randomness.RandomState | None = None) -> None:
+        """Within :meth:`untraced`: every buffer back, and :meth:`restore_randomness`."""
+        _put_back(self._buffers)
+        self.restore_randomness(random_state)
+
+    def random_state(self) -> randomness.RandomState:
+        """The present state of all generators, the program's own included."""
+        state = randomness.capture(self._problem.device)
+        own = self._own_states()
+        return {**state, _GENERATORS: own} if own else state
+
+    def restore_randomness(self, state: randomness.RandomState | None = None) -> None:
+        """Set the generators to ``state``, by default to that at the start of the last step."""
+        state = state if state is not None else self.last_random_state or self._begun
+        if state is not None:
+            randomness.restore(state, self._problem.device)
+            self._set_own_states(state.get(_GENERATORS, {}))
+
+    def last_loss(self) -> Tensor:
+        """Rewind, then the loss of the last finished step's (last) batch."""
+        return self.loss(self.last_batch, None)
+
+    def loss(self, batch: Any, random_state: randomness.RandomState | None) -> Tensor:
+        """Rewind to ``random_state``, then the loss of ``batch``."""
+        self.rewind(random_state)
+        return self._problem._full_loss(batch)
+
+    def fresh_loss(self) -> Tensor:
+        """The loss of a batch from the same data, in a stream of which training takes no note."""
+        return self._problem._full_loss(self._problem.fresh_batch())
+
+    def modules(self) -> list[nn.Module]:
+        """Those of all problems of the engine, this one's first."""
+        return [problem.module for problem in self._problem._everyone()]
+
+    def load(self, batch: Any, random_state: randomness.RandomState | None) -> None:
+        """Restore the last finished step."""
+        self.last_batch, self.last_random_state = batch, random_state
+        self._begun = random_state
+
+    # ---------------------------------------------------------------- does it repeat itself?
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether the present step is one of those that are checked to repeat themselves."""
+        return self._begins in _FIRST_CHECKS or self._begins % _CHECK_EVERY == 0
+
+    def check(self, batch: Any, loss: Tensor) -> None:
+        """Check that the step, evaluated again at its own weights, is what it was, bit for bit.
+
+        Where other problems enter by an interface alone, it is that part that is evaluated.
+
+        That costs an evaluation, and waits for the device. Before the optimizer has stepped it asks
+        the same of every method, whatever weights that will evaluate the loss at.
+
+        Args:
+            batch: that the step has just been evaluated on.
+            loss: what it gave.
+
+        Raises:
+            UserError: it isn't; in mid-run RunError.
+        """
+        problem, interface = self._problem, self._problem.interface
+        # What hypergradients evaluate may be less than the step's loss, or more precise: then two
+        # evaluations are compared with each other, which show at the first step what a comparison
+        # with the loss may only show at the second, when a state has begun.
+        two = interface is not None or problem.precision == "bf16"
+        if two and self._begins == _FIRST_CHECKS[1]:
+            self._buffers_begun = []
+            return
+        with self.untraced():
+            if two:
+                loss = self._evaluated(batch, interface)
+            before = {k: (t, t._version) for k, t in self._witnesses(batch).items()}
+            again = self._evaluated(batch, interface)
+            changed = [k for k, (t, version) in before.items() if t._version != version]
+        problem.interface, self._buffers_begun = interface, []
+        fault = RunError if self._begins > 1 else UserError
+        if changed:
+            raise fault(
+                f"problem {problem.name!r}: its training_step changes {changed[0]} in place, and "
+                "hypergradients evaluate it again, which changes that again; do it only `if not "
+                "self.replaying`, keep it in a buffer of a problem's module, or change a copy"
+            )
+        if not _same(again, loss.detach()):
+            raise fault(
+                f"problem {problem.name!r}: its step gives another loss when it is evaluated again "
+                f"({float(again):.9g} for {float(loss):.9g}), and so would be its hypergradient: "
+                "it draws from a generator that was not found, or keeps a state from one "
+                "evaluation to the next; make the generator an attribute of the problem or draw "
+                "from torch's own, and change states only `if not self.replaying`, or keep them "
+                "in buffers"
+            )
+
+    def _evaluated(self, batch: Any, interface: Interface | None) -> Tensor:
+        """The loss from where the step began, or the part that depends on the interface."""
+        _put_back(self._buffers_begun)
+        if interface is None:
+            self.restore_randomness(self._begun)
+            return self._problem._full_loss(batch).detach()
+        self.restore_randomness(interface.random_state)
+        return interface.loss([z.detach() for z in interface.tensors]).detach()
+
+    def _witnesses(self, batch: Any) -> dict[str, Tensor]:
+        """What an evaluation may not write to: all but the buffers, which are put back."""
+        buffers = {id(buffer) for _, _, buffer, _ in self._buffers}
+        tensors = self._belongings().tensors | belongings({"its batch": batch}).tensors
+        return {path: t for path, t in tensors.items() if id(t) not in buffers}
+
+    # ----------------------------------------------------------------------- parts
+
+    def _holders(self) -> list[nn.Module]:
+        return list({id(m): m for module in self.modules() for m in module.modules()}.values())
+
+    def _present_buffers(self) -> Buffers:
+        return [
+            (holder._buffers, name, buffer, buffer.clone())
+            for holder in self._holders()
+            for name, buffer in holder._buffers.items()
+            if buffer is not None
+        ]
+
+    def _belongings(self) -> Belongings:
+        if self._found is None:
+            self._found = of_problems(self._problem._everyone())
+        return self._found
+
+    def generators(self) -> dict[str, randomness.Generator]:
+        """The program's own, by where they were found: a level's name, and on from there."""
+        return self._belongings().generators
+
+    def _own_states(self) -> dict[str, Any]:
+        return {path: randomness.own_state(g) for path, g in self.generators().items()}
+
+    def _set_own_states(self, states: dict[str, Any]) -> None:
+        generators = self.generators()
+        for path, state in states.items():
+            if path in generators:
+                randomness.set_own_state(generators[path], state)
+
+
+def _put_back(buffers: Buffers) -> None:
+    """The tensors themselves and their values."""
+    for table, name, buffer, value in buffers:
+        table[name] = buffer
+        # Through ``data``: a graph that is still to be walked may have saved the buffer.
+        buffer.data.copy_(value)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two losses are one; on CUDA up to rounding, where sums come in any order."""
+    if one.device.type == "cpu":
+        return torch.equal(one, other) or bool((one.isnan() & other.isnan()).all())
+    bound = 64.0 * torch.finfo(one.dtype).eps
+    return bool(torch.isclose(one, other, rtol=bound, atol=0.0, equal_nan=True).all())

@@ -1,0 +1,196 @@
+"""What can't be differentiated as a method asks for: one line that names it and a mend."""
+
+from typing import Any
+
+import pytest
+import torch
+from scaled import X, gradient, linear, program
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from mlseg.errors import UserError
+from mlseg.hypergradients.registry import classes
+from mlseg.hypergradients.second_order.refusals import explained
+
+FORWARD_OVER_REVERSE = {"method": "identity", "mode": "forward_over_reverse"}
+GRAPHS = {"method": "unrolled", "store": "graphs"}
+HIGHER = {"method": "unrolled", "backend": "higher"}
+DIFFERENCE = {"method": "finite_difference", "epsilon": 1e-5}
+SECOND_ORDER: list[Any] = [
+    *sorted(name for name, cls in classes().items() if not cls.first_derivatives_alone),
+    GRAPHS,
+    HIGHER,
+]
+EPSILON = 1e-6
+"""Of a central difference with an ``epsilon`` of 1e-5: its square, 1e-10, and rounding's 1e-16 over
+it, 1e-11, with room for what derivatives and cancellation magnify them by."""
+
+
+class Attention(nn.Module):
+    def __init__(self, by_math: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True)
+        self.last = nn.Linear(4, 1)
+        self.by_math = by_math
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        backends = [SDPBackend.MATH] if self.by_math else [SDPBackend.FLASH_ATTENTION]
+        with sdpa_kernel(backends):
+            return self.last(self.encoder(x[:, None].expand(-1, 3, -1) + X[:3]).mean(1))
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3.0 * x**2 * gradient
+
+
+class Cubed(nn.Module):
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.own = nn.Linear(4, 4), nn.Linear(4, 1), own
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.last(Cube.apply(hidden) if self.own else hidden**3)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.use_reentrant = nn.Linear(4, 4), use_reentrant
+        self.last = nn.Sequential(nn.Tanh(), nn.Linear(4, 1))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if self.use_reentrant is None:
+            return self.last(hidden)
+        return checkpoint(self.last, hidden, use_reentrant=self.use_reentrant)
+
+
+@pytest.mark.parametrize("method", [*SECOND_ORDER, FORWARD_OVER_REVERSE], ids=str)
+def test_attention_without_second_derivative(method: Any) -> None:
+    with pytest.raises(UserError, match=r"problem 'lower': .*flash_attention.*MATH"):
+        gradient(method, Attention(by_math=False))
+
+
+@pytest.mark.parametrize("method", ["identity", FORWARD_OVER_REVERSE], ids=str)
+def test_the_mends_for_attention_work(method: Any) -> None:
+    by_difference = gradient(DIFFERENCE, Attention(by_math=False))
+    assert gradient(method, Attention(by_math=True)) == pytest.approx(by_difference, rel=EPSILON)
+
+
+@pytest.mark.parametrize("method", SECOND_ORDER, ids=str)
+def test_functions_marked_once_differentiable_are_named(method: Any) -> None:
+    """torch takes their derivatives for constants, without a word."""
+    with pytest.raises(UserError, match="'lower': Cube in its loss is marked once_differentiable"):
+        gradient(method, Cubed(own=True))
+
+
+def test_once_is_enough_for_first_derivatives() -> None:
+    assert gradient(DIFFERENCE, Cubed(own=True)) == gradient(DIFFERENCE, Cubed(own=False))
+    assert gradient("identity", Cubed(own=False)) == pytest.approx(
+        gradient(DIFFERENCE, Cubed(own=True)), rel=EPSILON
+    )
+
+
+def test_compiled_modules() -> None:
+    def net() -> Any:
+        return torch.compile(Checkpointed(None), backend="aot_eager")
+
+    for method in ("identity", GRAPHS):
+        with pytest.raises(UserError, match=r"'lower': a compiled module .* forward_over_reverse"):
+            gradient(method, net())
+    truth = gradient("identity", Checkpointed(None))
+    assert gradient(FORWARD_OVER_REVERSE, net()) == pytest.approx(truth, rel=1e-9)
+
+
+@pytest.mark.parametrize("method", ["finite_difference", *SECOND_ORDER], ids=str)
+def test_reentrant_checkpoints(method: Any) -> None:
+    with pytest.raises(UserError, match="set use_reentrant=False"):
+        gradient(method, Checkpointed(use_reentrant=True))
+
+
+@pytest.mark.parametrize(
+    "method", ["identity", FORWARD_OVER_REVERSE, "unrolled", GRAPHS, "forward"], ids=str
+)
+def test_other_checkpoints_change_nothing(method: Any) -> None:
+    plain, checkpointed = (gradient(method, Checkpointed(r), steps=3) for r in (None, False))
+    assert checkpointed == pytest.approx(plain, rel=1e-9)
+
+
+def test_other_checkpoints_are_refused_by_higher() -> None:
+    with pytest.raises(UserError, match=r"'lower': a checkpointed part .* set backend to mlseg"):
+        gradient(HIGHER, Checkpointed(False), steps=3)
+
+
+def test_recurrent_networks_of_cudnn_by_torchs_message() -> None:
+    text = "Double backwards is not supported for CuDNN RNNs due to limitations in the CuDNN API."
+    scope: dict[str, Any] = {"__name__": "torch.autograd"}
+    exec("def fail(text): raise RuntimeError(text)", scope)
+    match = "'lower': a recurrent network of cuDNN .*cudnn.flags"
+    with pytest.raises(UserError, match=match), explained("lower"):
+        scope["fail"](text)
+
+
+def test_errors_of_a_loss_keep_their_words() -> None:
+    with pytest.raises(RuntimeError, match=r"^my double backward"), explained("lower"):
+        raise RuntimeError("my double backward of a loss")
+
+
+# ------------------------------------------------------------------- complex, sparse
+
+
+class Spectrum(nn.Module):
+    """A filter in the frequency domain; ``real``: its real and imaginary parts are kept."""
+
+    def __init__(self, real: bool) -> None:
+        super().__init__()
+        start = torch.complex(X[:3, 0], X[:3, 1]) / 2
+        self.real = real
+        self.weight = nn.Parameter(torch.view_as_real(start).clone() if real else start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.view_as_complex(self.weight) if self.real else self.weight
+        return torch.fft.irfft(torch.fft.rfft(x) * weight, n=4).pow(2).sum(1)
+
+
+@pytest.mark.parametrize("method", sorted(classes()))
+def test_complex_parameters_are_refused_before_any_work(method: str) -> None:
+    with pytest.raises(UserError, match=r"'lower': hypergradients take real parameters.*view_as"):
+        program(method, Spectrum(real=False))
+
+
+def test_of_a_source_too() -> None:
+    engine = program("identity", linear())
+    engine.upper.module.weight = nn.Parameter(engine.upper.module.weight.to(torch.complex128))
+    with pytest.raises(UserError, match="'upper': hypergradients take real parameters"):
+        engine.lower.connect()
+
+
+def test_real_ones_that_are_viewed_as_complex() -> None:
+    truth = gradient("identity", Spectrum(real=True), rate=0.002)
+    for method in (DIFFERENCE, FORWARD_OVER_REVERSE):
+        assert gradient(method, Spectrum(real=True), rate=0.002) == pytest.approx(truth, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", sorted(classes()))
+def test_sparse_gradients_are_refused_before_any_work(method: str) -> None:
+    net = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(4, 1))
+    with pytest.raises(UserError, match="'lower': Embedding with sparse=True"):
+        program(method, net.double())
