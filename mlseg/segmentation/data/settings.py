@@ -90,7 +90,7 @@ class DataSettings(Settings):
     cache_dir: str | None = None
     digests: How = "sample"
     max_files: Annotated[int, pydantic.Field(ge=1)] = MAX_FILES
-    max_megapixels: Annotated[float, pydantic.Field(gt=0)] = MEGAPIXELS
+    max_megapixels: Annotated[float, pydantic.Field(gt=0)] = float(MEGAPIXELS)
 
     @pydantic.field_validator("name")
     @classmethod
