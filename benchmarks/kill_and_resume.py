@@ -149,8 +149,8 @@ def differences(a: Path, b: Path) -> list[str]:
         for name in sorted(files[0].keys() & files[1].keys())
         if name.suffix == ".png" and files[0][name].read_bytes() != files[1][name].read_bytes()
     ]
-    curves = [_curves(run / CURVES) for run in (a, b)]
-    return found + [f"{CURVES}: {tag}" for tag in _unequal(*curves)]
+    curves = _unequal(_curves(a / CURVES), _curves(b / CURVES))
+    return found + [f"{CURVES}: {tag}" for tag in curves]
 
 
 def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -104,7 +104,7 @@ def replacing(path: Path, former: Path | None = None) -> Iterator[Path]:
         former: where the file goes that stood there; None: it is lost.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")  # one name: a crash's rest is overwritten
+    temporary = _partial(path)
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -206,8 +206,15 @@ def held(directory: Path) -> bool:
         return True
 
 
+def _partial(path: Path) -> Path:
+    """What a file is called until it is whole; one name, so that a crash's rest is overwritten."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def require_new(directory: Path) -> None:
     """Check that a claimed directory holds nothing yet: no run, and nobody's files.
+
+    What a process leaves that was killed before it had written ``config.yaml`` is nobody's.
 
     Raises:
         UserError: it does.
@@ -217,7 +224,8 @@ def require_new(directory: Path) -> None:
             f"--out: {directory} holds a run already; go on with it by --resume {directory}, or "
             "name another directory"
         )
-    theirs = sorted({path.name for path in directory.iterdir()} - {_LOCK, _HOLDER})
+    own = {_LOCK, _HOLDER, _partial(directory / "config.yaml").name}
+    theirs = sorted({path.name for path in directory.iterdir()} - own)
     if theirs:
         raise UserError(
             f"--out: {directory} isn't empty ({theirs[0]} is in it); name a new directory"

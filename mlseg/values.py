@@ -1,9 +1,9 @@
 """Values that a checkpoint holds, in what ``torch.load(weights_only=True)`` reads.
 
 That reads tensors, plain values and dicts, lists and tuples of them. What a batch or a state may
-hold beside that (arrays, paths, named tuples, dataclasses, dicts of a class of their own, tensors of
-a subclass) is written as a dict that says what it was. Reading it back makes an object of a class
-that is loaded already, without calling anything of it.
+hold beside that (arrays, paths, named tuples, dataclasses, dicts of a class of their own, tensors
+of a subclass) is written as a dict that says what it was. Reading it back makes an object of a
+class that is loaded already, without calling anything of it.
 """
 
 import dataclasses

@@ -533,6 +533,11 @@ def test_a_directory_with_somebodys_files_is_no_runs(
         assert command([str(config), "--out", str(theirs)]) == 2
         assert "isn't empty (results.json is in it)" in one_line(capsys)
     assert [path.read_text() for path in theirs.iterdir()] == ["precious"]
+    killed = tmp_path / "killed"  # before its config was whole
+    killed.mkdir()
+    (killed / ".config.yaml.partial").write_text("system: super")
+    assert run.main([str(config), "--out", str(killed)]) == 0
+    assert not (killed / ".config.yaml.partial").exists()
     with pytest.raises(SystemExit) as stopped:
         run.main([str(config), "--out", ""])
     assert stopped.value.code == 2

@@ -6,6 +6,7 @@ import functools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -78,7 +79,7 @@ class Fixtures:
         sixteen = Image.fromarray(rng.integers(0, 65536, (30, 40), np.uint16))
         turned = Image.Exif()
         turned[0x0112] = 6
-        made = {
+        made: dict[str, tuple[Image.Image, dict[str, Any]]] = {
             "colour.png": (colour, {}),
             "grey.png": (grey, {}),
             "alpha.png": (colour.convert("RGBA"), {}),

@@ -23,7 +23,7 @@ Buffers = list[tuple[dict[str, Any], str, Tensor, Tensor]]
 _GENERATORS = "own"
 """Key of a random state: generators of the program's own, by where they were found."""
 
-_FIRST_CHECKS, _CHECK_EVERY = (1, 2, 10, 100), 1000
+_FIRST_CHECKS, _CHECK_EVERY = (1, 10, 100), 1000
 """Steps at which a step is checked to repeat itself: these, and every so many."""
 
 
@@ -153,15 +153,10 @@ class Again:
             UserError: it isn't; in mid-run RunError.
         """
         problem, interface = self._problem, self._problem.interface
-        # What hypergradients evaluate may be less than the step's loss, or more precise: then two
-        # evaluations are compared with each other, which show at the first step what a comparison
-        # with the loss may only show at the second, when a state has begun.
-        two = interface is not None or problem.precision == "bf16"
-        if two and self._begins == _FIRST_CHECKS[1]:
-            self._buffers_begun = []
-            return
         with self.untraced():
-            if two:
+            if interface is not None or problem.precision == "bf16":
+                # What hypergradients evaluate is less than the step's loss, or more precise: two
+                # evaluations are compared with each other.
                 loss = self._evaluated(batch, interface)
             before = {k: (t, t._version) for k, t in self._witnesses(batch).items()}
             again = self._evaluated(batch, interface)
