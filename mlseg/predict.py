@@ -177,9 +177,10 @@ def check_outputs(images: Sequence[Path], folder: Path, overwrite: bool = False)
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: {folder} is a file; name a folder")
-    read = {image.resolve() for image in images}
+    # realpath, not resolve: a loop of links leads nowhere, and is said when its image is read.
+    read = {os.path.realpath(image) for image in images}
     for file in (file for image in images for file in outputs(image, folder)):
-        if file.resolve() in read:
+        if os.path.realpath(file) in read:
             raise UserError(f"--out: {file} is one of the images; name another folder")
         if not os.path.lexists(file) or (overwrite and (file.is_symlink() or file.is_file())):
             continue

@@ -16,6 +16,7 @@ GROUND = (
     "precision",
     "threads",
     "transfer",
+    "values",
     "_betty",
     "_checkout",
     "_distribution",

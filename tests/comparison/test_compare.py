@@ -6,9 +6,7 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -419,39 +417,3 @@ def test_every_config_is_valid() -> None:
     assert len(found) >= 1
     for path in found:
         assert parse(config.load(path)).methods
-
-
-PARENT = """
-import multiprocessing, sys, time
-from mlseg.comparison import cells
-if __name__ == "__main__":
-    child = multiprocessing.get_context("spawn").Process(target=cells._end_with_parent)
-    child.start()
-    print(child.pid, flush=True)
-    time.sleep(600)
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
-def test_a_worker_ends_with_its_parent_however_that_ends(tmp_path: Path) -> None:
-    (tmp_path / "parent.py").write_text(PARENT)
-    with subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE) as ran:
-        assert ran.stdout is not None
-        worker = int(ran.stdout.readline())
-        os.kill(worker, 0)
-        ran.kill()
-    for _ in range(600):
-        if not _alive(worker):
-            return
-        time.sleep(0.1)
-    os.kill(worker, signal.SIGKILL)
-    pytest.fail("it has outlived its parent by a minute")
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    status = Path(f"/proc/{process}/status")  # dead, and nobody has asked for its exit code
-    return not (status.exists() and "State:\tZ" in status.read_text())

@@ -10,7 +10,7 @@ from scaled import Lower, Upper, error, program
 from torch import nn
 
 from mlseg import EngineSettings
-from mlseg.dry_run import dry_run
+from mlseg.dry_run import timed_dry_run
 from mlseg.hypergradients.registry import classes
 
 ONCE = EngineSettings(iterations=3, log_every=1, tensorboard=False)
@@ -61,8 +61,8 @@ def test_a_hypergradient_that_is_zero(
         program(method, **levels).iterate()
 
 
-def test_the_dry_run_says_so_too(capsys: pytest.CaptureFixture[str]) -> None:
-    dry_run(program("identity", lower=Alone, quiet=False))
+def test_the_timed_dry_run_says_so_too(capsys: pytest.CaptureFixture[str]) -> None:
+    timed_dry_run(program("identity", lower=Alone, quiet=False))
     assert capsys.readouterr().err.count("through 'lower' is exactly zero") == 1
 
 

@@ -85,8 +85,17 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("method", [*SECOND_ORDER, FORWARD_OVER_REVERSE], ids=str)
 def test_attention_without_second_derivative(method: Any) -> None:
+    """With torch's formulas; by the fused ones it has one."""
+    by_torch = {"second_order": "torch"} if method != FORWARD_OVER_REVERSE else {}
+    method = {"method": method} if isinstance(method, str) else method
     with pytest.raises(UserError, match=r"problem 'lower': .*flash_attention.*MATH"):
-        gradient(method, Attention(by_math=False))
+        gradient({**method, **by_torch}, Attention(by_math=False))
+
+
+def test_attention_has_a_second_derivative_by_the_fused_formulas() -> None:
+    by_difference = gradient(DIFFERENCE, Attention(by_math=False))
+    found = gradient("identity", Attention(by_math=False))
+    assert found == pytest.approx(by_difference, rel=EPSILON)
 
 
 @pytest.mark.parametrize("method", ["identity", FORWARD_OVER_REVERSE], ids=str)

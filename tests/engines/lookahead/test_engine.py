@@ -263,9 +263,9 @@ def test_a_record_that_cannot_be_written_keeps_the_peak(
         full(kind)
         event(kind, step, **values)
 
-    def written_log(*given: Any) -> None:
+    def written_log(*given: Any) -> Any:
         full("metrics")
-        log(*given)
+        return log(*given)
 
     monkeypatch.setattr(recorder, "event", written_event)
     monkeypatch.setattr(recorder, "log", written_log)

@@ -205,7 +205,7 @@ def test_the_control_goes_on_with_the_optimizer_and_the_rate_of_stage_1(
     while not loop(first).in_charge(first) or first.best is None:
         assert first._advance_stage()
         first.global_step += 1
-        first.stage_step += 1
+        first._stage_step += 1
         first.train_step()
     start = str(tmp_path / "checkpoints" / "start.pt")
     control: Any = tiny.build(

@@ -85,7 +85,7 @@ def settings_of(name: str) -> Any:
 
 def test_the_config_by_section_3_of_the_paper() -> None:
     settings = settings_of("segan_isic")
-    assert (settings.data.name, settings.data.splits) == ("isic2017", None)  # official by default
+    assert (settings.data.name, settings.data.splits) == ("isic2017", "official_test")
     assert settings.data.size == (135, 180)
     augmentation = settings.augmentation
     assert augmentation.output_size(settings.data.size) == (128, 128)

@@ -551,9 +551,7 @@ def test_links_that_lead_back_end(tmp_path: Path) -> None:
         (tmp_path / name / "file.png").touch()
         (tmp_path / name / "up").symlink_to(tmp_path)
         (tmp_path / name / "other").symlink_to(tmp_path / ("b" if name == "a" else "a"))
-    assert set(list_files(tmp_path)) == {
-        f"{path}file.png" for path in ("a/", "b/", "a/other/", "b/other/")
-    }
+    assert set(list_files(tmp_path)) == {"a/file.png", "b/file.png"}  # each folder once
 
 
 def test_more_files_than_a_data_set_has(small: Path) -> None:
