@@ -82,7 +82,8 @@ class OwnNames:
 
 @cache
 def taken(cls: Any) -> frozenset[str]:
-    """Public methods and properties of the library's own: not Betty's, not free."""
+    """Methods and properties of the library's own, private ones too, which a derived class would
+    override unawares: not Betty's, not free, not Python's."""
     ours = [base for base in cls.__mro__ if base.__module__.startswith("mlseg.")]
     bettys = [base for base in cls.__mro__ if base.__module__.startswith("betty.")]
     known = {name for base in bettys for name in vars(base)}
@@ -91,7 +92,7 @@ def taken(cls: Any) -> frozenset[str]:
         name
         for base in ours
         for name, value in vars(base).items()
-        if not name.startswith("_")
+        if not name.startswith("__")
         and name not in known | free
         and (callable(value) or isinstance(value, property))
     )

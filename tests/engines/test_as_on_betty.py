@@ -228,7 +228,7 @@ def test_an_engine_keeps_what_it_likes(name: str, tmp_path: Path) -> None:
     assert (saved["global_step"], saved["finished"], saved["stage"]) == (3, True, "training")
 
 
-METHODS = ["save", "validate", "results", "work", "resume", "state_dict", "levels", "hook"]
+METHODS = ["save", "validate", "results", "work", "resume", "state_dict", "levels", "hook", "_log"]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -311,7 +311,12 @@ def test_what_a_problem_of_ours_keeps_is_not_overwritten(name: str) -> None:
     assert f"Low: {name!r} is a name of mlseg's Problem already" in refusal(made.run)
 
 
-@pytest.mark.parametrize("name", ["hypergradient", "connect", "sources", "step_scheduler"])
+PRIVATE = ["_full_loss", "_take_gradient"]
+
+
+@pytest.mark.parametrize(
+    "name", ["hypergradient", "connect", "sources", "step_scheduler", *PRIVATE]
+)
 def test_what_a_problem_of_ours_calls_is_not_overridden(name: str) -> None:
     own = {name: lambda self, *args: None}
     engine(problems(ImplicitProblem, own=own))
