@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import betty.configs
 import betty.engine
 import torch
 from betty.logging import logger as betty_logger
 from betty.logging.logger_base import get_logger
-from betty.misc.early_stopping import EarlyStopping
 from betty.problems import Problem as BettyProblem
 from rich.console import RenderableType
 
 from mlseg import checkpoint
-from mlseg.engines import notices, state
+from mlseg.engines import notices, state, validation
 from mlseg.engines.hooks import Hooks, Work
 from mlseg.engines.interruption import Interruption
-from mlseg.engines.nan_guard import NanGuard
-from mlseg.engines.recording import Recorder, read_scalars
+from mlseg.engines.nan_guard import NanGuard, not_finite
+from mlseg.engines.recording import Recorder
 from mlseg.engines.settings import (
     Dependencies,
     EngineSettings,
@@ -377,7 +375,7 @@ class Engine(KnowsLevels, betty.engine.Engine):
         found = self._guard.first()
         if found is not None:
             name, step = found
-            self._not_finite("the loss", name, step)
+            raise not_finite(self, "the loss", name, step)
 
     def _check_states(self, problems: Mapping[str, Any]) -> None:
         """Raise RunError if parameters, buffers or optimizer state aren't finite; synchronises.
@@ -388,31 +386,7 @@ class Engine(KnowsLevels, betty.engine.Engine):
         found = self._guard.first_state(problems)
         if found is not None:
             problem, kind, name = found
-            self._not_finite(kind, problem, self.global_step, f" ({name})")
-
-    def _not_finite(self, what: str, problem: str, step: int, which: str = "") -> NoReturn:
-        """Raise RunError; a hypergradient that brought it about is named in its place."""
-        mend = "try a lower learning rate or gradient clipping"
-        cause = self._guard.hypergradient()
-        if cause is not None and cause[1] <= step:
-            which = f" (and then {what} of {problem!r}{which})"
-            what, (problem, step) = "the hypergradient", cause
-            mend = "try a lower learning rate, more damping or another hypergradient method"
-        self._recorder.event("nan", self.global_step, problem=problem, at_step=step)
-        raise RunError(
-            f"{what} of problem {problem!r} is not finite at step {step}{which}; "
-            f"{self._what_is_kept()}; {mend}"
-        )
-
-    def _what_is_kept(self) -> str:
-        if self._recorder.directory is not None:
-            for name in (checkpoint.LAST, checkpoint.PREVIOUS):
-                path = self._recorder.directory / "checkpoints" / name
-                if checkpoint.whole(path):
-                    return f"the last good checkpoint is {path}"
-            if self.checkpoint_path("last").exists():
-                return f"{self.checkpoint_path('last')} is damaged"
-        return "no checkpoint has been written yet"
+            raise not_finite(self, kind, problem, self.global_step, f" ({name})")
 
     def _log(self) -> None:
         stepped = [
@@ -460,91 +434,7 @@ class Engine(KnowsLevels, betty.engine.Engine):
 
     def validate(self) -> dict[str, float]:
         """Validate now: records, best checkpoint, schedulers, early stopping."""
-        self._check_finite()
-        self.eval()
-        try:
-            values = self._validation_figures()
-            with torch.no_grad():
-                for hook in self._hooks:
-                    values |= hook.validate(self)
-                figures = read_scalars({str(key): value for key, value in values.items()})
-        finally:
-            self.train()
-        self._last_validation = figures
-        self._recorder.validation(self.global_step, figures)
-        if self._metric is not None or figures:
-            self._choose(figures)
-            for hook in self._hooks:
-                hook.validated(self, figures)
-        self._stop_if_no_better(values)
-        return figures
-
-    def _validation_figures(self) -> dict[str, Any]:
-        """What ``validation`` returns, if there is one; with gradients on where it is Betty's."""
-        if not super().do_validation():
-            return {}
-        with torch.set_grad_enabled(self._as_on_betty):
-            try:
-                values = dict(self.validation() or {})
-            except RuntimeError as error:
-                if "does not require grad" not in str(error) or self._as_on_betty:
-                    raise
-                raise RunError(
-                    "validation takes gradients, which are off in it; put what does under "
-                    "torch.enable_grad()"
-                ) from error
-        if self._as_on_betty:
-            self.logger.log(values, tag="validation", step=self.global_step)
-        return values
-
-    def _choose(self, figures: dict[str, float]) -> None:
-        """Rates that go by validations, and the best weights so far."""
-        name = self._metric or next(iter(figures))
-        if name not in figures:
-            raise RunError(
-                f"engine.metric: validation gives no {name!r}, only {', '.join(sorted(figures))}"
-            )
-        value = figures[name]
-        if math.isnan(value) and not self._as_on_betty:
-            raise RunError(
-                f"validation {name} is NaN at step {self.global_step}; {self._what_is_kept()}"
-            )
-        self._step_schedulers(value)
-        if self._metric is not None or not self._as_on_betty:
-            # Betty's config says which way is better for the metric of early stopping alone.
-            self._select(name, value)
-
-    def _stop_if_no_better(self, values: Mapping[str, Any]) -> None:
-        patience, own = self._settings.patience, self.early_stopping
-        if own is not None and type(own) is not EarlyStopping:
-            stop = bool(own(values))
-        else:
-            stop = patience is not None and self._validations_without_best >= patience
-        if stop:
-            self._recorder.event("early_stop", self.global_step, patience=patience)
-            self._stopped_early = True
-
-    def _select(self, metric: str, value: float) -> None:
-        """Keep the present weights if they are the best so far."""
-        sign = 1.0 if self._settings.mode == "max" else -1.0
-        better = self._best is None or sign * value > sign * self._best["value"]
-        if not better or math.isnan(value):
-            self._validations_without_best += 1
-            return
-        self._best = {"metric": metric, "value": value, "step": self.global_step}
-        self._validations_without_best = 0
-        self._recorder.event("new_best", self.global_step, metric=metric, value=value)
-        if self._recorder.directory is not None:
-            self.save("best")
-
-    def _step_schedulers(self, metric: float) -> None:
-        before = self._rates()
-        for problem in self.problems:
-            if isinstance(problem, Problem):
-                problem.step_scheduler("validation", metric)
-        for name, rate in self._rates().items():
-            if rate != before[name]:
-                self._recorder.event("rate_change", self.global_step, problem=name, rate=rate)
+        return validation.validate(self)
 
     # -------------------------------------------------------------- checkpoints
 
@@ -610,17 +500,7 @@ class Engine(KnowsLevels, betty.engine.Engine):
             UserError: there is none, it doesn't fit these problems, or the best weights that it
                 knows of are gone.
         """
-        for problem in self.problems:
-            if not isinstance(problem, Problem):
-                raise UserError(
-                    f"problem {problem.name!r} is plain Betty's, which keeps no place in its data: "
-                    "a run of it can't go on; derive it from mlseg.Problem, or start again"
-                )
-        if self.env is not None and not state.keeps_state(self.env):
-            raise UserError(
-                "the engine's env has no state_dict and load_state_dict, so that a run can't go "
-                "on exactly; define both, or start again"
-            )
+        state.require_places(self)
         for hook in self._hooks:
             hook.resume(self, directory)
         path = directory / "checkpoints" / checkpoint.LAST

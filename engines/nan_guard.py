@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from betty.problems import Problem as BettyProblem
 from torch import Tensor
 
+from mlseg import checkpoint
 from mlseg.checkpoint import first_not_finite
+from mlseg.errors import RunError
 from mlseg.multilevel.problem import Problem
+
+if TYPE_CHECKING:
+    from mlseg.engines.engine import Engine
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -111,6 +116,33 @@ class NanGuard:
             if (name, what[1]) not in self._endless
         }
         return first_not_finite(tensors)
+
+
+def not_finite(engine: Engine, what: str, problem: str, step: int, which: str = "") -> RunError:
+    """The error to raise; a hypergradient that brought it about is named in its place."""
+    mend = "try a lower learning rate or gradient clipping"
+    cause = engine._guard.hypergradient()
+    if cause is not None and cause[1] <= step:
+        which = f" (and then {what} of {problem!r}{which})"
+        what, (problem, step) = "the hypergradient", cause
+        mend = "try a lower learning rate, more damping or another hypergradient method"
+    engine._recorder.event("nan", engine.global_step, problem=problem, at_step=step)
+    return RunError(
+        f"{what} of problem {problem!r} is not finite at step {step}{which}; "
+        f"{what_is_kept(engine)}; {mend}"
+    )
+
+
+def what_is_kept(engine: Engine) -> str:
+    """Which checkpoint a run that ends now has, in words."""
+    if engine._recorder.directory is not None:
+        for name in (checkpoint.LAST, checkpoint.PREVIOUS):
+            path = engine._recorder.directory / "checkpoints" / name
+            if checkpoint.whole(path):
+                return f"the last good checkpoint is {path}"
+        if engine.checkpoint_path("last").exists():
+            return f"{engine.checkpoint_path('last')} is damaged"
+    return "no checkpoint has been written yet"
 
 
 def _named(

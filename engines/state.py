@@ -13,6 +13,7 @@ from mlseg import checkpoint, config, randomness
 from mlseg.checkpoint import taking
 from mlseg.config import Settings
 from mlseg.errors import UserError
+from mlseg.multilevel.problem import Problem
 
 if TYPE_CHECKING:
     from mlseg.engines.engine import Engine
@@ -138,6 +139,21 @@ def restore(engine: Engine, state: Mapping[str, Any]) -> None:
         engine._recorder.load_state_dict(state["records"])
     with taking("the random state"):
         randomness.restore(state["random_state"], engine.device)
+
+
+def require_places(engine: Engine) -> None:
+    """Raise UserError where a part of the program keeps no state to go on from."""
+    for problem in engine.problems:
+        if not isinstance(problem, Problem):
+            raise UserError(
+                f"problem {problem.name!r} is plain Betty's, which keeps no place in its data: "
+                "a run of it can't go on; derive it from mlseg.Problem, or start again"
+            )
+    if engine.env is not None and not keeps_state(engine.env):
+        raise UserError(
+            "the engine's env has no state_dict and load_state_dict, so that a run can't go "
+            "on exactly; define both, or start again"
+        )
 
 
 def require_finite(guard: NanGuard, state: Mapping[str, Any]) -> None:
