@@ -1,42 +1,25 @@
 """The commands, as a user types them: what they leave, what they say, their exit codes."""
 
 import argparse
-import errno
 import io
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from commanding import one_line, train
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mlseg import calibrate, checkpoint, compare, config, evaluate, predict, run
+from mlseg import calibrate, compare, config, evaluate, predict, run
 from mlseg import data as data_command
 from mlseg.commands import guarded, make_console
 from mlseg.errors import UserError
-from mlseg.files import claimed
 from mlseg.segmentation.data.entry import DATA_SETS, data_set
-
-
-def train(tmp_path: Path, *overrides: str) -> Path:
-    """A tiny run by command; its directory."""
-    config = tiny.write_config(tmp_path / "tiny.yaml", changes={"engine.samples": 1})
-    out = tmp_path / "run"
-    assert run.main([str(config), *overrides, "--out", str(out)]) == 0
-    return out
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """What a failed command said: a single line on stderr, beside notes on overrides."""
-    said = capsys.readouterr().err.splitlines()
-    (line,) = [line for line in said if not line.startswith("note: ")]
-    return line
 
 
 def test_a_run_leaves_its_whole_directory(
@@ -458,48 +441,6 @@ def test_predict_overwrites_nothing_but_its_own(
     assert {path.name for path in masks.iterdir()} == {"a.png", "a_overlay.png"}
 
 
-def test_a_file_system_without_locks_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Never a lock that would outlive its process."""
-    fcntl = pytest.importorskip("fcntl")
-
-    def missing(*_: object) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", missing)
-    with pytest.raises(UserError, match="no locks") as caught, claimed(tmp_path / "run", tmp_path):
-        pass
-    assert "\n" not in str(caught.value)
-
-
-def test_a_directory_is_one_runs_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = train(tmp_path)
-    with claimed(out, tmp_path):
-        for arguments in (["--resume", str(out)], [str(tmp_path / "tiny.yaml"), "--out", str(out)]):
-            capsys.readouterr()
-            assert run.main(arguments) == 2
-            assert f"process {os.getpid()} on " in one_line(capsys)
-    assert run.main(["--resume", str(out)]) == 0, "the lock ends with its holder"
-
-    monkeypatch.setattr("time.strftime", lambda form: "now")
-    with claimed(None, tmp_path / "runs") as first, claimed(None, tmp_path / "runs") as second:
-        assert [path.name for path in (first, second)] == ["now", "now-2"]
-        (second / "config.yaml").touch()
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["now-2"], "the other is empty"
-
-
-def test_a_directory_that_cannot_be_made_is_said_before_any_work(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = tiny.write_config(tmp_path / "tiny.yaml")
-    for out in (config, config / "run"):
-        assert run.main([str(config), "--out", str(out)]) == 2
-        assert "can't write there" in one_line(capsys)
-
-
 def test_too_much_memory_or_too_many_threads_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -522,27 +463,6 @@ def test_too_much_memory_or_too_many_threads_are_one_line(
         run.main([path, *out])
 
 
-def test_a_directory_with_somebodys_files_is_no_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = tiny.write_config(tmp_path / "tiny.yaml")
-    theirs = tmp_path / "theirs"
-    theirs.mkdir()
-    (theirs / "results.json").write_text("precious")
-    for command in (run.main, compare.main):
-        assert command([str(config), "--out", str(theirs)]) == 2
-        assert "isn't empty (results.json is in it)" in one_line(capsys)
-    assert [path.read_text() for path in theirs.iterdir()] == ["precious"]
-    killed = tmp_path / "killed"  # before its config was whole
-    killed.mkdir()
-    (killed / ".config.yaml.partial").write_text("system: super")
-    assert run.main([str(config), "--out", str(killed)]) == 0
-    assert not (killed / ".config.yaml.partial").exists()
-    with pytest.raises(SystemExit) as stopped:
-        run.main([str(config), "--out", ""])
-    assert stopped.value.code == 2
-
-
 def test_names_that_look_like_markup_are_shown_as_they_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -552,93 +472,3 @@ def test_names_that_look_like_markup_are_shown_as_they_are(
     assert "All of it is in [bold]a[/red]" in capsys.readouterr().err
     assert evaluate.main(["[bold]a[/red]"]) == 0
     assert "[bold]a[/red]" in capsys.readouterr().out
-
-
-def test_evaluate_overwrites_nothing_but_its_own(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, scores = train(tmp_path), tmp_path / "scores.json"
-    for text in ("precious", "[]", "{}", "[" * 10**5):
-        scores.write_text(text)
-        capsys.readouterr()
-        assert evaluate.main([str(out), "--out", str(scores)]) == 2
-        assert "is there already, and not by evaluate" in one_line(capsys)
-        assert scores.read_text() == text
-    for bad, said in ((tmp_path, "is a folder"), (scores / "x.json", "can't write there")):
-        assert evaluate.main([str(out), "--out", str(bad)]) == 2
-        assert said in one_line(capsys)
-    for more in (["--overwrite"], []):
-        assert evaluate.main([str(out), "--out", str(scores), *more]) == 0
-    assert json.loads(scores.read_text())["scores"]
-
-
-IMPORTER = "mlseg.config.registry"
-EVIL = (
-    "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\n"
-    "def build(channels, classes): raise ValueError('evil')\n"
-)
-
-
-@pytest.mark.parametrize(
-    ("change", "needed"),
-    [
-        ({"system": "evil:build"}, False),
-        ({"imports": ["evil"]}, False),
-        ({"segmentor.name": "evil:build"}, False),
-        ({"data.name": "evil:build"}, True),
-        ({"data.name": f"{IMPORTER}:import_module", "data.options": {"name": "evil"}}, True),
-        ({"data.name": "no_such_set", "imports": ["evil"]}, True),
-    ],
-)
-def test_a_foreign_run_brings_no_code(
-    change: dict[str, Any],
-    needed: bool,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Its config names a module; scoring asks for trust where it can't do without.
-
-    Its checkpoints don't hold the config that it was made with, as older ones: else a config that
-    was changed is refused for that.
-    """
-    out = train(tmp_path)
-    for name in ("best.pt", "last.pt"):
-        path = out / "checkpoints" / name
-        state = checkpoint.load(path)
-        state.pop("config", None)
-        checkpoint.save(path, state)
-    (tmp_path / "evil.py").write_text(EVIL)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", ["", *sys.path])
-    tiny.write_config(out / "config.yaml", changes=change)
-    Image.new("RGB", (40, 40)).save("image.png")
-    capsys.readouterr()
-    for command in (evaluate.main, calibrate.main):
-        assert command([str(out)]) == (2 if needed else 0)
-        if needed:
-            assert "give --trust, which imports " in one_line(capsys)
-    assert predict.main([str(out), "image.png", "--out", "masks"]) == 0
-    assert not (tmp_path / "evil.ran").exists()
-    assert "evil" not in sys.modules
-
-
-def test_a_foreign_checkpoint_brings_no_code(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = train(tmp_path)
-    (tmp_path / "evil.py").write_text(EVIL)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", ["", *sys.path])
-    Image.new("RGB", (40, 40)).save("image.png")
-    best = out / "checkpoints" / "best.pt"
-    state = torch.load(best, weights_only=True)
-    for found in ({"module": "evil"}, {"settings": {"name": "evil:build"}}):
-        checkpoint.save(best, {**state, "segmentor": {**state["segmentor"], **found}})
-        capsys.readouterr()
-        assert predict.main([str(out), "image.png", "--out", "masks"]) == 2
-        assert "give --trust, which imports evil" in one_line(capsys)
-        assert not (tmp_path / "evil.ran").exists()
-    assert predict.main([str(out), "image.png", "--out", "masks", "--trust"]) == 2
-    assert "note: --trust: importing evil\n" in capsys.readouterr().err
-    del sys.modules["evil"]
