@@ -154,9 +154,14 @@ class Again:
         """
         problem, interface = self._problem, self._problem.interface
         with self.untraced():
-            if interface is not None or problem.precision == "bf16":
-                # What hypergradients evaluate is less than the step's loss, or more precise: two
-                # evaluations are compared with each other.
+            if (
+                interface is not None
+                or problem.precision == "bf16"
+                or problem.trajectory.keeps.graphs
+            ):
+                # What hypergradients evaluate is less than the step's loss, or more precise, or a
+                # step whose graph is kept went by other kernels (`second_order`): two evaluations
+                # are compared with each other.
                 loss = self._evaluated(batch, interface)
             before = {k: (t, t._version) for k, t in self._witnesses(batch).items()}
             again = self._evaluated(batch, interface)
