@@ -400,6 +400,8 @@ class Engine(KnowsLevels, betty.engine.Engine):
         figures = {problem.name: problem._metrics for problem in stepped}
         lines = self._recorder.log(self.global_step, figures, self._rates())
         self._check_finite()
+        for hook in self._hooks:
+            hook.logged(self, lines)
         notices.after_log(self, lines)
 
     def _rates(self) -> dict[str, float]:

@@ -35,7 +35,9 @@ from mlseg.config import keys
 from mlseg.config.registry import run_imports
 from mlseg.dry_run import dry_run, timed_dry_run
 from mlseg.engines.engine import Engine
+from mlseg.engines.hooks import Hooks
 from mlseg.engines.interruption import Interrupted
+from mlseg.engines.tracking import Tracking
 from mlseg.errors import RunError, UserError, located
 from mlseg.files import claimed, require_new, write_json, write_text
 from mlseg.machine import device_name, versions
@@ -150,8 +152,12 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
         with shapes_alone():
             dry_run(build(settings, None))
         return 0
+    if settings.log.tracker is None:
+        more: list[Hooks] = []
+    else:
+        more = [Tracking(settings.log, settings.model_dump(mode="json"), directory)]
     engine = build(settings, directory)
-    engine._hooks.append(TrainedWith(settings))
+    engine._hooks += [TrainedWith(settings), *more]
     console = make_console(stderr=True)
     if saved is not None:
         engine.resume(directory, saved, arguments.forget_best)
