@@ -121,7 +121,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 for name in arguments.data
             }
     scale = arguments.scale or trained.scoring
-    shown = list(dict.fromkeys([trained.spec.metric, *SCORES, "hd95", "pooled_jaccard"]))
+    shown = list(dict.fromkeys([trained.spec.metric, *SCORES, "hd95", "nsd", "pooled_jaccard"]))
     names = ", ".join(map(str, arguments.runs))
     steps = ", ".join(str(member.step) for member in ensemble.members)
     title = f"{names}, {arguments.weights} weights (step {steps}), {describe(ensemble)}, {scale}"
