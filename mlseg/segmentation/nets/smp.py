@@ -215,7 +215,10 @@ class SmpSegmentor(nn.Module):
 
 def _pixels(found: Mapping[str, Any]) -> str | None:
     """Which of mlseg's ranges of pixels a library's own description means; None: none of them."""
-    if found.get("input_space", "RGB") != "RGB" or list(found.get("input_range") or [0, 1]) != [0, 1]:
+    if found.get("input_space", "RGB") != "RGB" or list(found.get("input_range") or [0, 1]) != [
+        0,
+        1,
+    ]:
         return None
     mean, std = (tuple(float(x) for x in found.get(key) or ()) for key in ("mean", "std"))
     known = {

@@ -240,9 +240,9 @@ def _downloaded(network: nn.Module, settings: SegmentorSettings, name: str) -> W
     published = getattr(network, "published_encoder", None)
     if published is None:
         raise UserError(
-            f"segmentor.encoder_weights: nothing is published under {name!r} for {settings.name!r}; "
-            "name a file, or take a network of segmentation-models-pytorch, such as "
-            "{name: unetplusplus, encoder: resnet34}"
+            f"segmentor.encoder_weights: nothing is published under {name!r} for "
+            f"{settings.name!r}; name a file, or take a network of segmentation-models-pytorch, "
+            "such as {name: unetplusplus, encoder: resnet34}"
         )
     try:
         with _quietly():
@@ -273,9 +273,7 @@ def _quietly() -> Iterator[None]:
 # ------------------------------------------------------------------------- networks
 
 
-def take(
-    network: nn.Module, weights: Weights, key: str, outputs: Outputs | None = None
-) -> Started:
+def take(network: nn.Module, weights: Weights, key: str, outputs: Outputs | None = None) -> Started:
     """Give a network the tensors of a file that are its own.
 
     Args:

@@ -255,9 +255,7 @@ def test_a_network_of_ones_own_may_have_such_keywords_itself() -> None:
         ),
     ],
 )
-def test_downloads(
-    settings: dict[str, Any], library: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_downloads(settings: dict[str, Any], library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> None:
         raise OSError("Name or service not known\nand a traceback")
 
@@ -265,7 +263,9 @@ def test_downloads(
     network = build_segmentor(parsed, 3, 2)
     with monkeypatch.context() as patch:
         patch.setattr(library, offline)
-        with pytest.raises(UserError, match=r"imagenet can't be downloaded here \(OSError") as error:
+        with pytest.raises(
+            UserError, match=r"imagenet can't be downloaded here \(OSError"
+        ) as error:
             starting.start(network, parsed, 3, ("a", "b"))
     assert "\n" not in str(error.value)
 
@@ -294,7 +294,7 @@ def test_what_was_downloaded_is_checked_for_its_pixels(monkeypatch: pytest.Monke
     assert found.new == []
     assert torch.equal(network.network.encoder.conv1.weight, source.encoder.conv1.weight)
     described.update(mean=[0.5] * 3, std=[0.5] * 3)
-    with pytest.raises(UserError, match="normalise=none gives them; set segmentor.normalise"):
+    with pytest.raises(UserError, match=r"normalise=none gives them; set segmentor\.normalise"):
         begun({**UNET, "encoder_weights": "imagenet"})
     begun({**UNET, "encoder_weights": "imagenet", "normalise": "none"})
     described.update(input_range=[0, 255])
