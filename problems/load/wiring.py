@@ -43,7 +43,7 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
     require_validation(data)
     held = hold_out(settings, data)
     spec, levels = data.spec, settings.problems
-    make = Builder(settings, spec)
+    make = Builder(settings, spec, out)
 
     network = make.segmentor()
     start = start_of(settings, network, spec.num_classes, out)
@@ -136,7 +136,12 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
         stages=stages,
         device=make.device,
         out=out,
-        hooks=[segmentation, loop, LoadRecords(segmentation, loop, settings.pictures)],
+        hooks=[
+            segmentation,
+            loop,
+            LoadRecords(segmentation, loop, settings.pictures),
+            *make.hooks(),
+        ],
     )
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path, PurePosixPath
+from unicodedata import normalize
 
 from mlseg.errors import UserError
 from mlseg.files import reachable, require_file
@@ -217,7 +218,22 @@ def match(part: Part, files: Iterable[str], ids: str) -> tuple[Matches, list[Mat
                 is_mask = True
         if not is_mask and (hit := image_pattern.fullmatch(path)):
             images.setdefault(hit["id"], []).append(path)
+    for found in masks:
+        _spell_alike(found, images)
     return images, masks
+
+
+def _spell_alike(masks: Matches, images: Matches) -> None:
+    """Give masks their images' ids where only the code points of a letter differ.
+
+    macOS takes apart what other systems write as one: "e" and its accent.
+    """
+    alone = [name for name in masks if name not in images]
+    spelled = {normalize("NFC", name): name for name in images} if alone else {}
+    for name in alone:
+        image = spelled.get(normalize("NFC", name))
+        if image is not None:
+            masks.setdefault(image, []).extend(masks.pop(name))
 
 
 def _read_list(root: Path, part: Part, files: Iterable[str]) -> list[str]:
