@@ -5,6 +5,8 @@ python -m mlseg.run configs/e2eaug_isic.yaml engine.iterations=1000 seed=3 --out
 python -m mlseg.run --resume runs/try
 python -m mlseg.run configs/e2eaug_isic.yaml --dry-run
 
+What it did is shown by report.html in its directory, also where it was interrupted.
+
 A config is a program: it names modules, which are imported. So is a run directory that is resumed,
 by its config.yaml. Run and resume what you trust; what somebody else has made can be looked at by
 evaluate, predict and calibrate, which import nothing that isn't mlseg's own.
@@ -13,6 +15,7 @@ evaluate, predict and calibrate, which import nothing that isn't mlseg's own.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,11 +37,13 @@ from mlseg.config.registry import run_imports
 from mlseg.dry_run import dry_run, timed_dry_run
 from mlseg.engines.engine import Engine
 from mlseg.engines.interruption import Interrupted
-from mlseg.errors import RunError, UserError, located
+from mlseg.errors import RunError, UserError, located, unharmed
 from mlseg.files import claimed, require_new, write_json, write_text
 from mlseg.machine import device_name, versions
 from mlseg.problems.systems import AnyRunSettings, all_systems, load_system
 from mlseg.randomness import seed_everything
+from mlseg.reports.page import PAGE, write_page
+from mlseg.reports.starting import note_start
 from mlseg.resuming import TrainedWith, refuse_changes, require_unchanged
 from mlseg.segmentation.data.samples import shapes_alone
 
@@ -49,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Not by a value that may be left out: that would swallow an override behind it.
     given = ["--timed-dry-run" if word == "--dry-run=timed" else word for word in given]
     arguments = parser().parse_intermixed_args(given)  # overrides may follow options
+    arguments.command = shlex.join(["python", "-m", "mlseg.run", *given])
     if arguments.config is not None and "=" in arguments.config:
         # An override in the config's place, as in `--resume DIR engine.iterations=200`.
         arguments.overrides.insert(0, arguments.config)
@@ -115,6 +121,7 @@ def bring_to_end(directory: Path, tree: config.Tree | None = None) -> None:
         out=None,
         threads=None,
         forget_best=False,
+        command=None,
     )
     _train(arguments, _resumed(arguments) if tree is None else tree, directory)
 
@@ -148,12 +155,18 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
     elif arguments.resume is not None:
         console.print("No checkpoint was written yet: starting anew")
     write_text(directory / "config.yaml", config.dump(settings))
+    note_start(directory, arguments.command, tree, engine.device, engine.global_step)
     console.print(f"Writing to {directory}, running on {engine.device}")
     if remark is not None:
         console.print(remark)
     _say(console, engine.notices)
-    with _blaming_checkpoint(engine):
-        engine.run()
+    try:
+        with _blaming_checkpoint(engine):
+            engine.run()
+    except Interrupted:
+        with unharmed(PAGE):  # all is saved by now
+            write_page([directory], directory / PAGE)
+        raise
     results = {
         **engine.results(),
         "system": settings.system,
@@ -164,9 +177,11 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
         "threads": chosen.record(),
     }
     write_json(directory / "results.json", results)
+    with unharmed(PAGE):
+        write_page([directory], directory / PAGE)
     report(engine, results, make_console())
     _say(console, engine.notices)
-    console.print(f"All of it is in {directory}")
+    console.print(f"All of it is in {directory}; look at {directory / PAGE}")
     for reason in results.get("lost", {}).values():
         raise RunError(f"{reason}; {directory / 'results.json'} has no scores of it")
     return 0
