@@ -4,6 +4,7 @@ python -m mlseg.run configs/e2eaug_isic_small.yaml
 python -m mlseg.run configs/e2eaug_isic.yaml engine.iterations=1000 seed=3 --out runs/try
 python -m mlseg.run --resume runs/try
 python -m mlseg.run configs/e2eaug_isic.yaml --dry-run
+python -m mlseg.run configs/e2eaug_isic.yaml --dry-run --graph levels.svg
 
 What it did is shown by report.html in its directory, also where it was interrupted.
 
@@ -42,6 +43,7 @@ from mlseg.files import claimed, require_new, write_json, write_text
 from mlseg.machine import device_name, versions
 from mlseg.problems.systems import AnyRunSettings, all_systems, load_system
 from mlseg.randomness import seed_everything
+from mlseg.reports.levels import draw_levels, require_picture
 from mlseg.reports.page import PAGE, write_page
 from mlseg.reports.starting import note_start
 from mlseg.resuming import TrainedWith, refuse_changes, require_unchanged
@@ -83,6 +85,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="build, count what it asks for without doing it; --dry-run=timed runs each level once",
     )
+    made.add_argument(
+        "--graph", type=named, metavar="FILE", help="with --dry-run: draw the levels, as SVG or PNG"
+    )
     made.add_argument("--timed-dry-run", action="store_true", help=argparse.SUPPRESS)
     made.add_argument(
         "--forget-best",
@@ -102,6 +107,14 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.resume is None:
             require_new(directory)
         return _train(arguments, tree, directory)
+
+
+def _draw(engine: Engine, path: Path | None) -> None:
+    """The levels, where a picture of them is asked for."""
+    if path is not None:
+        draw_levels(engine, path)
+        make_console(stderr=True).print(f"Drew the levels in {path}")
+        engine.enter_stage(0)
 
 
 def bring_to_end(directory: Path, tree: config.Tree | None = None) -> None:
@@ -138,10 +151,14 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
     seed_everything(settings.seed)
     if directory is None:
         if arguments.timed_dry_run:
-            timed_dry_run(build(settings, None))
+            engine = build(settings, None)
+            _draw(engine, arguments.graph)
+            timed_dry_run(engine)
             return 0
         with shapes_alone():
-            dry_run(build(settings, None))
+            engine = build(settings, None)
+            _draw(engine, arguments.graph)
+            dry_run(engine)
         return 0
     engine = build(settings, directory)
     engine._hooks.append(TrainedWith(settings))
@@ -263,6 +280,10 @@ def begun_with(run: Path) -> int:
 
 
 def _what(arguments: argparse.Namespace) -> config.Tree:
+    if arguments.graph is not None:
+        if not (arguments.dry_run or arguments.timed_dry_run):
+            raise UserError("--graph: draws the levels of a dry run; give --dry-run too")
+        require_picture(arguments.graph)
     if arguments.forget_best and arguments.resume is None:
         raise UserError("--forget-best: only a run that goes on has a best; give --resume DIR")
     if arguments.resume is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 from mlseg.problems.reporting import Chart, Series
 from mlseg.reports.charts import MOST, line_chart
@@ -44,7 +45,7 @@ def _charts(run: Run) -> Iterator[Chart]:
                 rates[problem] = line
             elif key.startswith("hypergradient/"):
                 hyper[f"{problem}: {key.removeprefix('hypergradient/')}"] = line
-            else:
+            elif not _is_count(line):
                 rest[key] = line
         if problem == "validation":
             yield from _apart("Validation", {plain(k): v for k, v in rest.items()}, marks)
@@ -57,6 +58,13 @@ def _charts(run: Run) -> Iterator[Chart]:
     for key, title in _TIMES.items():
         if key in run.times:
             yield Chart(title, {title: run.times[key]})
+
+
+def _is_count(line: Series) -> bool:
+    """Whole numbers that only grow, such as an epoch's: no figure that eyes would follow."""
+    values = line.values
+    whole = all(value.is_integer() for value in values)
+    return whole and values[0] < values[-1] and all(a <= b for a, b in pairwise(values))
 
 
 def _hypergradients(lines: Mapping[str, Series]) -> Iterator[Chart]:
