@@ -213,13 +213,16 @@ class Segmentation(Hooks):
             self.counts[weights] = counts | {
                 part: counts[split].only(ids) for part, (split, ids) in self.parts.items() if ids
             }
-            self._draw(engine, weights)
+            if weights == self._shown(engine):
+                self._draw(engine, weights)
+
+    def _shown(self, engine: Engine) -> str:
+        """The weights whose images are shown: the selected ones, where there are any."""
+        chosen = engine.recorder.directory is not None and "best" in self.scored
+        return "best" if chosen and engine.checkpoint_path("best").exists() else "last"
 
     def _draw(self, engine: Engine, weights: str) -> None:
-        """Pictures of the worst and best images by the present weights, in place of earlier ones.
-
-        So of the selected ones in the end, where there are any; of the test split, or validation.
-        """
+        """Pictures of the images that went worst and best: of the test split, or of validation."""
         if engine.recorder.directory is None:
             return
         split = "test" if "test" in self.splits() else "val"

@@ -19,6 +19,7 @@ from mlseg.reports.parts import (
     Text,
     cell,
 )
+from mlseg.reports.pictures import last_validation
 from mlseg.reports.reading import Run, at, mapping, number, numbers
 
 _ROWS = 400
@@ -34,8 +35,9 @@ def image_table(run: Run, prefix: str) -> Section | None:
         prefix: of the places on the page, which others have as well.
     """
     found = headline(run)
-    if found is None:
-        return None
+    if found is None or not run.evaluation:
+        sheet = last_validation(run.recorded.directory)
+        return None if sheet is None else Section("Images", [sheet])
     weights, split, metric = found
     own = mapping(at(run.evaluation, "scores", weights, split))
     if not of_images(run, weights, split, metric):

@@ -34,7 +34,7 @@ def page(directories: Sequence[Path]) -> str:
     _tell_apart(runs)
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
     system = runs[0].recorded.config.get("system", "")
-    return _template().render(
+    made: str = _template().render(
         title=title,
         about=f"{system}, {runs[0].recorded.directory}" if len(runs) == 1 else "side by side",
         mark=MARK,
@@ -44,6 +44,7 @@ def page(directories: Sequence[Path]) -> str:
         css=_part("page.css"),
         js=_part("page.js"),
     )
+    return made.encode("utf-8", "replace").decode("utf-8")  # names of files may be no text
 
 
 def write_page(directories: Sequence[Path], path: Path, overwrite: bool = False) -> None:

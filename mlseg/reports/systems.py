@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 
-from PIL import Image as Pictures
-
-from mlseg.errors import UserError, one_line
-from mlseg.files import require_file
+from mlseg.errors import one_line
 from mlseg.problems.reporting import PAGES, Block, Chart, Picture, Piece
 from mlseg.reports.charts import line_chart
 from mlseg.reports.parts import Cell, Drawing, Fold, Grid, Image, Part, Section, Table, Text
+from mlseg.reports.pictures import embedded
 from mlseg.reports.reading import Run
 
-_WIDTH = 1000
-"""Pixels of a picture on the page at most."""
-_PIXELS = 2**26
-_MOST_BYTES = 2**26
 _PICTURES = 12
 
 
@@ -55,7 +47,7 @@ def _part(piece: Piece, directory: Path) -> Part:
     if isinstance(piece, Chart):
         return Drawing(piece.title, line_chart(piece))
     if isinstance(piece, Picture):
-        return _picture(piece, directory)
+        return embedded(piece, directory)
     if not piece.head:
         return Text(piece.title)
     rows = [[_cell(text) for text in row] for row in piece.rows]
@@ -68,25 +60,3 @@ def _cell(text: str) -> Cell:
         return Cell(text, float(text.split()[0].rstrip("%")))
     except (ValueError, IndexError):
         return Cell(text)
-
-
-def _picture(piece: Picture, directory: Path) -> Part:
-    """Read, checked to lie in the run's directory, and written again smaller, as JPEG."""
-    try:
-        path = piece.path.resolve()
-        if not path.is_relative_to(directory.resolve()):
-            raise UserError("not in the run's directory")
-        require_file(path, _MOST_BYTES)
-        with Pictures.open(path, formats=("PNG", "JPEG")) as opened:
-            if opened.width * opened.height > _PIXELS:
-                raise UserError("too large")
-            picture = opened.convert("RGB")
-        if picture.width > _WIDTH:
-            height = max(1, round(picture.height * _WIDTH / picture.width))
-            picture = picture.resize((_WIDTH, height), Pictures.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=80)
-    except (OSError, ValueError, SyntaxError, Pictures.DecompressionBombError) as error:
-        return Text(f"{piece.title}: the picture can't be shown ({one_line(error)})")
-    uri = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
-    return Image(piece.title, uri, piece.words, wide=True)

@@ -205,7 +205,7 @@ def strings_replaced(value: Any, by: str) -> Any:
 
 
 def test_what_a_run_says_is_never_markup(own: Path, tmp_path: Path) -> None:
-    evil = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
+    evil = "\udce9<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
     found = read(own / "evaluation.json")
     pictures = found["pictures"]["of"]
     test = found["scores"]["best"]["test"]
