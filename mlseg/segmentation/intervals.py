@@ -39,12 +39,13 @@ def of_pooled_miou(confusion_NKK: NDArray[Any]) -> Interval | None:
     number, classes = confusion_NKK.shape[:2]
     if number < 2:
         return None
-    flat = confusion_NKK.reshape(number, -1).astype(np.float64)
+    hits = confusion_NKK.diagonal(axis1=1, axis2=2)
+    sums = [hits, confusion_NKK.sum(2), confusion_NKK.sum(1)]  # all that an IoU is made of
+    flat = np.concatenate(sums, axis=1).astype(np.float64)
     found = []
-    for counts in _draws(number, classes * classes):
-        pooled = (counts @ flat).reshape(-1, classes, classes)
-        hit, true = pooled.diagonal(axis1=1, axis2=2), pooled.sum(2)
-        union = true + pooled.sum(1) - hit
+    for counts in _draws(number, 3 * classes):
+        hit, true, predicted = np.split(counts @ flat, 3, axis=1)
+        union = true + predicted - hit
         shown = true > 0
         iou = np.divide(hit, union, out=np.zeros_like(hit), where=shown)
         found.append(iou.sum(1) / np.maximum(shown.sum(1), 1))
