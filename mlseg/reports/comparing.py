@@ -13,7 +13,7 @@ from mlseg.reports.parts import Cell, Drawing, Grid, Part, Section, Table, Text,
 from mlseg.reports.reading import Run, number
 from mlseg.segmentation import intervals
 
-_NO_PART = ("seed", "device", "threads", "imports")
+_NO_PART = ("seed", "device", "threads", "imports", "log")
 """Keys of a config that runs of one kind may differ in."""
 
 
