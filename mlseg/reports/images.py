@@ -87,7 +87,9 @@ def _pictures(
     shown = own.get("heads")
     heads = ", ".join(map(str, shown)) if isinstance(shown, list) else ""
     ranked = sorted((n for n in made if n in values), key=lambda name: values[name])
-    images, anchors, spent = {}, {}, 0
+    images: dict[str, Image] = {}
+    anchors: dict[str, str] = {}
+    spent = 0
     for name in ranked:
         data = made[name]
         if not isinstance(data, str) or spent + len(data) > _MOST_BYTES or not _base64(data):

@@ -86,7 +86,7 @@ def draw_levels(engine: Engine, path: Path) -> None:
     about: dict[str, Any] = {"Software": CREATOR}
     if kind == "svg":
         about = {"Creator": CREATOR, "Date": None}  # the same picture from the same program
-    steady = {"svg.hashsalt": "mlseg", "svg.fonttype": "none"}
+    steady: Any = {"svg.hashsalt": "mlseg", "svg.fonttype": "none"}
     with mpl.rc_context(steady), writing(path), replacing(path) as temporary:
         figure.savefig(temporary, format=kind, metadata=about, dpi=110)
 

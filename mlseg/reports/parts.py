@@ -9,6 +9,9 @@ from markupsafe import Markup
 
 from mlseg.reports.charts import short
 
+_LONGEST = 2000
+"""Characters of a value that is shown as it is."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -132,7 +135,7 @@ def words(value: object) -> Cell:
     """Any plain value."""
     if isinstance(value, float):
         return Cell(short(value), value)
-    return Cell(value if isinstance(value, str) else repr(value))
+    return Cell((value if isinstance(value, str) else repr(value))[:_LONGEST])
 
 
 def span_cell(pair: tuple[float, float] | None, sign: str = "") -> Cell:
