@@ -91,7 +91,10 @@ def revision() -> str:
     """The commit of the code, with ``-dirty`` when files differ from it."""
     command = ["git", "describe", "--always", "--dirty"]
     folder = Path(__file__).parent
-    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return "unknown revision"
     return found.stdout.strip() or "unknown revision"
 
 

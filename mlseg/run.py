@@ -4,7 +4,10 @@ python -m mlseg.run configs/e2eaug_isic_small.yaml
 python -m mlseg.run configs/e2eaug_isic.yaml engine.iterations=1000 seed=3 --out runs/try
 python -m mlseg.run --resume runs/try
 python -m mlseg.run configs/e2eaug_isic.yaml --dry-run
+python -m mlseg.run configs/e2eaug_isic.yaml --dry-run --graph levels.svg
 python -m mlseg.run --keys e2eaug
+
+What it did is shown by report.html in its directory, also where it was interrupted.
 
 A config is a program: it names modules, which are imported. So is a run directory that is resumed,
 by its config.yaml. Run and resume what you trust; what somebody else has made can be looked at by
@@ -14,6 +17,7 @@ evaluate, predict and calibrate, which import nothing that isn't mlseg's own.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,11 +42,14 @@ from mlseg.engines.engine import Engine
 from mlseg.engines.hooks import Hooks
 from mlseg.engines.interruption import Interrupted
 from mlseg.engines.tracking import Tracking
-from mlseg.errors import RunError, UserError, located
+from mlseg.errors import RunError, UserError, located, unharmed
 from mlseg.files import claimed, require_new, write_json, write_text
 from mlseg.machine import device_name, versions
 from mlseg.problems.systems import AnyRunSettings, RunSettings, all_systems, load_system
 from mlseg.randomness import seed_everything
+from mlseg.reports.levels import draw_levels, require_picture
+from mlseg.reports.page import PAGE, write_page
+from mlseg.reports.starting import note_start
 from mlseg.resuming import TrainedWith, refuse_changes, require_unchanged
 from mlseg.segmentation.data.samples import shapes_alone
 
@@ -53,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Not by a value that may be left out: that would swallow an override behind it.
     given = ["--timed-dry-run" if word == "--dry-run=timed" else word for word in given]
     arguments = parser().parse_intermixed_args(given)  # overrides may follow options
+    arguments.command = shlex.join(["python", "-m", "mlseg.run", *given])
     if arguments.config is not None and "=" in arguments.config:
         # An override in the config's place, as in `--resume DIR engine.iterations=200`.
         arguments.overrides.insert(0, arguments.config)
@@ -80,6 +88,9 @@ def parser() -> argparse.ArgumentParser:
         "--dry-run",
         action="store_true",
         help="build, count what it asks for without doing it; --dry-run=timed runs each level once",
+    )
+    made.add_argument(
+        "--graph", type=named, metavar="FILE", help="with --dry-run: draw the levels, as SVG or PNG"
     )
     made.add_argument(
         "--keys",
@@ -114,6 +125,14 @@ def _run(arguments: argparse.Namespace) -> int:
         return _train(arguments, tree, directory)
 
 
+def _draw(engine: Engine, path: Path | None) -> None:
+    """The levels, where a picture of them is asked for."""
+    if path is not None:
+        draw_levels(engine, path)
+        make_console(stderr=True).print(f"Drew the levels in {path}")
+        engine.enter_stage(0)
+
+
 def bring_to_end(directory: Path, tree: config.Tree | None = None) -> None:
     """Start a run in a directory that is claimed, or go on with the one that it holds.
 
@@ -131,6 +150,7 @@ def bring_to_end(directory: Path, tree: config.Tree | None = None) -> None:
         out=None,
         threads=None,
         forget_best=False,
+        command=None,
     )
     _train(arguments, _resumed(arguments) if tree is None else tree, directory)
 
@@ -147,10 +167,14 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
     seed_everything(settings.seed)
     if directory is None:
         if arguments.timed_dry_run:
-            timed_dry_run(build(settings, None))
+            engine = build(settings, None)
+            _draw(engine, arguments.graph)
+            timed_dry_run(engine)
             return 0
         with shapes_alone():
-            dry_run(build(settings, None))
+            engine = build(settings, None)
+            _draw(engine, arguments.graph)
+            dry_run(engine)
         return 0
     if settings.log.tracker is None:
         more: list[Hooks] = []
@@ -168,12 +192,18 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
     elif arguments.resume is not None:
         console.print("No checkpoint was written yet: starting anew")
     write_text(directory / "config.yaml", config.dump(settings))
+    note_start(directory, arguments.command, tree, engine.device, engine.global_step)
     console.print(f"Writing to {directory}, running on {engine.device}")
     if remark is not None:
         console.print(remark)
     _say(console, engine.notices)
-    with _blaming_checkpoint(engine):
-        engine.run()
+    try:
+        with _blaming_checkpoint(engine):
+            engine.run()
+    except Interrupted:
+        with unharmed(PAGE):  # all is saved by now
+            write_page([directory], directory / PAGE)
+        raise
     results = {
         **engine.results(),
         "system": settings.system,
@@ -184,9 +214,11 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
         "threads": chosen.record(),
     }
     write_json(directory / "results.json", results)
+    with unharmed(PAGE):
+        write_page([directory], directory / PAGE)
     report(engine, results, make_console())
     _say(console, engine.notices)
-    console.print(f"All of it is in {directory}")
+    console.print(f"All of it is in {directory}; look at {directory / PAGE}")
     for reason in results.get("lost", {}).values():
         raise RunError(f"{reason}; {directory / 'results.json'} has no scores of it")
     return 0
@@ -268,6 +300,10 @@ def begun_with(run: Path) -> int:
 
 
 def _what(arguments: argparse.Namespace) -> config.Tree:
+    if arguments.graph is not None:
+        if not (arguments.dry_run or arguments.timed_dry_run):
+            raise UserError("--graph: draws the levels of a dry run; give --dry-run too")
+        require_picture(arguments.graph)
     if arguments.forget_best and arguments.resume is None:
         raise UserError("--forget-best: only a run that goes on has a best; give --resume DIR")
     if arguments.resume is not None:

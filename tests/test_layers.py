@@ -34,8 +34,10 @@ MAY_IMPORT = {
     "testing": CORE | {"engines"},
     "comparison": CORE | {"engines", "testing"},
     "problems": CORE | {"engines", "segmentation", "testing", "comparison"},
+    "reports": CORE | {"engines", "segmentation", "problems"},
     "sweeps": CORE | {"engines", "segmentation", "problems", "commands"},
-    "commands": CORE | {"engines", "segmentation", "testing", "comparison", "problems", "sweeps"},
+    "commands": CORE
+    | {"engines", "segmentation", "testing", "comparison", "problems", "reports", "sweeps"},
 }
 """By room; each also itself."""
 

@@ -273,6 +273,14 @@ class SegmentationMetrics:
             values |= {"hd95": apart[:, 0], "nsd": apart[:, 1]}
         return ids, values, confusion
 
+    def counted(self) -> tuple[list[str], Tensor]:
+        """Ids of the images that have a score, and their (N, K, K) int64 counts, on the CPU.
+
+        UserError as of :meth:`confusion`, or if no image has one.
+        """
+        ids, _, confusion = self._scores()
+        return ids, confusion
+
     def per_image(self) -> dict[str, dict[str, float]]:
         """Scores of every image by id: {"ISIC_0000001": {"jaccard": 0.7, ...}, ...}."""
         ids, values, _ = self._scores()

@@ -22,6 +22,9 @@ _AT_ONCE = 2**27
 Predict = Callable[[Tensor], Tensor]
 """(B, C, H, W) images in [-1, 1] to (B, K, H, W) class probabilities."""
 
+Seen = Callable[[Tensor, Tensor, Tensor], None]
+"""Told of (B, K, H, W) class probabilities, the (B, H, W) labels chosen by them, and the masks."""
+
 
 @torch.no_grad()
 def predict_logits(
@@ -161,6 +164,7 @@ def score(
     native: bool = False,
     distances: bool = False,
     batch_size: int = SCORING_BATCH,
+    seen: Seen | None = None,
 ) -> SegmentationMetrics:
     """Count predictions over ``samples``.
 
@@ -171,18 +175,26 @@ def score(
         native: count at the size of each mask's file: probabilities are upsampled, then decided.
             Otherwise at the samples' size, against masks resized to it.
         distances: measure HD95 too, in pixels of the size that is counted at.
+        seen: told of everything that is counted, at that size.
     """
     device = torch.device(device)
     spec = samples.spec
     metrics = SegmentationMetrics(spec.num_classes, spec.ignore_index, spec.classes, distances)
     masks = samples.native_masks() if native and samples.native_mask is not None else None
+
+    def count(probabilities: Tensor, mask: Tensor, ids: list[str]) -> None:
+        labels = decide(probabilities, threshold)
+        metrics.update(labels, mask, ids)
+        if seen is not None:
+            seen(probabilities, labels, mask)
+
     for span, found in predictions(by, samples, device, batch_size):
         ids = samples.ids[span]
         if masks is None:
-            metrics.update(decide(found, threshold), samples.masks[span].to(device), ids)
+            count(found, samples.masks[span].to(device), ids)
             continue
         for name, own in zip(ids, found, strict=True):
             mask = next(masks).to(device)
             upsampled = at_native(own[None], (mask.shape[0], mask.shape[1]), samples.fit)
-            metrics.update(decide(upsampled, threshold), mask[None], [name])
+            count(upsampled, mask[None], [name])
     return metrics

@@ -1,4 +1,4 @@
-"""What E2EAug adds to the tables of a sweep."""
+"""What E2EAug adds to the tables of a sweep, and to the page of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlseg.problems.e2eaug.settings import GanSettings
-from mlseg.problems.reporting import FIGURES, SECTIONS, Block, FinishedRun
+from mlseg.problems.reporting import (
+    FIGURES,
+    PAGES,
+    SECTIONS,
+    Block,
+    Chart,
+    FinishedRun,
+    Picture,
+    Piece,
+    RecordedRun,
+    Series,
+)
 
 
 @FIGURES.register("e2eaug.selected_step")
@@ -48,7 +59,48 @@ def choices(rows: Mapping[str, Sequence[FinishedRun]]) -> list[Block]:
     return [Block("Operators chosen", ["row", "seed", "cells"], body)] if body else []
 
 
-def _record(run: FinishedRun) -> dict[str, Any] | None:
+@PAGES.register("e2eaug.pairs")
+def pairs(run: RecordedRun) -> list[Piece]:
+    """Augmented masks and the images made of them: at first, half-way, at last."""
+    found = sorted((run.directory / "samples").glob("synthetic_*.png"))
+    chosen = dict.fromkeys(found[place] for place in (0, len(found) // 2, -1)) if found else ()
+    words = "rows of a real image, its mask, the mask augmented, and the image made of that"
+    return [
+        Picture(f"Synthetic pairs at step {int(path.stem.rpartition('_')[2])}", path, words)
+        for path in chosen
+    ]
+
+
+@PAGES.register("e2eaug.architecture")
+def architecture(run: RecordedRun) -> list[Piece]:
+    """The alphas over time, cell by cell, and what would be chosen in the end."""
+    record = _record(run)
+    if record is None:
+        return []
+    names, candidates = record["cells"], record["candidates"]
+    history = record["history"]
+    steps = [entry["step"] for entry in history]
+    last = history[-1]["weights"]
+    rows = [
+        [name, *(f"{weight:.3f}" for weight in weights), choice]
+        for name, weights, choice in zip(names, last, record["choice"], strict=True)
+    ]
+    entropy = [sum(entry["entropy"]) / len(entry["entropy"]) for entry in history]
+    pieces: list[Piece] = [
+        Block("Selection weights in the end", ["cell", *candidates, "choice"], rows),
+        Block(f"Entropy: {record['entropy_unit']}."),
+        Chart("Entropy of the alphas", {"mean over cells": Series(steps, entropy)}),
+    ]
+    for place, name in enumerate(names):
+        lines = {
+            candidate: Series(steps, [entry["weights"][place][index] for entry in history])
+            for index, candidate in enumerate(candidates)
+        }
+        pieces.append(Chart(f"Selection weights of {name}", lines))
+    return pieces
+
+
+def _record(run: FinishedRun | RecordedRun) -> dict[str, Any] | None:
     """``architecture.json`` of a run that learns its alphas."""
     learned = run.config.get("architecture", {}).get("mode") == "learned"
     path = run.directory / "architecture.json"
