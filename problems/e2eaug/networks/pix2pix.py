@@ -10,24 +10,19 @@ Convolutions N(0, 0.02), BatchNorm scale N(1, 0.02).
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mlseg.errors import UserError
 from mlseg.problems.e2eaug.networks.cells import Cell, plain
+from mlseg.problems.e2eaug.networks.generator import GENERATORS, MaskToImage, sides
 from mlseg.segmentation.nets.layers import BatchNorm, pad_to_multiple
 
 Search = Literal["both", "decoder", "none"]
-
-
-def _sides(image_size: int | Sequence[int]) -> tuple[int, int]:
-    if isinstance(image_size, int):
-        return image_size, image_size
-    height, width = image_size
-    return int(height), int(width)
 
 
 def count_levels(image_size: int | Sequence[int], levels: int | None = None) -> int:
@@ -35,7 +30,7 @@ def count_levels(image_size: int | Sequence[int], levels: int | None = None) -> 
 
     Raises UserError where the image is too small for `levels`, or for two levels.
     """
-    smaller = min(_sides(image_size))
+    smaller = min(sides(image_size))
     most = max(smaller, 1).bit_length() - 1
     if levels is None:
         levels = most
@@ -153,6 +148,11 @@ class Generator(_Body):
             )
         )
 
+    def settings(self) -> dict[str, Any]:
+        """What the class has to be called with to make another of this shape."""
+        names = ("in_channels", "out_channels", "levels", "channels", "dropout", "kernels")
+        return {name: getattr(self, name) for name in names}
+
     def _encode(self, level: int, x: Tensor, weights: Tensor | None) -> Tensor:
         return self.encoder[level](x)
 
@@ -164,11 +164,9 @@ class Generator(_Body):
         return self._generate(label_BCHW, None)
 
 
-class SearchableGenerator(_Body):
+@GENERATORS.register("pix2pix")
+class SearchableGenerator(_Body, MaskToImage):
     """pix2pix's generator with cells for its strided convolutions (E2EAug, section 3.2).
-
-    The selection weights are an input of `forward`, not parameters: they belong to a problem of
-    their own (see `Architecture`), and gradients flow through them.
 
     Args:
         in_channels, out_channels: channels of label map and image.
@@ -194,9 +192,9 @@ class SearchableGenerator(_Body):
         in_channels: int,
         out_channels: int,
         image_size: int | Sequence[int],
-        channels: int = 64,
-        levels: int | None = None,
-        dropout: float = 0.5,
+        channels: PositiveInt = 64,
+        levels: PositiveInt | None = None,
+        dropout: NonNegativeFloat = 0.5,
         search: Search = "both",
     ) -> None:
         levels = count_levels(image_size, levels)
@@ -223,11 +221,6 @@ class SearchableGenerator(_Body):
         decoder = [f"decoder.{level}" for level in range(self.levels - 1, -1, -1)]
         return {"both": encoder + decoder, "decoder": decoder, "none": []}[self.search]
 
-    @property
-    def num_cells(self) -> int:
-        """Number of cells: rows of `weights`."""
-        return len(self.cell_names)
-
     def _encode(self, level: int, x: Tensor, weights: Tensor | None) -> Tensor:
         operator = self.encoder[level]
         if weights is None or not isinstance(operator, Cell):
@@ -240,20 +233,13 @@ class SearchableGenerator(_Body):
             return operator(x)
         return operator(x, weights[self._first_decoder_cell + step])
 
-    def _check(self, weights: Tensor | None) -> None:
-        if self.search == "none":
-            return
-        if weights is None or tuple(weights.shape) != (self.num_cells, 3):
-            shape = None if weights is None else tuple(weights.shape)
-            raise ValueError(f"selection weights must be ({self.num_cells}, 3), not {shape}")
-
     def forward(self, label_BCHW: Tensor, weights: Tensor | None = None) -> Tensor:
         """Label map (B, Cin, H, W) in [-1, 1] -> image (B, Cout, H, W) in [-1, 1], any H and W.
 
         `weights` (cells, 3) in [0, 1] are the selection weights; with search "none" they are
         ignored. ValueError for any other shape.
         """
-        self._check(weights)
+        self.check_weights(weights)
         return self._generate(label_BCHW, weights)
 
     @torch.no_grad()
@@ -262,7 +248,7 @@ class SearchableGenerator(_Body):
 
         Copies every tensor; later training of this module doesn't touch the export.
         """
-        self._check(weights)
+        self.check_weights(weights)
         state = {
             name: tensor.clone()
             for name, tensor in self.state_dict().items()
