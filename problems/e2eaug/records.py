@@ -105,6 +105,8 @@ class Pretraining(Hooks):
             for key, value in self._shape.items():
                 # A file without the key is from before there was a choice.
                 found = state["shape"].get(key, "softmax" if key == "selection" else value)
+                if key in _COMPONENTS:  # nor has one a name
+                    found = _COMPONENTS[key].model_validate(found).model_dump(mode="json")
                 if found != value:
                     raise UserError(
                         f"gan.pretrained: {path} has {key} {found}, this config {value}; use the "

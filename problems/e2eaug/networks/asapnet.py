@@ -129,7 +129,7 @@ class _Body(nn.Module):
 
     @property
     def mlp_sizes(self) -> list[int]:
-        """Of each layer of an MLP, biases and weights: their sum is the number of its parameters."""
+        """Of each layer of an MLP, biases and weights; their sum is P."""
         pairs = zip(self.mlp_widths[:-1], self.mlp_widths[1:], strict=True)
         return [wide * (narrow + 1) for narrow, wide in pairs]
 

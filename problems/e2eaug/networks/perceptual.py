@@ -52,7 +52,8 @@ class PerceptualFeatures(nn.Module):
             index += 1  # a pooling
         self.features = nn.ModuleDict(dict(layers))
         for convolution in self.features.values():
-            assert isinstance(convolution, nn.Conv2d) and convolution.bias is not None
+            assert isinstance(convolution, nn.Conv2d)
+            assert convolution.bias is not None
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
             nn.init.zeros_(convolution.bias)
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None])

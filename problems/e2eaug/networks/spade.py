@@ -102,8 +102,8 @@ def _check(image_size: tuple[int, int], levels: int, norm: Norm) -> None:
         fitting = max(k for k in range(levels) if not (height % 2**k or width % 2**k))
         mend = f"lower generator.levels to {fitting} or " if fitting else ""
         raise UserError(
-            f"generator.levels: spade with {levels} doubles its map from 1/{multiple} of the image, "
-            f"and sides of {height}x{width} pixels don't divide by that; {mend}choose an image "
+            f"generator.levels: spade with {levels} starts from 1/{multiple} of the image, and "
+            f"sides of {height}x{width} pixels don't divide by that; {mend}choose an image "
             f"size in multiples of {multiple}"
         )
     if norm == "instance" and height == width == multiple:
@@ -122,7 +122,13 @@ class _Body(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, levels: int, channels: int, hidden: int, norm: Norm
+        self,
+        in_channels: int,
+        out_channels: int,
+        levels: int,
+        channels: int,
+        hidden: int,
+        norm: Norm,
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -244,14 +250,12 @@ class SearchableGenerator(_Body, MaskToImage):
         super().__init__(in_channels, out_channels, levels, channels, hidden, norm)
         self.search = search
         self.doublings = nn.ModuleList(
-            Cell(width, width, transposed=True)
-            for width in self.widths[:0:-1]
-            if search == "both"
+            Cell(width, width, transposed=True) for width in self.widths[:0:-1] if search == "both"
         )
 
     @property
     def cell_names(self) -> list[str]:
-        """From the smallest map outwards, by the level that the map is doubled to; 0 is the image."""
+        """From the smallest map outwards, by the level that they double to; 0 is the image's."""
         cells = range(self.levels - 1, -1, -1) if self.search == "both" else ()
         return [f"doubling.{level}" for level in cells]
 

@@ -45,7 +45,7 @@ class SpectralConv2d(nn.Conv2d):
         matrix = self.weight.detach().flatten(1)
         self.register_buffer("left", functional.normalize(torch.randn(len(matrix)), dim=0))
         self.register_buffer("right", functional.normalize(torch.randn(matrix.shape[1]), dim=0))
-        for _ in range(WARM_UP):
+        for _ in range(0 if matrix.is_meta else WARM_UP):
             self.turn()
 
     @torch.no_grad()

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from e2eaug_generators import GENERATORS, OTHERS
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
 from mlseg.problems.e2eaug import levels as e2eaug
-from mlseg.problems.e2eaug.losses import gan_loss
+from mlseg.problems.e2eaug.losses import feature_matching, gan_loss
 from mlseg.testing import updates
 
 PATHS = {"direct": ["segmentor"], "through G": ["generator"], "sum": ["generator", "segmentor"]}
@@ -109,7 +110,13 @@ def reference(watched: Watched, path: str, update: Mapping[str, updates.Update])
     fake = call(generator.module, point, label, weights)
     critic = watched.before["discriminator"]
     judged = call(engine.discriminator.module, critic, torch.cat([label, fake], 1))
-    loss = gan_loss(judged, real=True) + generator.l1 * pseudo_huber(fake, image)
+    loss = generator.l1 * pseudo_huber(fake, image)
+    if generator.adversarial == "hinge":
+        real = call(engine.discriminator.module, critic, torch.cat([label, image], 1))
+        loss = loss - sum(scale[-1].mean() for scale in judged) / len(judged)
+        loss = loss + generator.feature_matching * feature_matching(judged, real)
+    else:
+        loss = loss + gan_loss(judged, real=True)
     made = stepped(generator, loss, point)
     if not through_g:
         made = {k: p.detach() for k, p in made.items()}
@@ -135,7 +142,7 @@ def reference(watched: Watched, path: str, update: Mapping[str, updates.Update])
     return gradient
 
 
-def call(module: nn.Module, parameters: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+def call(module: nn.Module, parameters: dict[str, Tensor], *inputs: Tensor) -> Any:
     """``module`` with other parameters and a copy of its buffers."""
     buffers = {n: b.clone() for n, b in module.named_buffers()}
     return functional_call(module, {**parameters, **buffers}, inputs)
@@ -191,6 +198,35 @@ def test_the_papers_optimizers(path: str, name: str, monkeypatch: pytest.MonkeyP
     true = reference(watched, path, own)
     assert cosine(watched.gradient, true) > 0.99
     assert error(watched.gradient, true) < allowed
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("generator", OTHERS)
+def test_through_spade_and_asapnet(
+    generator: str, path: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spectral and instance normalisation, hinge and feature matching in the place of pix2pix's."""
+    monkeypatch.setattr(functional, "l1_loss", pseudo_huber)
+    spec, allowed = EXACT[name]
+    changes = {**SGD, **GENERATORS[generator], **method(**spec)}
+    watched = Watched(path, changes, iterations=2)
+    assert watched.engine.generator.feature_matching == 10.0
+    true = reference(watched, path, {"generator": updates.sgd, "segmentor": updates.sgd})
+    assert cosine(watched.gradient, true) > 0.99
+    assert error(watched.gradient, true) < allowed
+
+
+@pytest.mark.parametrize("generator", OTHERS)
+def test_the_papers_optimizers_through_spade_and_asapnet(
+    generator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functional, "l1_loss", pseudo_huber)
+    spec, allowed = EXACT["identity"]
+    changes = {**GENERATORS[generator], **method(**spec, scale="optimizer")}
+    watched = Watched("sum", changes, iterations=3)
+    own = {"generator": updates.adam, "segmentor": updates.rmsprop}
+    assert error(watched.gradient, reference(watched, "sum", own)) < allowed
 
 
 def test_both_paths_have_a_part_in_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
