@@ -205,6 +205,7 @@ class Segmentor(Problem):
         synthetic_weight: lambda.
         mask_augmentation, mask_seed: what the synthetic half's masks go through, and of its draws.
         frozen_generator: the generator no longer changes.
+        learns_weight: lambda is the architecture's, to begin with ``synthetic_weight``.
     """
 
     def __init__(
@@ -217,6 +218,7 @@ class Segmentor(Problem):
         mask_augmentation: Augmentation,
         mask_seed: int,
         frozen_generator: bool = False,
+        learns_weight: bool = False,
     ) -> None:
         super().__init__(*setup)
         self.criterion, self.num_classes = criterion, num_classes
@@ -224,6 +226,7 @@ class Segmentor(Problem):
         self.mask_augmentation = mask_augmentation
         self.mask_generator = torch.Generator().manual_seed(mask_seed)
         self.frozen_generator = frozen_generator
+        self.learns_weight = learns_weight
         self._exported: nn.Module | None = None
 
     def get_batch(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -244,19 +247,20 @@ class Segmentor(Problem):
         if augmented is None:
             return {"loss": self.criterion(self(image), mask)}
         synthetic = self.synthesise(augmented)
+        enters = [synthetic, *self.learned_weight()]
         if self.is_differentiated and not self.replaying:
             self.interface = Interface(
-                [synthetic],
-                lambda tensors: self.synthetic_loss(tensors[0], augmented),
+                enters,
+                lambda tensors: self.synthetic_loss(tensors[0], augmented, *tensors[1:]),
                 self.random_state(),
                 rest=lambda: self.criterion(self(image), mask),
             )
-        synthetic_loss = self.synthetic_loss(synthetic, augmented)
+        synthetic_loss = self.synthetic_loss(synthetic, augmented, *enters[1:])
         real_loss = self.criterion(self(image), mask)
         return {
             "loss": real_loss + synthetic_loss,
             "real": real_loss,
-            "synthetic": synthetic_loss / self.synthetic_weight,
+            "synthetic": synthetic_loss / (enters[1] if enters[1:] else self.synthetic_weight),
         }
 
     def synthesise(self, mask: Tensor) -> Tensor:
@@ -270,9 +274,14 @@ class Segmentor(Problem):
         with torch.set_grad_enabled(self.is_differentiated and torch.is_grad_enabled()):
             return self.generator(label)
 
-    def synthetic_loss(self, image: Tensor, mask: Tensor) -> Tensor:
+    def learned_weight(self) -> list[Tensor]:
+        """Lambda, differentiable, where it is learned; else nothing."""
+        return [self.architecture.module.synthetic_weight()] if self.learns_weight else []
+
+    def synthetic_loss(self, image: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
         """``lambda L_seg`` on a synthetic batch."""
-        return self.synthetic_weight * self.criterion(self(image), mask)
+        factor = self.synthetic_weight if weight is None else weight
+        return factor * self.criterion(self(image), mask)
 
     def state_dict(self) -> dict[str, Any]:
         """Betty's, and the generator of mask augmentations."""
@@ -291,14 +300,15 @@ class Architecture(Problem):
         super().__init__(*setup)
         self.criterion = criterion
 
-    def training_step(self, batch: Any) -> Tensor:
-        """``L_seg(D_val; W)``."""
+    def training_step(self, batch: Any) -> dict[str, Tensor]:
+        """``L_seg(D_val; W)``, and beside it lambda where that is learned."""
         image, mask = batch
         segmentor = self.segmentor.module
         segmentor.eval()
         loss = self.criterion(self.segmentor(image), mask)
         segmentor.train()
-        return loss
+        weight = self.module.synthetic_weight()
+        return {"loss": loss} if weight is None else {"loss": loss, "synthetic_weight": weight}
 
     def forward(self) -> Tensor:
         """(cells, K) selection weights."""

@@ -34,6 +34,16 @@ PICTURED = 4
 _COMPONENTS = {"generator": GeneratorSettings, "discriminator": DiscriminatorSettings}
 
 
+def _alphas(settings: E2EAugSettings) -> str:
+    """Of what kind the alphas are that a GAN is pre-trained with."""
+    wanted = settings.architecture
+    if wanted.choice is not None:
+        return wanted.choice
+    if wanted.mode != "random":
+        return "uniform"
+    return "random" if wanted.draw is None else f"random draw {wanted.draw}"
+
+
 class Pretraining(Hooks):
     """Pre-training of the GAN: its learning rate, its end, and the file that makes it reusable.
 
@@ -74,7 +84,7 @@ class Pretraining(Hooks):
             "discriminator": settings.discriminator.model_dump(mode="json"),
             "image_size": settings.data.image_size,
             "channels": list(self._channels),
-            "alphas": "random" if settings.architecture.mode == "random" else "uniform",
+            "alphas": _alphas(settings),
             "selection": settings.architecture.selection,
         }
 
@@ -84,6 +94,8 @@ class Pretraining(Hooks):
             return
         if engine.recorder.directory is not None:
             state = {name: part.module.state_dict() for name, part in self._parts.items()}
+            if "architecture" in state:  # lambda is no part of a GAN
+                state["architecture"] = {"alphas": state["architecture"]["alphas"]}
             engine._check_states({name: {"module": own} for name, own in state.items()})
             checkpoint.save(engine.checkpoint_path("gan"), {**state, "shape": self._shape})
         for player in self._players:
@@ -160,14 +172,16 @@ class ArchitectureRecord(Hooks):
             return
         module = self._architecture.module
         with torch.no_grad():
-            self.history.append(
-                {
-                    "step": step,
-                    "alphas": module.alphas.tolist(),
-                    "weights": module().tolist(),
-                    "entropy": module.entropy().tolist(),
-                }
-            )
+            entry = {
+                "step": step,
+                "alphas": module.alphas.tolist(),
+                "weights": module().tolist(),
+                "entropy": module.entropy().tolist(),
+            }
+            weight = module.synthetic_weight()
+            if weight is not None:
+                entry["synthetic_weight"] = float(weight)
+            self.history.append(entry)
 
     def write(self, engine: Engine) -> None:
         """Write the file; does nothing for a run without directory."""

@@ -97,11 +97,35 @@ class ArchitectureSettings(Settings):
             paper follows); ``sigmoid``, each in [0, 1] by itself (the paper's section 3.2).
         mode: ``learned``; or a control: ``frozen`` at uniform weights, or ``random`` and frozen.
         spread: standard deviation of random alphas.
+        draw: number of the draw of random alphas, the same whatever the seed is; None: the seed's.
+        choice: with ``frozen``, the candidate that every cell has alone, such as ``4-2-1``.
     """
 
     selection: Selection = "softmax"
     mode: Literal["learned", "frozen", "random"] = "learned"
     spread: PositiveFloat = 1.0
+    draw: NonNegativeInt | None = None
+    choice: str | None = None
+
+
+class LevelThreeSettings(Settings):
+    """What level three is besides the alphas; nothing of it is the paper's.
+
+    Attributes:
+        synthetic_weight: lambda is learned too, from the config's on, by the same hypergradient.
+        guidance: the generator also steps along what the segmentor's validation loss asks of it,
+            at this size relative to its own gradient.
+    """
+
+    synthetic_weight: bool = False
+    guidance: NonNegativeFloat = 0.0
+
+    @property
+    def is_on(self) -> str | None:
+        """The first setting that asks for something."""
+        return (
+            "synthetic_weight" if self.synthetic_weight else "guidance" if self.guidance else None
+        )
 
 
 class LevelSettings(Settings):
@@ -124,6 +148,7 @@ class E2EAugSettings(RunSettings):
         augmentation: of real pairs, image and mask together; the paper's method has none.
         mask_augmentation: of the masks that synthetic images are made of.
         synthetic_weight: lambda.
+        level3: what is learned beside the alphas.
     """
 
     preset: Literal["paper", "genseg"] = "paper"
@@ -137,6 +162,7 @@ class E2EAugSettings(RunSettings):
     augmentation: AugmentationSettings = AugmentationSettings.off()
     mask_augmentation: AugmentationSettings = AugmentationSettings.preset("paper")
     synthetic_weight: NonNegativeFloat = 1.0
+    level3: LevelThreeSettings = LevelThreeSettings()
     problems: LevelSettings
 
     @model_validator(mode="before")
@@ -162,6 +188,17 @@ class E2EAugSettings(RunSettings):
                 "generator.search: none leaves no architecture to learn; search decoder or both, "
                 "or set architecture.mode to frozen"
             )
+        if self.level3.is_on and not (learned and self.synthetic_weight):
+            why = (
+                "synthetic_weight 0 makes no synthetic pairs"
+                if learned
+                else "with gan.frozen or alphas that aren't learned there is no level three"
+            )
+            raise ValueError(f"level3.{self.level3.is_on}: {why}; drop it")
+        if self.architecture.choice is not None and self.architecture.mode != "frozen":
+            raise ValueError("architecture.choice: goes with architecture.mode: frozen")
+        if self.architecture.draw is not None and self.architecture.mode != "random":
+            raise ValueError("architecture.draw: goes with architecture.mode: random")
         critic = DISCRIMINATORS.get(self.discriminator.name)
         if self.gan.feature_matching and not critic.has_features:
             raise ValueError(

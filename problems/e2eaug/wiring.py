@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mlseg.errors import UserError
 from mlseg.multilevel.problem import Problem
 from mlseg.problems.building import Builder
 from mlseg.problems.e2eaug import records
+from mlseg.problems.e2eaug.guidance import GuidedGenerator
 from mlseg.problems.e2eaug.levels import (
     Architecture,
     Discriminator,
@@ -49,7 +51,9 @@ def build(settings: E2EAugSettings, out: Path | None) -> Engine:
     criterion = build_loss(settings.loss, spec.ignore_index)
 
     loader = make.loader("generator", levels.generator, data.train, settings.gan.augmentation)
-    generator = Generator(
+    level3 = settings.level3
+    kind = partial(GuidedGenerator, guidance=level3.guidance) if level3.guidance else Generator
+    generator = kind(
         make.level("generator", levels.generator, maker, loader),
         l1=settings.gan.l1,
         num_classes=spec.num_classes,
@@ -71,6 +75,7 @@ def build(settings: E2EAugSettings, out: Path | None) -> Engine:
         mask_augmentation=Augmentation(settings.mask_augmentation, spec.ignore_index),
         mask_seed=derived(settings.seed, "masks"),
         frozen_generator=settings.gan.frozen,
+        learns_weight=level3.synthetic_weight,
     )
     problems: list[Problem] = [generator, discriminator, segmentor]
     architecture = None
@@ -125,14 +130,20 @@ def networks(
         )
     if not generator.num_cells:
         return generator, discriminator, None
-    spread = settings.architecture.spread if settings.architecture.mode == "random" else 1e-3
-    with seeded(seed, "architecture"):
+    wanted = settings.architecture
+    spread = wanted.spread if wanted.mode == "random" else 1e-3
+    with seeded(seed if wanted.draw is None else wanted.draw, "architecture"):
         alphas = ArchitectureModule(
             generator.num_cells,
             spread,
-            settings.architecture.selection,
+            wanted.selection,
             candidates=generator.candidates,
+            synthetic_weight=settings.synthetic_weight
+            if settings.level3.synthetic_weight
+            else None,
         )
+    if wanted.choice is not None:
+        alphas.choose(wanted.choice)
     return generator, discriminator, alphas
 
 

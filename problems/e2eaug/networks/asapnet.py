@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mlseg.errors import UserError
-from mlseg.problems.e2eaug.networks.cells import Cell, plain
+from mlseg.problems.e2eaug.networks.cells import plain
 from mlseg.problems.e2eaug.networks.generator import (
     GENERATORS,
+    OPERATORS,
+    Candidates,
+    Fixed,
     MaskToImage,
+    cell,
     export_state,
     rebuilt,
     reflect,
@@ -258,6 +262,7 @@ class SearchableGenerator(_Body, MaskToImage):
             tile before them.
         search: "both": cells for the strided convolutions (there is no decoder); "none": 3x3
             kernels with stride 2, as in the paper.
+        candidates: operators of a cell, "aligned" (E2EAug's) or "rich".
 
     Parameters at 1 label channel and 256x256 without cells: 81.0 M; 1.6 M at 16, 128 and 32. After
     every convolution stand instance normalisation and ReLU.
@@ -279,6 +284,7 @@ class SearchableGenerator(_Body, MaskToImage):
         grid: PositiveInt = 16,
         levels: PositiveInt = 4,
         search: Literal["both", "none"] = "both",
+        candidates: Candidates = "aligned",
     ) -> None:
         if grid < 2:
             raise UserError(
@@ -290,10 +296,14 @@ class SearchableGenerator(_Body, MaskToImage):
             in_channels, out_channels, grid, tile, levels, channels, deep_channels, mlp_channels
         )
         self.search = search
+        self.kind, self.candidates = candidates, OPERATORS[candidates]
+        self._image_size = list(sides(image_size))
         self.strided = (
             _strided(self.strided_shapes)
             if search == "none"
-            else nn.ModuleList(Cell(*shape, False, bias=True) for shape in self.strided_shapes)
+            else nn.ModuleList(
+                cell(candidates, *shape, False, True) for shape in self.strided_shapes
+            )
         )
 
     @property
@@ -305,7 +315,7 @@ class SearchableGenerator(_Body, MaskToImage):
         """Label map (B, Cin, H, W) in [-1, 1] -> image (B, Cout, H, W) in [-1, 1].
 
         Args:
-            weights: (cells, 3) selection weights; ignored without cells.
+            weights: (cells, K) selection weights; ignored without cells.
 
         Raises:
             ValueError: ``weights`` of another shape.
@@ -321,9 +331,16 @@ class SearchableGenerator(_Body, MaskToImage):
         return self._generate(label_BCHW, stride)
 
     @torch.no_grad()
-    def merged(self, weights: Tensor | None) -> Generator:
-        """A plain generator, the cells merged into one 8x8 convolution each."""
+    def merged(self, weights: Tensor | None) -> Generator | Fixed:
+        """A plain generator, the cells merged into one 8x8 convolution each.
+
+        Cells of different operators stay as they are.
+        """
         self.check_weights(weights)
+        if self.kind == "rich" and weights is not None and self.num_cells:
+            more = {"search": self.search, "candidates": self.kind, "image_size": self._image_size}
+            own = {k: v for k, v in self.settings().items() if k != "tile"}
+            return Fixed(self, weights, {**own, **more})
         settings = {**self.settings(), "kernel": 8 if self.num_cells else None}
         made = rebuilt(Generator, settings, export_state(self, weights))
         assert isinstance(made, Generator)

@@ -4,16 +4,38 @@ A generator is a class ``Net(in_channels, out_channels, image_size, *, its setti
 `MaskToImage`. Where it is defined it registers itself.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mlseg.config.registry import Registry
+from mlseg.problems.e2eaug.networks import rich_cell
 from mlseg.problems.e2eaug.networks.cells import CANDIDATES, Cell
+from mlseg.problems.e2eaug.networks.rich_cell import RichCell
+
+Candidates = Literal["aligned", "rich"]
+"""Operators of a cell: the paper's three, which are nested, or five different ones."""
+
+OPERATORS = {"aligned": CANDIDATES, "rich": rich_cell.CANDIDATES}
+
+AnyCell = Cell | RichCell
+
+
+def cell(
+    candidates: Candidates,
+    in_channels: int,
+    out_channels: int,
+    transposed: bool,
+    bias: bool = False,
+) -> AnyCell:
+    """A cell of these candidates."""
+    kind = RichCell if candidates == "rich" else Cell
+    return kind(in_channels, out_channels, transposed, bias)
 
 
 class MaskToImage(nn.Module, ABC):
@@ -59,6 +81,33 @@ GENERATORS: Registry[type[MaskToImage]] = Registry(
     packages=["mlseg.problems.e2eaug.networks"],
     example="my_package.nets:MyGenerator",
 )
+
+
+class Fixed(nn.Module):
+    """A searchable generator at selection weights that no longer change, as a copy.
+
+    Args:
+        generator: copied.
+        weights: (cells, K).
+        made_with: what its class is called with.
+    """
+
+    weights: Tensor
+
+    def __init__(self, generator: MaskToImage, weights: Tensor, made_with: dict[str, Any]) -> None:
+        super().__init__()
+        self.generator = copy.deepcopy(generator)
+        self.made_with = made_with
+        self.register_buffer("weights", weights.detach().clone())
+
+    def settings(self) -> dict[str, Any]:
+        """What the generator's class has to be called with to make another of this shape."""
+        return self.made_with
+
+    def forward(self, label_BCHW: Tensor) -> Tensor:
+        """Label map to image."""
+        image: Tensor = self.generator(label_BCHW, self.weights)
+        return image
 
 
 def sides(image_size: int | Sequence[int]) -> tuple[int, int]:

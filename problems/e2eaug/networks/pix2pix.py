@@ -19,7 +19,16 @@ from torch.nn import functional
 
 from mlseg.errors import UserError
 from mlseg.problems.e2eaug.networks.cells import Cell, plain
-from mlseg.problems.e2eaug.networks.generator import GENERATORS, MaskToImage, sides
+from mlseg.problems.e2eaug.networks.generator import (
+    GENERATORS,
+    OPERATORS,
+    AnyCell,
+    Candidates,
+    Fixed,
+    MaskToImage,
+    cell,
+    sides,
+)
 from mlseg.segmentation.nets.layers import BatchNorm, pad_to_multiple
 
 Search = Literal["both", "decoder", "none"]
@@ -175,7 +184,8 @@ class SearchableGenerator(_Body, MaskToImage):
             many as the smaller side allows (8 at 256, 6 at 64). dropout: probability on the three
             decoder levels after the innermost. search: where cells stand: "both" encoder and
             decoder (the paper), "decoder" (GenSeg's public
-            code), "none" (vanilla pix2pix).
+            code), "none" (vanilla pix2pix). candidates: operators of a cell, "aligned" (the
+            paper's) or "rich".
 
     Parameters at 256x256 with 3 channels: 54.4 M with "none", 272.4 M with "decoder", 394.4 M with
     "both"; as in pix2pix's public code, only the last operator has a bias, one per candidate.
@@ -196,22 +206,34 @@ class SearchableGenerator(_Body, MaskToImage):
         levels: PositiveInt | None = None,
         dropout: NonNegativeFloat = 0.5,
         search: Search = "both",
+        candidates: Candidates = "aligned",
     ) -> None:
         levels = count_levels(image_size, levels)
         super().__init__(in_channels, out_channels, levels, channels, dropout)
         if search not in ("both", "decoder", "none"):
             raise UserError(f"generator search {search!r}: valid are both, decoder, none")
         self.search = search
+        self.kind, self.candidates = candidates, OPERATORS[candidates]
         self.encoder = nn.ModuleList(
-            Cell(*shape, transposed=False) if search == "both" else plain(*shape, 4, False)
+            cell(candidates, *shape, False) if search == "both" else plain(*shape, 4, False)
             for shape in self.encoder_shapes
         )
         self.decoder = nn.ModuleList(
-            Cell(*shape, True, step == levels - 1)
+            cell(candidates, *shape, True, step == levels - 1)
             if search != "none"
             else plain(*shape, 4, True, step == levels - 1)
             for step, shape in enumerate(self.decoder_shapes)
         )
+        self._made_with = {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "image_size": list(sides(image_size)),
+            "channels": channels,
+            "levels": levels,
+            "dropout": dropout,
+            "search": search,
+            "candidates": candidates,
+        }
         self._first_decoder_cell = levels if search == "both" else 0
 
     @property
@@ -223,32 +245,35 @@ class SearchableGenerator(_Body, MaskToImage):
 
     def _encode(self, level: int, x: Tensor, weights: Tensor | None) -> Tensor:
         operator = self.encoder[level]
-        if weights is None or not isinstance(operator, Cell):
+        if weights is None or not isinstance(operator, AnyCell):
             return operator(x)
         return operator(x, weights[level])
 
     def _decode(self, step: int, x: Tensor, weights: Tensor | None) -> Tensor:
         operator = self.decoder[step]
-        if weights is None or not isinstance(operator, Cell):
+        if weights is None or not isinstance(operator, AnyCell):
             return operator(x)
         return operator(x, weights[self._first_decoder_cell + step])
 
     def forward(self, label_BCHW: Tensor, weights: Tensor | None = None) -> Tensor:
         """Label map (B, Cin, H, W) in [-1, 1] -> image (B, Cout, H, W) in [-1, 1], any H and W.
 
-        `weights` (cells, 3) in [0, 1] are the selection weights; with search "none" they are
+        `weights` (cells, K) in [0, 1] are the selection weights; with search "none" they are
         ignored. ValueError for any other shape.
         """
         self.check_weights(weights)
         return self._generate(label_BCHW, weights)
 
     @torch.no_grad()
-    def merged(self, weights: Tensor | None) -> Generator:
-        """The same function for fixed (cells, 3) weights: a plain generator of 8x8 kernels.
+    def merged(self, weights: Tensor | None) -> Generator | Fixed:
+        """The same function for fixed (cells, K) weights: a plain generator of 8x8 kernels.
 
-        Copies every tensor; later training of this module doesn't touch the export.
+        Copies every tensor; later training of this module doesn't touch the export. Cells of
+        different operators stay as they are.
         """
         self.check_weights(weights)
+        if self.kind == "rich" and weights is not None and self.num_cells:
+            return Fixed(self, weights, self._made_with)
         state = {
             name: tensor.clone()
             for name, tensor in self.state_dict().items()

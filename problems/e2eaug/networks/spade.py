@@ -16,10 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mlseg.errors import UserError
-from mlseg.problems.e2eaug.networks.cells import Cell, plain
+from mlseg.problems.e2eaug.networks.cells import plain
 from mlseg.problems.e2eaug.networks.generator import (
     GENERATORS,
+    OPERATORS,
+    Candidates,
+    Fixed,
     MaskToImage,
+    cell,
     export_state,
     nearest,
     rebuilt,
@@ -225,6 +229,7 @@ class SearchableGenerator(_Body, MaskToImage):
         norm: "instance", whose statistics are an image's own, or "batch", the paper's.
         search: "both": cells for the doublings, `levels` of them (a SPADE generator has no
             encoder); "none": the nearest pixel, as in the paper.
+        candidates: operators of a cell, "aligned" (E2EAug's) or "rich".
 
     Parameters at 1 label channel and 5 levels without cells: 92.0 M at n = 64, 10.5 M at 16, 4.2 M
     at 8. A cell of width C adds 116 C^2.
@@ -245,12 +250,15 @@ class SearchableGenerator(_Body, MaskToImage):
         hidden: PositiveInt = 128,
         norm: Norm = "instance",
         search: Literal["both", "none"] = "both",
+        candidates: Candidates = "aligned",
     ) -> None:
         _check(sides(image_size), levels, norm)
         super().__init__(in_channels, out_channels, levels, channels, hidden, norm)
         self.search = search
+        self.kind, self.candidates = candidates, OPERATORS[candidates]
+        self._image_size = list(sides(image_size))
         self.doublings = nn.ModuleList(
-            Cell(width, width, transposed=True) for width in self.widths[:0:-1] if search == "both"
+            cell(candidates, width, width, True) for width in self.widths[:0:-1] if search == "both"
         )
 
     @property
@@ -263,7 +271,7 @@ class SearchableGenerator(_Body, MaskToImage):
         """Label map (B, Cin, H, W) in [-1, 1] -> image (B, Cout, H, W) in [-1, 1].
 
         Args:
-            weights: (cells, 3) selection weights; ignored without cells.
+            weights: (cells, K) selection weights; ignored without cells.
 
         Raises:
             ValueError: ``weights`` of another shape.
@@ -279,18 +287,24 @@ class SearchableGenerator(_Body, MaskToImage):
         return self._generate(label_BCHW, double)
 
     @torch.no_grad()
-    def merged(self, weights: Tensor | None) -> Generator:
-        """A plain generator, its transposed convolutions merged into one of 8x8 each."""
+    def merged(self, weights: Tensor | None) -> Generator | Fixed:
+        """A plain generator, its transposed convolutions merged into one of 8x8 each.
+
+        Cells of different operators stay as they are.
+        """
         self.check_weights(weights)
-        settings = {
+        settings: dict[str, Any] = {
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,
             "levels": self.levels,
             "channels": self.channels,
             "hidden": self.hidden,
             "norm": self.normalisation,
-            "kernel": 8 if self.num_cells else None,
         }
+        if self.kind == "rich" and weights is not None and self.num_cells:
+            more = {"search": self.search, "candidates": self.kind, "image_size": self._image_size}
+            return Fixed(self, weights, {**settings, **more})
+        settings["kernel"] = 8 if self.num_cells else None
         made = rebuilt(Generator, settings, export_state(self, weights))
         assert isinstance(made, Generator)
         return made.train(self.training)

@@ -62,7 +62,8 @@ class Watched:
         tiny.gradients_of(engine.architecture, gradients)
         for _ in range(iterations):
             engine.iterate()
-        (self.gradient,) = gradients[-1]
+        self.gradients = gradients[-1]
+        self.gradient = self.gradients[0]
 
     def _watch(self, problem: Any) -> None:
         former = problem.training_step
@@ -80,11 +81,22 @@ class Watched:
         problem.training_step = training_step
 
 
-def reference(watched: Watched, path: str, update: Mapping[str, updates.Update]) -> Tensor:
-    """d L_val / d alphas through the paths in ``path``."""
+def reference(
+    watched: Watched, path: str, update: Mapping[str, updates.Update], of: str = "alphas"
+) -> Tensor:
+    """d L_val / d alphas through the paths in ``path``; or by another of level three's parameters.
+
+    A guide of the generator's steps counts as constant.
+    """
     engine = watched.engine
     generator, segmentor = engine.generator, engine.segmentor
     alphas = watched.before["architecture"]["alphas"].clone().requires_grad_()
+    free = {"alphas": alphas}
+    factor = torch.tensor(segmentor.synthetic_weight)
+    if segmentor.learns_weight:
+        log_weight = watched.before["architecture"]["log_synthetic_weight"].clone()
+        free["log_synthetic_weight"] = log_weight.requires_grad_()
+        factor = log_weight.exp()
     weights, constant = alphas.softmax(1), alphas.detach().softmax(1)
     through_g, direct = (name in PATHS[path] for name in ("generator", "segmentor"))
 
@@ -127,9 +139,7 @@ def reference(watched: Watched, path: str, update: Mapping[str, updates.Update])
     torch.set_rng_state(watched.random["segmentor"])
     synthetic = call(generator.module, made, label, weights if direct else constant)
     point = leaves("segmentor")
-    loss = segmentor.synthetic_weight * segmentor.criterion(
-        call(segmentor.module, point, synthetic), augmented
-    )
+    loss = factor * segmentor.criterion(call(segmentor.module, point, synthetic), augmented)
     loss = loss + segmentor.criterion(call(segmentor.module, point, image), mask)
     after = stepped(segmentor, loss, point)
 
@@ -138,7 +148,7 @@ def reference(watched: Watched, path: str, update: Mapping[str, updates.Update])
     segmentor.module.eval()
     loss = engine.architecture.criterion(call(segmentor.module, after, image), mask)
     segmentor.module.train()
-    (gradient,) = torch.autograd.grad(loss, alphas)
+    (gradient,) = torch.autograd.grad(loss, free[of])
     return gradient
 
 
@@ -227,6 +237,33 @@ def test_the_papers_optimizers_through_spade_and_asapnet(
     watched = Watched("sum", changes, iterations=3)
     own = {"generator": updates.adam, "segmentor": updates.rmsprop}
     assert error(watched.gradient, reference(watched, "sum", own)) < allowed
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_learned_lambda(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It enters the segmentor's step alone; the alphas' gradient is what it was."""
+    monkeypatch.setattr(functional, "l1_loss", pseudo_huber)
+    spec, allowed = EXACT[name]
+    changes = {"level3.synthetic_weight": True, "synthetic_weight": 0.7}
+    watched = Watched("sum", {**SGD, **method(**spec), **changes}, iterations=2)
+    update = {"generator": updates.sgd, "segmentor": updates.sgd}
+    for found, of in zip(watched.gradients, ("alphas", "log_synthetic_weight"), strict=True):
+        true = reference(watched, "sum", update, of)
+        assert true.norm() > 0
+        assert error(found, true) < allowed
+
+
+@pytest.mark.parametrize("generator", ["pix2pix", "spade"])
+def test_through_cells_of_different_operators(
+    generator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functional, "l1_loss", pseudo_huber)
+    spec, allowed = EXACT["identity"]
+    network = {**GENERATORS[generator]["generator"], "candidates": "rich"}
+    watched = Watched("sum", {**SGD, **method(**spec), "generator": network}, iterations=2)
+    assert watched.gradient.shape[1] == 5
+    true = reference(watched, "sum", {"generator": updates.sgd, "segmentor": updates.sgd})
+    assert error(watched.gradient, true) < allowed
 
 
 def test_both_paths_have_a_part_in_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,19 @@ def test_the_hop_goes_through_no_pass_twice(generator: str) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"level3.synthetic_weight": True},
+        {"level3.guidance": 0.3},
+        {"generator.candidates": "rich"},
+    ],
+)
+def test_what_level_three_learns_besides_costs_no_pass(changes: dict[str, Any]) -> None:
+    found = counts(changes)
+    assert found == {"generator": (4, 4), "discriminator": (5, 5), "segmentor": (5, 5)}
+
+
 def test_perceptual_features_of_real_images_are_seen_once() -> None:
     engine = tiny.build("e2eaug", {"gan.pretrain": 0})
     seen: list[bool] = []

@@ -28,9 +28,11 @@ def test_e2eaug_unrolled_with_schedulers(tmp_path: Path) -> None:
     check(lambda out: tiny.build("e2eaug", changes, out), tmp_path, [6, 8], "saved")
 
 
-@pytest.mark.parametrize("row", ["frozen", "decoder"])
+@pytest.mark.parametrize("row", ["frozen", "decoder", "level three", "rich"])
 def test_rows_of_e2eaug(tmp_path: Path, row: str) -> None:
     rows: dict[str, Any] = {
+        "level three": {"level3.synthetic_weight": True, "level3.guidance": 0.5},
+        "rich": {"generator.candidates": "rich"},
         "frozen": {"gan.frozen": True},
         "decoder": {"generator.search": "decoder"},
     }

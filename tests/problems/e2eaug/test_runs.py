@@ -69,6 +69,11 @@ def test_a_dry_run_shows_the_path_of_each_hypergradient(
         ("generator={name: spde}", "did you mean 'spade'?"),
         ("generator={name: spade, dropout: 0.5}", "generator.dropout: unknown key"),
         ("generator={name: spade, channels: 0}", "generator.channels"),
+        ("architecture={mode: frozen, choice: 5-2-1}", "architecture.choice: no candidate '5-2-1'"),
+        ("architecture.choice=4-2-1", "architecture.choice: goes with"),
+        ("architecture.draw=1", "architecture.draw: goes with"),
+        ("level3={guidance: -1}", "level3.guidance"),
+        ("generator.candidates=poor", "generator.candidates"),
         ("gan.feature_matching=10", "gan.feature_matching: patchgan gives no features"),
         (
             "discriminator={name: multiscale, scales: 6}",
@@ -84,6 +89,18 @@ def test_mistakes_are_one_line(
     assert run.main([str(config), override, "--out", str(out)]) == 2
     assert names in one_line(capsys)
     assert not out.exists(), "nothing was done"
+
+
+@pytest.mark.parametrize("setting", ["level3.guidance=1", "level3.synthetic_weight=true"])
+@pytest.mark.parametrize(
+    "without", ["synthetic_weight=0", "gan.frozen=true", "architecture.mode=random"]
+)
+def test_nothing_is_learned_at_level_three_where_there_is_none(
+    setting: str, without: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug")
+    assert run.main([str(config), setting, without, "--out", str(tmp_path / "run")]) == 2
+    assert setting.partition("=")[0] in one_line(capsys)
 
 
 @pytest.mark.parametrize("generator", OTHERS)
