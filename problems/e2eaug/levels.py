@@ -25,6 +25,8 @@ segmentor      real and synthetic half once, validation once; the synthetic half
                twice, backward to the image only, for the hop W -> (G, A)
 =============  =====================================================================  ==========
 
+What level three may learn besides (``level3``, ``generator.candidates``) takes none more.
+
 Where this departs from the paper, and why:
 
 * The generator steps before its discriminator, which then judges the same fake image: one generator
