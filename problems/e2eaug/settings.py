@@ -46,7 +46,11 @@ class DiscriminatorSettings(Component):
 
 
 class EpochsSettings(Settings):
-    """A length that follows the number of images."""
+    """A length that follows the number of images.
+
+    Attributes:
+        epochs: passes over the training images.
+    """
 
     epochs: PositiveFloat
 

@@ -180,12 +180,13 @@ class SearchableGenerator(_Body, MaskToImage):
     Args:
         in_channels, out_channels: channels of label map and image.
         image_size: side, or height and width, of the images in pixels; decides the number of
-            levels. channels: width C of the first level. levels: number of halvings; None is as
-            many as the smaller side allows (8 at 256, 6 at 64). dropout: probability on the three
-            decoder levels after the innermost. search: where cells stand: "both" encoder and
-            decoder (the paper), "decoder" (GenSeg's public
-            code), "none" (vanilla pix2pix). candidates: operators of a cell, "aligned" (the
-            paper's) or "rich".
+            levels.
+        channels: width C of the first level; deeper ones have up to eight times as many.
+        levels: number of halvings; None is as many as the smaller side allows (8 at 256, 6 at 64).
+        dropout: probability on the three decoder levels after the innermost.
+        search: where cells stand: "both" encoder and decoder (the paper), "decoder" (GenSeg's
+            public code), "none" (vanilla pix2pix).
+        candidates: operators of a cell, "aligned" (the paper's) or "rich".
 
     Parameters at 256x256 with 3 channels: 54.4 M with "none", 272.4 M with "decoder", 394.4 M with
     "both"; as in pix2pix's public code, only the last operator has a bias, one per candidate.
