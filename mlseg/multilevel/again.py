@@ -37,7 +37,10 @@ class Again:
     Attributes:
         last_batch: the (last) batch of the last finished step.
         last_random_state: the generators' state at its start.
+        checks: whether steps are checked to repeat themselves at all.
     """
+
+    checks = True
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
@@ -136,7 +139,7 @@ class Again:
     @property
     def is_checked(self) -> bool:
         """Whether the present step is one of those that are checked to repeat themselves."""
-        return self._begins in _FIRST_CHECKS or self._begins % _CHECK_EVERY == 0
+        return self.checks and (self._begins in _FIRST_CHECKS or self._begins % _CHECK_EVERY == 0)
 
     def check(self, batch: Any, loss: Tensor) -> None:
         """Check that the step, evaluated again at its own weights, is what it was, bit for bit.
