@@ -170,7 +170,7 @@ class Segmentation(Hooks):
                 with self.weights(engine, name) as found:
                     if found:
                         self.counts[name] = self._count(engine)
-                    elif engine.best is not None and engine.recorder.directory is not None:
+                    elif engine.best is not None and engine.directory is not None:
                         lost[name] = f"{engine.checkpoint_path(name)}: missing"
             except UserError as error:  # damaged while the run went on
                 lost[name] = str(error)
@@ -220,7 +220,7 @@ class Segmentation(Hooks):
             UserError: it is damaged, or of another step than the run's best.
         """
         module = self.problem.module
-        if engine.recorder.directory is None or not engine.checkpoint_path(name).exists():
+        if engine.directory is None or not engine.checkpoint_path(name).exists():
             yield False
             return
         path = engine.checkpoint_path(name)

@@ -8,8 +8,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mlseg import parallel
 from mlseg.config.components import Component
 from mlseg.config.registry import Registry
+from mlseg.errors import UserError
 from mlseg.precision import full
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -38,8 +40,18 @@ class LossSettings(Component):
 
 
 def build_loss(settings: LossSettings, ignore_index: int | None = None) -> Criterion:
-    """The loss that ``settings`` name."""
+    """The loss that ``settings`` name.
+
+    Raises:
+        UserError: there are several processes, and nothing says that it can be shared out.
+    """
     made: Criterion = settings.build(ignore_index)
+    if parallel.several() and not getattr(made, "in_several", False):
+        raise UserError(
+            f"loss.name: {settings.name!r} may see a batch as a whole, which {parallel.size()} "
+            "processes share out; take another one, or where it is a mean over the examples (or "
+            "puts its sums together by mlseg.parallel) let it have an attribute in_several = True"
+        )
     return made
 
 
@@ -73,7 +85,12 @@ class SegmentationLoss(nn.Module):
         smooth: s in the soft Dice and Jaccard terms, in pixels: keeps their curvature small where a
             class has few pixels.
         background: whether class 0 counts in the Dice and Jaccard terms.
+
+    In several processes all sums are over the whole batch: those of the Dice and Jaccard terms, and
+    the number of pixels where some are ignored, take a collective each time.
     """
+
+    in_several = True
 
     def __init__(
         self,
@@ -107,7 +124,10 @@ class SegmentationLoss(nn.Module):
                 ignore_index=-100 if self.ignore_index is None else self.ignore_index,
                 reduction="sum",
             )
-            loss = loss + self.cross_entropy * total / valid_BHW.sum().clamp_min(1)
+            if self.ignore_index is None:  # as many in every share
+                loss = loss + self.cross_entropy * total / valid_BHW.sum().clamp_min(1)
+            else:
+                loss = loss + parallel.ratio(self.cross_entropy * total, valid_BHW.sum())
         if self.dice or self.jaccard:
             loss = loss + self._overlap(logits_BKHW, target_BHW, valid_BHW)
         return loss
@@ -121,6 +141,9 @@ class SegmentationLoss(nn.Module):
         inside_K = (probability_BKHW * truth_BKHW).sum(pixels)
         predicted_K = probability_BKHW.sum(pixels)
         true_K = truth_BKHW.sum(pixels).to(inside_K.dtype)
+        if parallel.several():
+            sums = torch.stack([inside_K, predicted_K, true_K])
+            inside_K, predicted_K, true_K = parallel.summed(sums)
         present_K = true_K > 0
         if not self.background:
             present_K = present_K & (classes > 0)
