@@ -17,8 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mlseg import parallel
 from mlseg.checkpoint import require_form
 from mlseg.engines.progress import Progress
+from mlseg.engines.several import mean_figures
 from mlseg.errors import UserError
 from mlseg.files import replacing, writing
 from mlseg.machine import peak_memory
@@ -42,7 +44,7 @@ class Recorder:
     that the files read as if nothing had happened.
 
     Args:
-        directory: the run directory, or None to write nothing.
+        directory: the run directory, or None to write nothing, as in all processes but the first.
         settings: the engine's.
         quiet: no progress display.
     """
@@ -122,7 +124,8 @@ class Recorder:
         Returns:
             the figures, read.
         """
-        values = read_scalars({(p, k): v for p, group in figures.items() for k, v in group.items()})
+        read = read_scalars({(p, k): v for p, group in figures.items() for k, v in group.items()})
+        values = mean_figures(read)
         lines: dict[str, dict[str, float]] = {}
         for (problem, key), value in values.items():
             lines.setdefault(problem, {})[str(key)] = value
@@ -171,7 +174,8 @@ class Recorder:
     def event(self, kind: str, step: int, /, **values: Any) -> None:
         """Something that the engine decided."""
         self._write(EVENTS, {"event": kind, "step": step}, values)
-        self.progress.event(kind, step, values)
+        if parallel.is_first():
+            self.progress.event(kind, step, values)
 
     def picture(self, name: str, step: int, image_HWC: np.ndarray) -> None:
         """Write ``samples/<name>_<step>.png`` and show it in TensorBoard.

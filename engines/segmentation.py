@@ -174,7 +174,7 @@ class Segmentation(Hooks):
                 with self.weights(engine, name) as found:
                     if found:
                         self._count(engine, name)
-                    elif engine.best is not None and engine.recorder.directory is not None:
+                    elif engine.best is not None and engine.directory is not None:
                         lost[name] = f"{engine.checkpoint_path(name)}: missing"
             except UserError as error:  # damaged while the run went on
                 lost[name] = str(error)
@@ -209,6 +209,7 @@ class Segmentation(Hooks):
                     distances=True,
                     seen=reliability.update,
                 )
+                reliability.join()
                 self._reliability[weights][name] = reliability
             self.counts[weights] = counts | {
                 part: counts[split].only(ids) for part, (split, ids) in self.parts.items() if ids
@@ -218,7 +219,7 @@ class Segmentation(Hooks):
 
     def _shown(self, engine: Engine) -> str:
         """The weights whose images are shown: the selected ones, where there are any."""
-        chosen = engine.recorder.directory is not None and "best" in self.scored
+        chosen = engine.directory is not None and "best" in self.scored
         return "best" if chosen and engine.checkpoint_path("best").exists() else "last"
 
     def _draw(self, engine: Engine, weights: str) -> None:
@@ -278,7 +279,7 @@ class Segmentation(Hooks):
             UserError: it is damaged, or of another step than the run's best.
         """
         module = self.problem.module
-        if engine.recorder.directory is None or not engine.checkpoint_path(name).exists():
+        if engine.directory is None or not engine.checkpoint_path(name).exists():
             yield False
             return
         path = engine.checkpoint_path(name)

@@ -6,6 +6,7 @@ python -m mlseg.run --resume runs/try
 python -m mlseg.run configs/e2eaug_isic.yaml --dry-run
 python -m mlseg.run configs/e2eaug_isic.yaml --dry-run --graph levels.svg
 python -m mlseg.run --keys e2eaug
+torchrun --nproc-per-node=2 -m mlseg.run configs/e2eaug_isic.yaml
 
 What it did is shown by report.html in its directory, also where it was interrupted.
 
@@ -17,10 +18,11 @@ evaluate, predict and calibrate, which import nothing that isn't mlseg's own.
 from __future__ import annotations
 
 import argparse
+import io
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mlseg import checkpoint, config
+from mlseg import checkpoint, config, parallel
 from mlseg.commands import guarded, make_console, named, say_notes
 from mlseg.config import keys
 from mlseg.config.registry import run_imports
@@ -59,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     # Not by a value that may be left out: that would swallow an override behind it.
     given = ["--timed-dry-run" if word == "--dry-run=timed" else word for word in given]
-    arguments = parser().parse_intermixed_args(given)  # overrides may follow options
+    with _one_voice():
+        arguments = parser().parse_intermixed_args(given)  # overrides may follow options
     arguments.command = shlex.join(["python", "-m", "mlseg.run", *given])
     if arguments.config is not None and "=" in arguments.config:
         # An override in the config's place, as in `--resume DIR engine.iterations=200`.
@@ -67,7 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.config = None
     if arguments.threads is not None:
         arguments.overrides.append(f"threads={arguments.threads}")
-    return guarded(_run, arguments)
+    return guarded(_together, arguments, in_several=True)
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Within this block, before the others are known, only the first process prints."""
+    if parallel.speaks():
+        yield
+    else:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,6 +123,21 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _together(arguments: argparse.Namespace) -> int:
+    """With the other processes, if torchrun has started several."""
+    parallel.start()
+    try:
+        code = _run(arguments)
+    except Interrupted:
+        parallel.stop()
+        raise
+    except BaseException:
+        parallel.abandon()
+        raise
+    parallel.stop()
+    return code
+
+
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.keys is not None:
         schema = load_system(arguments.keys).settings if arguments.keys else RunSettings
@@ -117,12 +145,19 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     tree = _what(arguments)
     if arguments.dry_run or arguments.timed_dry_run:
+        if parallel.several():
+            raise UserError("--dry-run: one process does it; leave torchrun out")
         return _train(arguments, tree, None)
     parent = Path("runs") / Path(arguments.config or "").stem
-    with claimed(arguments.resume or arguments.out, parent) as directory:
-        if arguments.resume is None:
-            require_new(directory)
-        return _train(arguments, tree, directory)
+    with ExitStack() as claim:
+
+        def claim_it() -> Path:
+            directory = claim.enter_context(claimed(arguments.resume or arguments.out, parent))
+            if arguments.resume is None:
+                require_new(directory)
+            return directory
+
+        return _train(arguments, tree, parallel.done_by_first(claim_it))
 
 
 def _draw(engine: Engine, path: Path | None) -> None:
@@ -176,7 +211,7 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
             _draw(engine, arguments.graph)
             dry_run(engine)
         return 0
-    if settings.log.tracker is None:
+    if settings.log.tracker is None or not parallel.is_first():
         more: list[Hooks] = []
     else:
         more = [Tracking(settings.log, settings.model_dump(mode="json"), directory)]
@@ -191,8 +226,9 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
             console.print("It had stopped early: nothing is left to train, scoring it again")
     elif arguments.resume is not None:
         console.print("No checkpoint was written yet: starting anew")
-    write_text(directory / "config.yaml", config.dump(settings))
-    note_start(directory, arguments.command, tree, engine.device, engine.global_step)
+    if parallel.is_first():
+        write_text(directory / "config.yaml", config.dump(settings))
+        note_start(directory, arguments.command, tree, engine.device, engine.global_step)
     console.print(f"Writing to {directory}, running on {engine.device}")
     if remark is not None:
         console.print(remark)
@@ -201,8 +237,9 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
         with _blaming_checkpoint(engine):
             engine.run()
     except Interrupted:
-        with unharmed(PAGE):  # all is saved by now
-            write_page([directory], directory / PAGE)
+        if parallel.is_first():
+            with unharmed(PAGE):  # all is saved by now
+                write_page([directory], directory / PAGE)
         raise
     results = {
         **engine.results(),
@@ -212,10 +249,12 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
         "versions": versions(),
         "device": device_name(engine.device),
         "threads": chosen.record(),
+        "world_size": parallel.size(),
     }
-    write_json(directory / "results.json", results)
-    with unharmed(PAGE):
-        write_page([directory], directory / PAGE)
+    if parallel.is_first():
+        write_json(directory / "results.json", results)
+        with unharmed(PAGE):
+            write_page([directory], directory / PAGE)
     report(engine, results, make_console())
     _say(console, engine.notices)
     console.print(f"All of it is in {directory}; look at {directory / PAGE}")
@@ -273,7 +312,7 @@ def _threads(
 
     A resumed run goes on with as many as it began with, unless its command says otherwise.
     """
-    fitting = threads.choose(settings.work())
+    fitting = threads.choose(settings.work(), parallel.local_size())
     chosen = fitting
     if settings.threads != "auto":
         by = "config" if arguments.threads is None else "--threads"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from mlseg import checkpoint
+from mlseg import checkpoint, parallel
 from mlseg.engines.engine import Engine
 from mlseg.engines.hooks import Hooks
 from mlseg.engines.settings import EngineSettings, LoopSettings
@@ -153,8 +153,15 @@ class Builder:
         level: ProblemSettings,
         samples: Samples,
         augmentation: AugmentationSettings | None = None,
+        key: str = "",
     ) -> BatchLoader:
-        """Batches of ``samples`` for the level ``name``."""
+        """Batches of ``samples`` for the level ``name``.
+
+        Args:
+            key: of the batch size, for messages; ``problems.<name>.batch_size`` without it.
+        """
+        size = min(level.batch_size, len(samples))
+        parallel.require_equal_parts(size, key or f"problems.{name}.batch_size")
         chosen = augmentation if augmentation is not None else AugmentationSettings.off()
         return BatchLoader(
             samples,

@@ -8,12 +8,14 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic
 import torch
 
+from mlseg import parallel
 from mlseg.config import Settings
 from mlseg.config.registry import Entry, Registry, find_entry
 from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings, LoopSettings
 from mlseg.engines.tracking import LogSettings
 from mlseg.errors import RunError, UserError, located
+from mlseg.multilevel.batch_norm import synchronise
 from mlseg.randomness import LARGEST_SEED
 from mlseg.threads import MOST as MOST_THREADS
 
@@ -29,6 +31,8 @@ class AnyRunSettings(Settings):
         threads: of the processor; ``auto``: what the environment says (OMP_NUM_THREADS), or else as
             many as the work fills. Another number may change the last digits.
         precision: ``bf16`` is autocast; hypergradients are evaluated in fp32 all the same.
+        sync_batchnorm: in several processes (torchrun), whether BatchNorm goes by the statistics of
+            the whole batch, at two collectives a layer; else by those of each process's share.
         engine: length, validation, checkpoints.
         log: where figures go besides the run directory.
     """
@@ -59,6 +63,7 @@ class AnyRunSettings(Settings):
     device: str = "auto"
     threads: Literal["auto"] | Annotated[int, pydantic.Field(ge=1, le=MOST_THREADS)] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
+    sync_batchnorm: bool = False
     engine: LoopSettings = LoopSettings()
     log: LogSettings = LogSettings()
 
@@ -105,7 +110,13 @@ class System(Entry):
 
     ``build`` makes data, networks, problems, and the engine of them; its second argument is the
     run directory, or None to write nothing.
+
+    Attributes:
+        in_several: whether several processes may train it together: each of its losses is a mean
+            over the examples of a batch, or puts its sums together by :mod:`mlseg.parallel`.
     """
+
+    in_several: bool = False
 
     def __call__(self, settings: Any, out: Path | None = None) -> Engine:
         """Build it; with ``out``, the run directory, its records are written there.
@@ -113,6 +124,18 @@ class System(Entry):
         Raises:
             UserError: a system of a user's own fails or ends the process, or makes no engine.
         """
+        if parallel.several() and not self.in_several:
+            raise UserError(
+                f"system {self.name!r} trains in one process: nothing says that its losses are "
+                "means over the examples of a batch; leave torchrun out, or where they are, say so "
+                "by @system(..., in_several=True)"
+            )
+        engine = self._engine(settings, out)
+        if settings.sync_batchnorm:
+            synchronise(problem.module for problem in engine.problems)
+        return engine
+
+    def _engine(self, settings: Any, out: Path | None) -> Engine:
         if self.build.__module__.split(".")[0] == "mlseg":
             return self.build(settings, out)
         try:
@@ -132,7 +155,7 @@ SYSTEMS: Registry[System] = Registry("system", example="my_package.games:build")
 
 
 def system(
-    name: str, settings: type[AnyRunSettings], summary: str
+    name: str, settings: type[AnyRunSettings], summary: str, in_several: bool = False
 ) -> Callable[[Callable[[Any, Path | None], Engine]], System]:
     """Decorator that registers ``build(settings, out)`` as a system.
 
@@ -140,10 +163,11 @@ def system(
         name: under which configs name it.
         settings: class of the whole config.
         summary: one line for ``--help``.
+        in_several: see :class:`System`.
     """
 
     def enter(build: Callable[[Any, Path | None], Engine]) -> System:
-        return SYSTEMS.register(name)(System(name, summary, settings, build))
+        return SYSTEMS.register(name)(System(name, summary, settings, build, in_several))
 
     return enter
 

@@ -13,6 +13,7 @@ GROUND = (
     "randomness",
     "checkpoint",
     "machine",
+    "parallel",
     "precision",
     "threads",
     "transfer",

@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from mlseg import parallel
 from mlseg.errors import UserError
 from mlseg.segmentation.surfaces import Apart, classes_apart
 
@@ -226,6 +227,19 @@ class SegmentationMetrics:
                 classes_apart(predicted, true, self.num_classes, self.ignore_index)
                 for predicted, true in zip(*maps, strict=True)
             ]
+
+    def join(self) -> None:
+        """Put together what several processes have counted, in their order."""
+        if not parallel.several():
+            return
+        counts, wrong = ([t.cpu() for t in found] for found in (self._counts, self._wrong))
+        everybody = parallel.gather((counts, wrong, self._ids, self._distances))
+        self.reset()
+        for counts, wrong, ids, distances in everybody:
+            self._counts += counts
+            self._wrong += wrong
+            self._ids += ids
+            self._distances += distances
 
     def confusion(self) -> Tensor:
         """(N, K, K) int64 counts of every image so far, rows are the truth, on the CPU.

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlseg import parallel
+
 BINS = 20
 _SCALE = 2**20
 """Probabilities are summed as whole numbers: the sum doesn't depend on the order."""
@@ -56,6 +58,13 @@ class Reliability:
         if self._sums is None:
             self._sums = torch.zeros(3, BINS + 1, dtype=torch.int64, device=labels.device)
         self._sums.scatter_add_(1, index.flatten().expand(3, -1), rows)
+
+    def join(self) -> None:
+        """Add up what several processes have counted."""
+        if parallel.several():
+            found = parallel.gather(None if self._sums is None else self._sums.cpu())
+            counted = [sums for sums in found if sums is not None]
+            self._sums = torch.stack(counted).sum(0) if counted else None
 
     def compute(self) -> dict[str, Any]:
         """Of each bin pixels, mean probability and the share that is right; and the error.

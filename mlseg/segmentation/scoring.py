@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mlseg import parallel
 from mlseg.errors import RunError
 from mlseg.precision import full
 from mlseg.segmentation.data import Fit, Samples, placed, to_float
@@ -138,16 +139,19 @@ def predictions(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Class probabilities of all samples at their size, batch by batch, and which they are of.
 
+    Of several processes each has its part of the samples.
+
     Raises:
         RunError: after the last batch, some were NaN or infinite: a class is no answer to that.
     """
     total = torch.zeros((), device=device)
-    for start in range(0, len(samples), batch_size):
-        span = slice(start, start + batch_size)
+    own = parallel.part(len(samples))
+    for start in range(own.start, own.stop, batch_size):
+        span = slice(start, min(start + batch_size, own.stop))
         found = by(to_float(samples.images[span].to(device)))
         total = total + found.sum()
         yield span, found
-    if not total.isfinite():
+    if not all(parallel.gather(bool(total.isfinite()))):
         raise RunError(
             f"the network's class probabilities for images of {samples.spec.name} are not finite; "
             "try a lower learning rate, or precision: fp32"
@@ -166,7 +170,7 @@ def score(
     batch_size: int = SCORING_BATCH,
     seen: Seen | None = None,
 ) -> SegmentationMetrics:
-    """Count predictions over ``samples``.
+    """Count predictions over ``samples``; several processes share them out, and all get the whole.
 
     Args:
         by: what predicts.
@@ -180,7 +184,11 @@ def score(
     device = torch.device(device)
     spec = samples.spec
     metrics = SegmentationMetrics(spec.num_classes, spec.ignore_index, spec.classes, distances)
-    masks = samples.native_masks() if native and samples.native_mask is not None else None
+    masks = None
+    if native and samples.native_mask is not None:
+        own = parallel.part(len(samples))
+        there = samples.subset(range(*own[:2])) if parallel.several() else samples
+        masks = there.native_masks()
 
     def count(probabilities: Tensor, mask: Tensor, ids: list[str]) -> None:
         labels = decide(probabilities, threshold)
@@ -197,4 +205,5 @@ def score(
             mask = next(masks).to(device)
             upsampled = at_native(own[None], (mask.shape[0], mask.shape[1]), samples.fit)
             count(upsampled, mask[None], [name])
+    metrics.join()
     return metrics

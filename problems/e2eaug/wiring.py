@@ -38,7 +38,12 @@ from mlseg.segmentation.data import Augmentation, SegmentationData, load_data
 from mlseg.segmentation.losses import build_loss
 
 
-@system("e2eaug", E2EAugSettings, "three levels: mask-to-image GAN, segmentor, its architecture")
+@system(
+    "e2eaug",
+    E2EAugSettings,
+    "three levels: mask-to-image GAN, segmentor, its architecture",
+    in_several=True,
+)
 def build(settings: E2EAugSettings, out: Path | None) -> Engine:
     """Data, networks, the four problems, and the engine with its stages."""
     data = load_data(settings.data)

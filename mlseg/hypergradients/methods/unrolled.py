@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from mlseg import parallel
 from mlseg.config import Settings
 from mlseg.errors import UserError
 from mlseg.hypergradients.base import Cotangents, Diagnostics, Differentiating, Hop, Level, Vector
@@ -67,6 +68,8 @@ class Unrolled(Differentiating):
     changed them (``param_callback``, ``grad_callback``) is taken as it was, though it isn't
     differentiated.
 
+    Collectives per hop, in several processes: ``2 T``; ``T`` where training keeps the gradients.
+
     Source: Maclaurin, Duvenaud, Adams: Gradient-based hyperparameter optimization through
     reversible learning, ICML 2015; Franceschi et al.: Forward and reverse gradient-based
     hyperparameter optimization, ICML 2017, section 3.1; truncation: Shaban et al.: Truncated
@@ -95,6 +98,7 @@ class Unrolled(Differentiating):
     through_interface: ClassVar[bool] = False  # each step has a graph of its own behind its loss
 
     best_response = "the last steps, as they were taken"
+    in_several = True
     situation = (
         "a few inner steps from a fresh or changing start (meta-learning, dataset distillation)"
     )
@@ -209,11 +213,13 @@ class _Back:
             if not graphs and not step.gradient:
                 (loss,) = losses
                 graphs = [torch.autograd.grad(loss(), leaves, create_graph=True, allow_unused=True)]
-            values = step.gradient or _detached(applied(_detached(graphs[0]), replay.parameters))
+            values = step.gradient or _detached(applied(self._shared(graphs[0]), replay.parameters))
             taken = replay.map(step, values, moments=self.moments)
             before, along, moments_before, rates_bar = taken.pull_back(weights_bar, moments_bar)
             # The weights that the first step started from depend on nothing any more.
             targets = [*([] if first else leaves), *inputs]
+            # Of each process's share; averaged at the end of the step.
+            back: list[Any] = [None] * len(leaves) if parallel.several() else before
             for index, loss in enumerate(losses):
                 replay.hop.products += 1
                 graph = graphs[index] if graphs else None
@@ -225,8 +231,10 @@ class _Back:
                         loss, replay.level, replay.parameters, towards, targets, self.mode
                     )
                 if not first:
-                    accumulate(before, share[: len(leaves)])
+                    accumulate(back, share[: len(leaves)])
                 accumulate(total, share[len(targets) - len(inputs) :])
+            if back is not before and not first:
+                accumulate(before, parallel.average_some(back, replay.parameters))
         if rates_bar and replay.rates is not None:
             accumulate(total, _by_rates(replay.rates, rates_bar, inputs))
         return before, moments_before
@@ -238,7 +246,11 @@ class _Back:
         parameters = self.replay.parameters
         if graph is None:
             graph = torch.autograd.grad(loss(), parameters, allow_unused=True)
-        return transposed(along, graph, parameters)
+        return transposed(along, self._shared(graph), parameters)
+
+    def _shared(self, graph: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradient itself, of all processes' shares."""
+        return parallel.average_some(_detached(graph), self.replay.parameters)
 
 
 def _detached(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
