@@ -37,7 +37,7 @@ from mlseg.errors import UserError
 from mlseg.files import require_file, require_writable, write_json
 from mlseg.machine import choose_device
 from mlseg.resuming import require_untouched
-from mlseg.run import begun_with, parse_run
+from mlseg.run import parse_run
 from mlseg.segmentation.calibration import calibrated, describe
 from mlseg.segmentation.data import (
     DataSettings,
@@ -50,7 +50,7 @@ from mlseg.segmentation.data.decode import MEGAPIXELS, limit_pixels
 from mlseg.segmentation.data.layout import MAX_FILES, folder_layout
 from mlseg.segmentation.metrics import SCORES
 from mlseg.segmentation.scoring import score
-from mlseg.segmentation.trained import Ensemble, load_runs
+from mlseg.segmentation.trained import Ensemble, load_runs, run_threads
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -196,10 +196,7 @@ def choose_threads(arguments: argparse.Namespace) -> threads.Threads:
 
     So its figures are those that the run reported.
     """
-    if arguments.threads is not None:
-        return threads.Threads(arguments.threads, "--threads")
-    own = threads.Threads(min(begun_with(arguments.runs[0]), threads.cores()), "run")
-    return threads.by_environment() or own
+    return run_threads(arguments.runs[0], arguments.threads)
 
 
 def check_output(path: Path, overwrite: bool = False) -> None:

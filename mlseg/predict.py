@@ -29,7 +29,6 @@ if __name__ == "__main__":
     threads.bound_spinning()  # before torch is loaded
 
 import numpy as np
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.progress import track
@@ -40,12 +39,11 @@ from mlseg.errors import EXIT_RUN_ERROR, UserError, printable
 from mlseg.evaluate import add_choices, choose_threads, load_chosen
 from mlseg.files import reachable, replacing, require_writable, writing
 from mlseg.machine import choose_device
-from mlseg.segmentation.data import PADDING, DatasetSpec, padded, placed, to_float
+from mlseg.segmentation.data import DatasetSpec
 from mlseg.segmentation.data.decode import limit_pixels, read_image
 from mlseg.segmentation.data.layout import is_hidden, list_files
 from mlseg.segmentation.pictures import overlay
-from mlseg.segmentation.scoring import label_map
-from mlseg.segmentation.trained import Ensemble
+from mlseg.segmentation.segmenting import segment
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp"}
 
@@ -208,43 +206,6 @@ def _own(file: Path) -> bool:
             return picture.info.get("Software") == _SOFTWARE
     except OSError:
         return False
-
-
-def segment(ensemble: Ensemble, image_CHW: np.ndarray, name: str = "image") -> np.ndarray:
-    """Label map of one image, at its own size.
-
-    The image is brought to the size the networks were trained at as in training (bilinear,
-    antialiased; stretched or padded), and the class probabilities back to the image's size.
-
-    Args:
-        image_CHW: uint8, (C, H, W).
-        name: of the image, for errors.
-
-    Returns:
-        (H, W) uint8 class indices.
-
-    Raises:
-        UserError: probabilities are NaN or infinite.
-    """
-    device = next(ensemble.first.module.parameters()).device
-    native, size = (image_CHW.shape[1], image_CHW.shape[2]), ensemble.first.image_size
-    resized = _resized(image_CHW, placed(native, size, ensemble.first.fit))
-    tensor = torch.from_numpy(padded(resized, size, PADDING)).unsqueeze(0).to(device)
-    found = ensemble.probabilities(to_float(tensor))
-    if not found.isfinite().all():
-        raise UserError(f"{name}: its class probabilities by {ensemble.first.run} are not finite")
-    return label_map(found, native, ensemble.first.fit, ensemble.threshold).cpu().numpy()
-
-
-def _resized(image_CHW: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    if image_CHW.shape[1:] == size:
-        return image_CHW
-    height, width = size
-    channels = [
-        np.asarray(Image.fromarray(channel).resize((width, height), Image.Resampling.BILINEAR))
-        for channel in image_CHW
-    ]
-    return np.stack(channels)
 
 
 def _rgb(image_CHW: np.ndarray) -> np.ndarray:

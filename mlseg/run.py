@@ -41,6 +41,7 @@ from mlseg.problems.systems import AnyRunSettings, all_systems, load_system
 from mlseg.randomness import seed_everything
 from mlseg.resuming import TrainedWith, refuse_changes, require_unchanged
 from mlseg.segmentation.data.samples import shapes_alone
+from mlseg.segmentation.trained import begun_with
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -238,13 +239,6 @@ def _threads(
         f"It began with {before} and goes on with {chosen.number} threads: its figures may differ "
         "in the last digits from those of a run that kept them"
     )
-
-
-def begun_with(run: Path) -> int:
-    """The threads that a run began with; torch's own number for one that hasn't stored it."""
-    path = run / "config.yaml"
-    stored = config.load(path).values.get("threads") if path.is_file() else None
-    return stored if isinstance(stored, int) else torch.get_num_threads()
 
 
 def _what(arguments: argparse.Namespace) -> config.Tree:

@@ -10,7 +10,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from mlseg import checkpoint
+from mlseg import checkpoint, config, threads
 from mlseg.config import Settings, Tree, parse
 from mlseg.errors import UserError
 from mlseg.segmentation.data import DatasetSpec, Fit
@@ -251,3 +251,21 @@ def load_trained(run: Path, device: torch.device, weights: str = "best") -> Trai
         digest=digest,
         config=state.get("config"),
     )
+
+
+def begun_with(run: Path) -> int:
+    """The threads that a run began with; torch's own number for one that hasn't stored it."""
+    path = run / "config.yaml"
+    stored = config.load(path).values.get("threads") if path.is_file() else None
+    return stored if isinstance(stored, int) and stored > 0 else torch.get_num_threads()
+
+
+def run_threads(run: Path, asked: int | None = None) -> threads.Threads:
+    """As many as are asked for, or the environment says, or else as the run was trained with.
+
+    So figures are those that the run reported.
+    """
+    if asked is not None:
+        return threads.Threads(asked, "--threads")
+    own = threads.Threads(min(begun_with(run), threads.cores()), "run")
+    return threads.by_environment() or own
