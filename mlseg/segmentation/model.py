@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,7 @@ def load(
     device: str | torch.device = "auto",
     k: float | None = None,
     threshold: float | None = None,
+    tta: str | None = None,
     threads: int | None = None,
     trust: bool = False,
 ) -> Model:
@@ -175,6 +177,7 @@ def load(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         k: temperature; None: the calibrated or the run's own.
         threshold: of the foreground's probability; None: the same.
+        tta: ``flips`` averages over the eight flips and quarter turns of each image.
         threads: of the processor; None: what the environment says, or else as many as the first run
             began with, as the command has it. Torch's own number is put back after each call.
         trust: import the modules that the runs name; without, a run that needs any is refused.
@@ -191,6 +194,8 @@ def load(
             raise UserError(f"load: {entry!r} is no path; give a run directory or a list of them")
     if weights not in ("best", "last"):
         raise UserError(f"load: weights: {weights!r} is neither best nor last")
+    if tta not in (None, "flips"):
+        raise UserError(f"load: tta: {tta!r} is neither flips nor None")
     if k is not None and not 0 < k < float("inf"):
         raise UserError(f"load: k: {k} isn't above 0")
     if threshold is not None and not 0 < threshold < 1:
@@ -200,7 +205,8 @@ def load(
         with strangers(trust):
             ensemble = load_runs(paths, choose_device(device), weights)
             chosen = run_threads(paths[0], threads)
-        return Model(calibrated(ensemble, k, threshold), chosen.number)
+        made = replace(calibrated(ensemble, k, threshold), flips=tta == "flips")
+        return Model(made, chosen.number)
     except UserError as error:
         text = str(error)
         for flag, argument in _ARGUMENTS.items():

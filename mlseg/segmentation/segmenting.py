@@ -43,16 +43,6 @@ def probabilities(ensemble: Ensemble, image_CHW: NDArray[np.uint8], name: str = 
     return found
 
 
-def segment(
-    ensemble: Ensemble, image_CHW: NDArray[np.uint8], name: str = "image"
-) -> NDArray[np.uint8]:
-    """Label map of one image, at its own size: (H, W) uint8 class indices.
-
-    Args, raises: as of :func:`probabilities`.
-    """
-    return decided(ensemble, probabilities(ensemble, image_CHW, name), image_CHW.shape[1:])
-
-
 def decided(ensemble: Ensemble, found_1KHW: Tensor, native: tuple[int, ...]) -> NDArray[np.uint8]:
     """The label map that :func:`probabilities` mean at an image's own size, (H', W')."""
     size, fit = (native[0], native[1]), ensemble.first.fit
