@@ -41,6 +41,7 @@ from mlseg.engines.tracking import Tracking
 from mlseg.errors import RunError, UserError, located
 from mlseg.files import claimed, require_new, write_json, write_text
 from mlseg.machine import device_name, versions
+from mlseg.problems.building import StartedFrom
 from mlseg.problems.systems import AnyRunSettings, RunSettings, all_systems, load_system
 from mlseg.randomness import seed_everything
 from mlseg.resuming import TrainedWith, refuse_changes, require_unchanged
@@ -151,13 +152,19 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
             timed_dry_run(build(settings, None))
             return 0
         with shapes_alone():
-            dry_run(build(settings, None))
+            engine = build(settings, None)
+            if settings.init is not None:
+                StartedFrom(engine.problems, goes_on=False)
+            dry_run(engine)
         return 0
-    if settings.log.tracker is None:
-        more: list[Hooks] = []
-    else:
-        more = [Tracking(settings.log, settings.model_dump(mode="json"), directory)]
-    engine = build(settings, directory)
+    more: list[Hooks] = []
+    if settings.log.tracker is not None:
+        more.append(Tracking(settings.log, settings.model_dump(mode="json"), directory))
+    # A run that goes on has its weights, and the file may be gone.
+    made = settings if saved is None else settings.model_copy(update={"init": None})
+    engine = build(made, directory)
+    if settings.init is not None:
+        more.append(StartedFrom(engine.problems, goes_on=saved is not None))
     engine._hooks += [TrainedWith(settings), *more]
     console = make_console(stderr=True)
     if saved is not None:

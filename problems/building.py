@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from mlseg.engines.engine import Engine
+from mlseg.engines.hooks import Hooks
 from mlseg.engines.settings import EngineSettings, LoopSettings
+from mlseg.errors import UserError
 from mlseg.machine import choose_device
 from mlseg.multilevel.config import Config
 from mlseg.multilevel.settings import ProblemSettings
-from mlseg.randomness import derived, seeded
+from mlseg.randomness import derived, replayed, seeded
 from mlseg.segmentation.data import (
     Augmentation,
     AugmentationSettings,
@@ -23,6 +28,7 @@ from mlseg.segmentation.data import (
     DataSettings,
     Samples,
 )
+from mlseg.segmentation.fine_tuning import Taken, said, start_from
 from mlseg.segmentation.nets import SegmentorSettings, build_segmentor
 
 
@@ -60,6 +66,47 @@ class SegmentationRun(Protocol):
     def segmentor(self) -> SegmentorSettings: ...
     @property
     def engine(self) -> LoopSettings: ...
+    @property
+    def init(self) -> str | None: ...
+
+
+TAKEN: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+"""What segmentors have taken over from another run; see ``Taken``."""
+
+
+class StartedFrom(Hooks):
+    """Says what a run's segmentors have taken over by ``init``, at its start and in its results.
+
+    Args:
+        problems: of the run.
+
+    Raises:
+        UserError: none of them has anything to do with it.
+    """
+
+    name = "init"
+
+    def __init__(self, problems: Iterable[Any], goes_on: bool) -> None:
+        self.records = {p.name: TAKEN[p.module] for p in problems if p.module in TAKEN}
+        if not (self.records or goes_on):
+            raise UserError("init: this system makes no segmentor that it could start; drop it")
+        self._say()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The records: a run that goes on doesn't read the file again."""
+        return {"records": self.records}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.records = {str(k): Taken.of(v).record() for k, v in state["records"].items()}
+        self._say()
+
+    def results(self, engine: Engine, report: Mapping[str, Any]) -> dict[str, Any]:
+        """``init``, by the level that holds the segmentor."""
+        return {"init": self.records}
+
+    def _say(self) -> None:
+        self.notice = "\n".join(map(said, self.records.values())) or None
 
 
 class Builder:
@@ -80,10 +127,13 @@ class Builder:
         self._made: set[str] = set()
 
     def segmentor(self, name: str = "segmentor") -> nn.Module:
-        """The config's segmentor, with random weights.
+        """The config's segmentor, with random weights or, by ``init``, those of another run.
 
         Args:
-            name: its initial weights are those of this name; a warning says where two have one.
+            name: its random weights are those of this name; a warning says where two have one.
+
+        Raises:
+            UserError: ``init`` names nothing that can be read, or another network's weights.
         """
         if name in self._made:
             warnings.warn(
@@ -96,8 +146,17 @@ class Builder:
             network = build_segmentor(
                 self.settings.segmentor, self.spec.channels, self.spec.num_classes
             )
+        if self.settings.init is not None:
+            with replayed(None):
+                taken = start_from(self.settings.init, network, self.spec.classes, self._wider)
+            TAKEN[network] = taken.record()
         # The layout that CPUs and tensor cores like.
         return network.to(memory_format=torch.channels_last)
+
+    def _wider(self) -> nn.Module:
+        """The segmentor with a class more."""
+        spec = self.spec
+        return build_segmentor(self.settings.segmentor, spec.channels, spec.num_classes + 1)
 
     def loader(
         self,

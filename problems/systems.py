@@ -29,6 +29,7 @@ class AnyRunSettings(Settings):
         threads: of the processor; ``auto``: what the environment says (OMP_NUM_THREADS), or else as
             many as the work fills. Another number may change the last digits.
         precision: ``bf16`` is autocast; hypergradients are evaluated in fp32 all the same.
+        init: a run, or a file of ``export --format torch``, whose weights segmentors start from.
         engine: length, validation, checkpoints.
         log: where figures go besides the run directory.
     """
@@ -59,6 +60,7 @@ class AnyRunSettings(Settings):
     device: str = "auto"
     threads: Literal["auto"] | Annotated[int, pydantic.Field(ge=1, le=MOST_THREADS)] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
+    init: Annotated[str, pydantic.Field(min_length=1)] | None = None
     engine: LoopSettings = LoopSettings()
     log: LogSettings = LogSettings()
 

@@ -22,11 +22,12 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs and a photograph."""
+    """Two runs, a config of other classes and a photograph."""
     place = tmp_path_factory.mktemp("place")
     for seed, name in ((1, "try"), (2, "other")):
         config = tiny.write_config(place / f"{name}.yaml", changes={"seed": seed})
         assert run.main([str(config), "--out", str(place / "runs" / name)]) == 0
+    tiny.write_config(place / "scenes.yaml", changes={"data.name": "synthetic_scenes"})
     Image.effect_noise((50, 41), 80).convert("RGB").save(place / "photograph.jpg")
     return place
 
@@ -47,11 +48,14 @@ def test_every_block_of_the_page(folder: Path, monkeypatch: pytest.MonkeyPatch) 
             command = words[2].removeprefix("mlseg.")
             assert command in COMMANDS
             assert main([command, *without_comment(words[3:])]) == 0, words
-    assert names["mask"].shape == (41, 50)
-    assert names["chances"].shape == (2, 41, 50)
+    assert names["chances"].shape[-3:] == (2, 41, 50)
     assert [mask.shape for mask in names["masks"]] == [(41, 50)] * 3
     assert np.array_equal(names["masks"][0], names["masks"][1])
     assert names["logits"].shape == (1, 2, 32, 32)
+    assert names["mask"].shape[-2:] == (41, 50)
+    assert (folder / "masks" / "photograph_probabilities.npz").exists()
+    for name in ("tuned", "scenes"):
+        assert (folder / "runs" / name / "results.json").exists()
 
 
 def without_comment(words: list[str]) -> list[str]:
