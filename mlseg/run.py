@@ -47,6 +47,7 @@ from mlseg.engines.tracking import Tracking
 from mlseg.errors import RunError, UserError, located, unharmed
 from mlseg.files import claimed, require_new, write_json, write_text
 from mlseg.machine import device_name, versions
+from mlseg.problems.building import TakenOver
 from mlseg.problems.systems import AnyRunSettings, RunSettings, all_systems, load_system
 from mlseg.randomness import seed_everything
 from mlseg.reports.levels import draw_levels, require_picture
@@ -54,6 +55,7 @@ from mlseg.reports.page import PAGE, write_page
 from mlseg.reports.starting import note_start
 from mlseg.resuming import TrainedWith, refuse_changes, require_unchanged
 from mlseg.segmentation.data.samples import shapes_alone
+from mlseg.segmentation.trained import begun_with
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -209,13 +211,18 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
         with shapes_alone():
             engine = build(settings, None)
             _draw(engine, arguments.graph)
+            if settings.init is not None:
+                TakenOver(engine.problems, goes_on=False)
             dry_run(engine)
         return 0
-    if settings.log.tracker is None or not parallel.is_first():
-        more: list[Hooks] = []
-    else:
-        more = [Tracking(settings.log, settings.model_dump(mode="json"), directory)]
-    engine = build(settings, directory)
+    more: list[Hooks] = []
+    if settings.log.tracker is not None and parallel.is_first():
+        more.append(Tracking(settings.log, settings.model_dump(mode="json"), directory))
+    # A run that goes on has its weights, and the file may be gone.
+    made = settings if saved is None else settings.model_copy(update={"init": None})
+    engine = build(made, directory)
+    if settings.init is not None:
+        more.append(TakenOver(engine.problems, goes_on=saved is not None))
     engine._hooks += [TrainedWith(settings), *more]
     console = make_console(stderr=True)
     if saved is not None:
@@ -329,13 +336,6 @@ def _threads(
         f"It began with {before} and goes on with {chosen.number} threads: its figures may differ "
         "in the last digits from those of a run that kept them"
     )
-
-
-def begun_with(run: Path) -> int:
-    """The threads that a run began with; torch's own number for one that hasn't stored it."""
-    path = run / "config.yaml"
-    stored = config.load(path).values.get("threads") if path.is_file() else None
-    return stored if isinstance(stored, int) else torch.get_num_threads()
 
 
 def _what(arguments: argparse.Namespace) -> config.Tree:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -16,10 +17,11 @@ from mlseg import checkpoint, parallel
 from mlseg.engines.engine import Engine
 from mlseg.engines.hooks import Hooks
 from mlseg.engines.settings import EngineSettings, LoopSettings
+from mlseg.errors import UserError
 from mlseg.machine import choose_device
 from mlseg.multilevel.config import Config
 from mlseg.multilevel.settings import ProblemSettings
-from mlseg.randomness import derived, seeded
+from mlseg.randomness import derived, replayed, seeded
 from mlseg.segmentation.data import (
     Augmentation,
     AugmentationSettings,
@@ -28,6 +30,7 @@ from mlseg.segmentation.data import (
     DataSettings,
     Samples,
 )
+from mlseg.segmentation.fine_tuning import Taken, said, start_from
 from mlseg.segmentation.nets import SegmentorSettings, build_segmentor, starting
 
 
@@ -65,6 +68,47 @@ class SegmentationRun(Protocol):
     def segmentor(self) -> SegmentorSettings: ...
     @property
     def engine(self) -> LoopSettings: ...
+    @property
+    def init(self) -> str | None: ...
+
+
+TAKEN: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+"""What segmentors have taken over from another run; see ``Taken``."""
+
+
+class TakenOver(Hooks):
+    """Says what a run's segmentors have taken over by ``init``, at its start and in its results.
+
+    Args:
+        problems: of the run.
+
+    Raises:
+        UserError: none of them has anything to do with it.
+    """
+
+    name = "init"
+
+    def __init__(self, problems: Iterable[Any], goes_on: bool) -> None:
+        self.records = {p.name: TAKEN[p.module] for p in problems if p.module in TAKEN}
+        if not (self.records or goes_on):
+            raise UserError("init: this system makes no segmentor that it could start; drop it")
+        self._say()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The records: a run that goes on doesn't read the file again."""
+        return {"records": self.records}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.records = {str(k): Taken.of(v).record() for k, v in state["records"].items()}
+        self._say()
+
+    def results(self, engine: Engine, report: Mapping[str, Any]) -> dict[str, Any]:
+        """``init``, by the level that holds the segmentor."""
+        return {"init": self.records}
+
+    def _say(self) -> None:
+        self.notice = "\n".join(map(said, self.records.values())) or None
 
 
 class StartedFrom(Hooks):
@@ -118,13 +162,14 @@ class Builder:
         self._made: set[str] = set()
 
     def segmentor(self, name: str = "segmentor") -> nn.Module:
-        """The config's segmentor, with random weights or those that its settings name.
+        """The config's segmentor, with random weights, those of another run, or published ones.
 
         Args:
             name: its random weights are those of this name; a warning says where two have one.
 
         Raises:
-            UserError: weights that the settings name can't be had, or are another network's.
+            UserError: what ``init`` or the settings name can't be had, or is another network's; or
+                both name weights.
         """
         if name in self._made:
             warnings.warn(
@@ -138,14 +183,23 @@ class Builder:
                 self.settings.segmentor, self.spec.channels, self.spec.num_classes
             )
         if not self.goes_on:
-            self.started.add(
-                name,
-                starting.start(
-                    network, self.settings.segmentor, self.spec.channels, self.spec.classes
-                ),
+            found = starting.start(
+                network, self.settings.segmentor, self.spec.channels, self.spec.classes
             )
+            if found is not None and self.settings.init is not None:
+                raise UserError("init: segmentor names weights to start from too; drop either")
+            self.started.add(name, found)
+        if self.settings.init is not None:
+            with replayed(None):
+                taken = start_from(self.settings.init, network, self.spec.classes, self._wider)
+            TAKEN[network] = taken.record()
         # The layout that CPUs and tensor cores like.
         return network.to(memory_format=torch.channels_last)
+
+    def _wider(self) -> nn.Module:
+        """The segmentor with a class more."""
+        spec = self.spec
+        return build_segmentor(self.settings.segmentor, spec.channels, spec.num_classes + 1)
 
     def loader(
         self,

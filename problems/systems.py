@@ -33,6 +33,7 @@ class AnyRunSettings(Settings):
         precision: ``bf16`` is autocast; hypergradients are evaluated in fp32 all the same.
         sync_batchnorm: in several processes (torchrun), whether BatchNorm goes by the statistics of
             the whole batch, at two collectives a layer; else by those of each process's share.
+        init: a run, or a file of ``export --format torch``, whose weights segmentors start from.
         engine: length, validation, checkpoints.
         log: where figures go besides the run directory.
     """
@@ -64,6 +65,7 @@ class AnyRunSettings(Settings):
     threads: Literal["auto"] | Annotated[int, pydantic.Field(ge=1, le=MOST_THREADS)] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     sync_batchnorm: bool = False
+    init: Annotated[str, pydantic.Field(min_length=1)] | None = None
     engine: LoopSettings = LoopSettings()
     log: LogSettings = LogSettings()
 

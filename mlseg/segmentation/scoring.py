@@ -56,16 +56,23 @@ def predict_logits(
         return passed(image_BCHW)
     total: Tensor | None = None
     number = torch.zeros(height, width, device=image_BCHW.device)
-    for top in _starts(height, window[0]):
-        for left in _starts(width, window[1]):
-            rows, columns = slice(top, top + window[0]), slice(left, left + window[1])
-            logits = passed(image_BCHW[..., rows, columns])
-            if total is None:
-                total = logits.new_zeros(*logits.shape[:2], height, width)
-            total[..., rows, columns] += logits
-            number[rows, columns] += 1
+    for rows, columns in windows((height, width), window):
+        logits = passed(image_BCHW[..., rows, columns])
+        if total is None:
+            total = logits.new_zeros(*logits.shape[:2], height, width)
+        total[..., rows, columns] += logits
+        number[rows, columns] += 1
     assert total is not None
     return total / number
+
+
+def windows(size: tuple[int, int], window: tuple[int, int]) -> list[tuple[slice, slice]]:
+    """Rows and columns of the fewest windows that cover an image, evenly spaced."""
+    return [
+        (slice(top, top + window[0]), slice(left, left + window[1]))
+        for top in _starts(size[0], window[0])
+        for left in _starts(size[1], window[1])
+    ]
 
 
 def _starts(side: int, window: int) -> list[int]:
