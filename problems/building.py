@@ -40,7 +40,7 @@ class Setup(NamedTuple):
     name: str
     module: nn.Module
     optimizer: torch.optim.Optimizer
-    loader: BatchLoader | None = None
+    loader: BatchLoader | tuple[BatchLoader, ...] | None = None
     config: Config | None = None
     scheduler: LRScheduler | None = None
 
@@ -79,11 +79,14 @@ class Builder:
         self.device: torch.device = choose_device(settings.device)
         self._made: set[str] = set()
 
-    def segmentor(self, name: str = "segmentor") -> nn.Module:
+    def segmentor(
+        self, name: str = "segmentor", settings: SegmentorSettings | None = None
+    ) -> nn.Module:
         """The config's segmentor, with random weights.
 
         Args:
             name: its initial weights are those of this name; a warning says where two have one.
+            settings: of another network than the config's ``segmentor``.
         """
         if name in self._made:
             warnings.warn(
@@ -94,7 +97,7 @@ class Builder:
         self._made.add(name)
         with seeded(self.settings.seed, name):
             network = build_segmentor(
-                self.settings.segmentor, self.spec.channels, self.spec.num_classes
+                settings or self.settings.segmentor, self.spec.channels, self.spec.num_classes
             )
         # The layout that CPUs and tensor cores like.
         return network.to(memory_format=torch.channels_last)
@@ -121,7 +124,7 @@ class Builder:
         name: str,
         settings: ProblemSettings,
         module: nn.Module,
-        loader: BatchLoader | None = None,
+        loader: BatchLoader | tuple[BatchLoader, ...] | None = None,
         more_steps: int | None = 0,
         **changes: Any,
     ) -> Setup:

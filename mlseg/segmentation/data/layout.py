@@ -132,12 +132,15 @@ def _lies_in(folder: str, other: str) -> bool:
     return os.path.commonpath([folder, other]) == other
 
 
-def find_examples(entry: Entry, root: Path, most: int = MAX_FILES) -> dict[str, list[Example]]:
+def find_examples(
+    entry: Entry, root: Path, most: int = MAX_FILES, unmasked: bool = False
+) -> dict[str, list[Example]]:
     """All examples of a data set by part ("all", or "train", "val", "test"), sorted by id.
 
     Args:
         entry: of the data set. For "pairs", `root` is a CSV file or a folder with pairs.csv.
         most: files and folders in `root`.
+        unmasked: images without a mask are examples too.
 
     Raises:
         UserError: nothing in `root` fits a layout; an image without its mask, a mask without its
@@ -165,7 +168,7 @@ def find_examples(entry: Entry, root: Path, most: int = MAX_FILES) -> dict[str, 
                     f"{root}: {absent[0]} is listed for the part {name}, but there is no {expected}"
                 )
         if images or any(masks):
-            found[name] = _paired(entry, part, root, images, masks)
+            found[name] = _paired(entry, part, root, images, masks, unmasked)
     return found
 
 
@@ -240,7 +243,12 @@ def _only(names: Iterable[str], matches: Matches) -> Matches:
 
 
 def _paired(
-    entry: Entry, part: Part, root: Path, images: Matches, masks: list[Matches]
+    entry: Entry,
+    part: Part,
+    root: Path,
+    images: Matches,
+    masks: list[Matches],
+    unmasked: bool,
 ) -> list[Example]:
     own = entry.spec.name == "folder"
     unite = "; to unite several, write * in data.mask_pattern" if own else ""
@@ -265,7 +273,9 @@ def _paired(
         missing = [
             expected for expected, found in zip(part.masks, masks, strict=True) if name not in found
         ]
-        if missing and entry.unmasked_images and len(missing) == len(masks):
+        if len(missing) == len(masks) and (unmasked or entry.unmasked_images):
+            if unmasked:
+                examples.append(Example(name, root / paths[0], ()))
             continue
         if missing:
             expected = missing[0].replace("**/", "").replace("{id}", name)
