@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mlseg import checkpoint
+from mlseg.errors import UserError
 from mlseg.problems.e2eaug.levels import encode
 from mlseg.problems.e2eaug.networks.pix2pix import Generator
 from mlseg.problems.e2eaug.settings import GanSettings
@@ -84,6 +85,8 @@ def pairs(
     if not path.exists() or not run.config.get("synthetic_weight"):
         return []
     state = checkpoint.load(path)
+    if (kind := state.get("name", "pix2pix")) != "pix2pix":
+        raise UserError(f"{path}: pairs are made by pix2pix generators, this one is {kind!r}")
     with checkpoint.taking(f"{path}: its generator", "put the file back"):
         generator = Generator(**state["settings"])
         checkpoint.load_module(generator, state["module"])

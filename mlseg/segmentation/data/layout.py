@@ -148,7 +148,7 @@ def find_examples(
             many files.
     """
     if entry.examples is not None:
-        return _own(entry, root)
+        return _own(entry, root, unmasked)
     files = list_files(root, most)
     layout = choose_layout(entry, files)
     if layout is None:
@@ -172,12 +172,12 @@ def find_examples(
     return found
 
 
-def _own(entry: Entry, root: Path) -> dict[str, list[Example]]:
+def _own(entry: Entry, root: Path, unmasked: bool) -> dict[str, list[Example]]:
     """What an entry's own function finds."""
     assert entry.examples is not None
-    found = {
-        part: sorted(e, key=lambda example: example.id) for part, e in entry.examples(root).items()
-    }
+    own = entry.examples
+    examples = read_pairs(root, unmasked) if own is read_pairs else own(root)
+    found = {part: sorted(e, key=lambda example: example.id) for part, e in examples.items()}
     if not any(found.values()):
         raise UserError(f"{root}: no image of {entry.spec.name} found")
     strange = sorted(found.keys() - {"all", "train", "val", "test"})
@@ -290,11 +290,14 @@ def _paired(
     return examples
 
 
-def read_pairs(root: Path) -> dict[str, list[Example]]:
+def read_pairs(root: Path, unmasked: bool = False) -> dict[str, list[Example]]:
     """The pairs of a CSV file, or of the pairs.csv in a folder, by part.
 
     Commas, semicolons or tabs part its columns, as its first line says. Empty lines, and lines that
     begin with # and no file's name, are left out.
+
+    Args:
+        unmasked: the column mask may be empty.
     """
     path = root if root.suffix.lower() == ".csv" else root / "pairs.csv"
     rows = _read_rows(path)
@@ -316,10 +319,11 @@ def read_pairs(root: Path) -> dict[str, list[Example]]:
                 "hold the separator in quotes"
             )
         row = dict(zip(columns, cells, strict=False))
-        if not row.get("image") or not row.get("mask"):
+        if not row.get("image") or not (unmasked or row.get("mask")):
             raise UserError(f"{path}:{line}: a pair needs an image and a mask")
-        image, mask = (path.parent / row[column] for column in ("image", "mask"))
-        for named in (image, mask):
+        named_files = [row[column] for column in ("image", "mask") if row.get(column)]
+        image, *masks = (path.parent / named for named in named_files)
+        for named in (image, *masks):
             try:
                 there = reachable(named).is_file()
             except UserError as error:
@@ -336,7 +340,7 @@ def read_pairs(root: Path) -> dict[str, list[Example]]:
                 f"be in one split only, and once (a column id tells files of one name apart)"
             )
         seen[name] = line
-        found.setdefault(part, []).append(Example(name, image, (mask,)))
+        found.setdefault(part, []).append(Example(name, image, tuple(masks)))
     if not seen:
         raise UserError(f"{path}: no pairs below the first line")
     if "all" in found and len(found) > 1:

@@ -1,5 +1,6 @@
 """Several steps of the segmentor for each of the architecture, by unrolled differentiation."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,21 @@ def test_the_architecture_waits_for_the_segmentor() -> None:
     assert devices == {torch.device(engine.device)}
 
 
-def test_resumed_between_two_of_its_steps(tmp_path: Path) -> None:
-    changes = {
+def unrolling() -> dict[str, Any]:
+    return {
         KEY: {"method": "unrolled"},
         "problems.segmentor.unroll_steps": 2,
         "engine.checkpoint_every": 1,
     }
+
+
+@pytest.mark.slow
+def test_on_real_images(real: Callable[[str], Path], tmp_path: Path) -> None:
+    data = {"name": "isic2018", "root": str(real("isic2018")), "image_size": 32}
+    changes = {**unrolling(), "data": {**data, "train": 4, "val": 2, "test": 2}}
+    check(lambda out: tiny.build("e2eaug", changes, out), tmp_path, [5], "saved")
+
+
+def test_resumed_between_two_of_its_steps(tmp_path: Path) -> None:
+    changes = unrolling()
     check(lambda out: tiny.build("e2eaug", changes, out), tmp_path, [4, 6], "killed")

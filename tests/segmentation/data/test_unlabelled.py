@@ -178,3 +178,18 @@ def test_stand_ins_have_them_too() -> None:
     without = load_data(DataSettings.model_validate(settings), unlabelled=False)
     assert without.unlabelled is None
     assert without.manifest == data.manifest
+
+
+def test_a_line_of_a_list_may_have_no_mask(tmp_path: Path) -> None:
+    lines = ["image,mask"]
+    for number in range(9):
+        write_image(tmp_path / f"i{number}.png", 20 * number, "RGB")
+        write_image(tmp_path / f"m{number}.png", half_mask())
+        lines.append(f"i{number}.png,{'' if number < 3 else f'm{number}.png'}")
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    settings: dict[str, Any] = {"name": "pairs", "root": str(tmp_path), "image_size": 8}
+    settings |= {"train": 3, "val": 1, "test": 1}
+    data = load_data(DataSettings(**settings, unlabelled=4))
+    assert {"i0", "i1", "i2"} < set(ids(data))
+    with pytest.raises(UserError, match=r"pairs.csv:2: a pair needs an image and a mask"):
+        load_data(DataSettings(**settings))
