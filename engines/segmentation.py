@@ -188,7 +188,7 @@ class Segmentation(Hooks):
             },
             "data": self.data.spec.name,
             "provenance": self.data.provenance,
-            "split_hash": self.data.manifest["hash"],
+            "split_hash": self.data.split_hash,
             **({"lost": lost} if lost else {}),
             **({"best": None} if "best" in lost else {}),
         }

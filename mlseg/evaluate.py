@@ -261,7 +261,7 @@ def own_data(runs: Sequence[Path], trained_with: Any = None) -> SegmentationData
         raise UserError(f"{runs[0]}: its system has no data of its own; name a data set by --data")
     if wanted.when_missing == "download":  # into a folder that the run names
         wanted = wanted.model_copy(update={"when_missing": "error"})
-    data = load_data(wanted)
+    data = load_data(wanted, unlabelled=False)
     for run in runs:
         check_same_data(run, data)
     return data

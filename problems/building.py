@@ -48,7 +48,7 @@ class Setup(NamedTuple):
     name: str
     module: nn.Module
     optimizer: torch.optim.Optimizer
-    loader: BatchLoader | None = None
+    loader: BatchLoader | tuple[BatchLoader, ...] | None = None
     config: Config | None = None
     scheduler: LRScheduler | None = None
 
@@ -161,11 +161,14 @@ class Builder:
         self.device: torch.device = choose_device(settings.device)
         self._made: set[str] = set()
 
-    def segmentor(self, name: str = "segmentor") -> nn.Module:
+    def segmentor(
+        self, name: str = "segmentor", settings: SegmentorSettings | None = None
+    ) -> nn.Module:
         """The config's segmentor, with random weights, those of another run, or published ones.
 
         Args:
             name: its random weights are those of this name; a warning says where two have one.
+            settings: of another network than the config's ``segmentor``; ``init`` isn't for it.
 
         Raises:
             UserError: what ``init`` or the settings name can't be had, or is another network's; or
@@ -178,20 +181,18 @@ class Builder:
                 stacklevel=2,
             )
         self._made.add(name)
+        init = self.settings.init if settings is None else None
+        settings = settings or self.settings.segmentor
         with seeded(self.settings.seed, name):
-            network = build_segmentor(
-                self.settings.segmentor, self.spec.channels, self.spec.num_classes
-            )
+            network = build_segmentor(settings, self.spec.channels, self.spec.num_classes)
         if not self.goes_on:
-            found = starting.start(
-                network, self.settings.segmentor, self.spec.channels, self.spec.classes
-            )
-            if found is not None and self.settings.init is not None:
+            found = starting.start(network, settings, self.spec.channels, self.spec.classes)
+            if found is not None and init is not None:
                 raise UserError("init: segmentor names weights to start from too; drop either")
             self.started.add(name, found)
-        if self.settings.init is not None:
+        if init is not None:
             with replayed(None):
-                taken = start_from(self.settings.init, network, self.spec.classes, self._wider)
+                taken = start_from(init, network, self.spec.classes, self._wider)
             TAKEN[network] = taken.record()
         # The layout that CPUs and tensor cores like.
         return network.to(memory_format=torch.channels_last)
@@ -230,7 +231,7 @@ class Builder:
         name: str,
         settings: ProblemSettings,
         module: nn.Module,
-        loader: BatchLoader | None = None,
+        loader: BatchLoader | tuple[BatchLoader, ...] | None = None,
         more_steps: int | None = 0,
         **changes: Any,
     ) -> Setup:

@@ -1,4 +1,4 @@
-"""What a system adds to what people look at: to a sweep's tables, and to the page of a run.
+"""What a system adds to what people look at: to a sweep's tables and sheets, to a run's page.
 
 @FIGURES.register("steps_of_the_game")
 def steps(run: FinishedRun) -> float: ...
@@ -8,6 +8,8 @@ def cycles(rows: Mapping[str, Sequence[FinishedRun]], **options) -> list[Block]:
 
 @PAGES.register("lengths")
 def lengths(run: RecordedRun) -> list[Piece]: ...
+@ILLUSTRATIONS.register("pairs")
+def pairs(run: FinishedRun, data: SegmentationData, count: int) -> list[tuple[str, list]]: ...
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlseg.config.registry import Registry
+from mlseg.segmentation.data import SegmentationData
+from mlseg.segmentation.pictures import Picture as Pixels
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,23 @@ class Section(Protocol):
     ) -> Sequence[Block]: ...
 
 
+class Illustration(Protocol):
+    """Rows of pictures that a run can show, each with its words.
+
+    Args:
+        run: whose.
+        data: that it was trained on.
+        count: pictures of a row, (H, W, 3) uint8 of the images' size.
+
+    Returns:
+        Nothing where the run has nothing of the kind.
+    """
+
+    def __call__(
+        self, run: FinishedRun, data: SegmentationData, count: int
+    ) -> Sequence[tuple[str, Sequence[Pixels]]]: ...
+
+
 def mean_and_deviation(values: Sequence[float], digits: int, sign: str = "") -> str:
     """``0.584 ± 0.013``, a sample's standard deviation; without it of a single value.
 
@@ -152,9 +173,14 @@ def mean_and_deviation(values: Sequence[float], digits: int, sign: str = "") -> 
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-FIGURES: Registry[Figure] = Registry("figure", example="my_package.figures:steps")
+FIGURES: Registry[Figure] = Registry(
+    "figure", packages=["mlseg.sweeps.sections"], example="my_package.figures:steps"
+)
 SECTIONS: Registry[Section] = Registry(
     "section", packages=["mlseg.sweeps.sections"], example="my_package.sections:cycles"
 )
 PAGES: Registry[PageSection] = Registry("section of a page", example="my_package.sections:lengths")
 """Every one is asked for its part of every page."""
+ILLUSTRATIONS: Registry[Illustration] = Registry(
+    "illustration", example="my_package.pictures:pairs"
+)

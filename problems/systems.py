@@ -50,6 +50,7 @@ class AnyRunSettings(Settings):
         "threads",
         "data.root",  # where the files lie: that they are the same ones is checked
         "data.out_of_distribution_roots",
+        "data.unlabelled_root",
         "data.when_missing",
         "data.memory_limit_mib",
         "data.cache_dir",
@@ -57,6 +58,9 @@ class AnyRunSettings(Settings):
         "data.max_megapixels",
     )
     """What may differ when a run goes on; all else is what it was made with."""
+
+    takes_unlabelled: ClassVar[bool] = False
+    """Whether the system learns from images without masks (``data.unlabelled``)."""
 
     system: str
     imports: list[str] = []
@@ -68,6 +72,15 @@ class AnyRunSettings(Settings):
     init: Annotated[str, pydantic.Field(min_length=1)] | None = None
     engine: LoopSettings = LoopSettings()
     log: LogSettings = LogSettings()
+
+    @pydantic.model_validator(mode="after")
+    def _masks_are_needed(self) -> "AnyRunSettings":
+        if getattr(getattr(self, "data", None), "unlabelled", 0) and not self.takes_unlabelled:
+            raise ValueError(
+                f"data.unlabelled: system {self.system!r} learns nothing from images without "
+                "masks; drop it"
+            )
+        return self
 
     def work(self) -> int:
         """What threads have to share, in multiply-adds; 0 without images.
@@ -186,3 +199,23 @@ def load_system(name: str) -> System:
 def all_systems() -> Sequence[System]:
     """Every registered system, by name."""
     return list(SYSTEMS.all().values())
+
+
+def merged(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` over ``defaults``, what a preset fills in.
+
+    A mapping that names another component replaces the default.
+    """
+    result = dict(defaults)
+    for key, value in values.items():
+        default = result.get(key)
+        if isinstance(value, dict) and isinstance(default, dict) and _same(default, value):
+            result[key] = merged(default, value)
+        else:
+            result[key] = value
+    return result
+
+
+def _same(default: dict[str, Any], value: dict[str, Any]) -> bool:
+    """Whether both are settings of one component."""
+    return all(value.get(key, default.get(key)) == default.get(key) for key in ("name", "method"))

@@ -101,6 +101,8 @@ def generator(source: Source) -> Exportable:
 
 def _made(path: Path, num_classes: int) -> Images:
     state: dict[str, Any] = checkpoint.load(path)
+    if (kind := state.get("name", "pix2pix")) != "pix2pix":
+        raise UserError(f"{path}: pix2pix generators can be exported, this one is {kind!r}")
     with checkpoint.taking(f"{path}: its generator", "name another run"):
         shape = parse(Shape, Tree(dict(state["settings"]), source=f"{path}: settings"))
         if len(shape.kernels) != 2 * shape.levels:

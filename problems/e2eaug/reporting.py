@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
+from mlseg import checkpoint
+from mlseg.errors import UserError
+from mlseg.problems.e2eaug.levels import encode
+from mlseg.problems.e2eaug.networks.pix2pix import Generator
 from mlseg.problems.e2eaug.settings import GanSettings
 from mlseg.problems.reporting import (
     FIGURES,
+    ILLUSTRATIONS,
     PAGES,
     SECTIONS,
     Block,
@@ -19,6 +27,15 @@ from mlseg.problems.reporting import (
     RecordedRun,
     Series,
 )
+from mlseg.randomness import derived, seeded
+from mlseg.segmentation.data import (
+    Augmentation,
+    AugmentationSettings,
+    SegmentationData,
+    to_uint8,
+)
+from mlseg.segmentation.pictures import Picture as Pixels
+from mlseg.segmentation.pictures import colour, to_rgb
 
 
 @FIGURES.register("e2eaug.selected_step")
@@ -45,6 +62,58 @@ def largest_move(run: FinishedRun) -> float | None:
     """How far a selection weight went at most."""
     record = _record(run)
     return None if record is None else float(max(max(cell) for cell in record["moved"]))
+
+
+@FIGURES.register("e2eaug.direct_path")
+def direct_path(run: FinishedRun) -> float | None:
+    """Norm of the alphas' gradient over the segmentor alone, mean over the logged steps."""
+    return _mean_of(run, "hypergradient/via_segmentor")
+
+
+@FIGURES.register("e2eaug.path_through_generator")
+def path_through_generator(run: FinishedRun) -> float | None:
+    """Norm of the alphas' gradient over segmentor and generator, mean over the logged steps."""
+    return _mean_of(run, "hypergradient/via_generator")
+
+
+@FIGURES.register("e2eaug.hypergradient_seconds")
+def hypergradient_seconds(run: FinishedRun) -> float | None:
+    """Of both hops of a step of the alphas, mean over the logged steps."""
+    parts = [
+        _mean_of(run, f"hypergradient/{level}_seconds") for level in ("segmentor", "generator")
+    ]
+    known = [part for part in parts if part is not None]
+    return sum(known) if known else None
+
+
+@ILLUSTRATIONS.register("e2eaug.pairs")
+def illustrated(
+    run: FinishedRun, data: SegmentationData, count: int
+) -> list[tuple[str, Sequence[Pixels]]]:
+    """Augmented masks of training images, and the images that the finished generator makes of them.
+
+    Both by draws of the run's seed; in training mode, as the segmentor was given them.
+    """
+    path = run.directory / "checkpoints" / "generator.pt"
+    if not path.exists() or not run.config.get("synthetic_weight"):
+        return []
+    state = checkpoint.load(path)
+    if (kind := state.get("name", "pix2pix")) != "pix2pix":
+        raise UserError(f"{path}: pairs are made by pix2pix generators, this one is {kind!r}")
+    with checkpoint.taking(f"{path}: its generator", "put the file back"):
+        generator = Generator(**state["settings"])
+        checkpoint.load_module(generator, state["module"])
+    settings = AugmentationSettings.model_validate(run.config["mask_augmentation"])
+    chosen = data.train.masks[[index % len(data.train) for index in range(count)]].long()
+    with seeded(run.seed, "pairs"), torch.no_grad():
+        draw = torch.Generator().manual_seed(derived(run.seed, "masks"))
+        _, masks = Augmentation(settings, data.spec.ignore_index)(None, chosen, draw)
+        images = to_uint8(generator.train()(encode(masks, data.spec.num_classes)))
+    maps = masks.to(torch.uint8).numpy()
+    return [
+        ("masks, augmented", [colour(mask, data.spec.palette) for mask in maps]),
+        ("images made of them", [to_rgb(image) for image in images]),
+    ]
 
 
 @SECTIONS.register("e2eaug.choices")
@@ -108,3 +177,13 @@ def _record(run: FinishedRun | RecordedRun) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def _mean_of(run: FinishedRun, key: str) -> float | None:
+    """A figure of the architecture's steps, mean over the logged ones; None where it has none."""
+    path = run.directory / "metrics.jsonl"
+    if not path.exists():
+        return None
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    values = [line[key] for line in lines if line["problem"] == "architecture" and key in line]
+    return statistics.fmean(values) if values else None

@@ -194,7 +194,9 @@ def decode(
 def _read_masks(
     example: Example, entry: Entry, spec: DatasetSpec, size: tuple[int, int] | None
 ) -> NDArray[np.uint8]:
-    """The union of an example's masks, at `size` or their own."""
+    """The union of an example's masks, at `size` or their own; background where it has none."""
+    if not example.masks:
+        return np.zeros(size or _native_size(example, entry), np.uint8)
     parts = [
         read_mask(path, entry.masks, spec.num_classes, spec.ignore_index, size, entry.remap)
         for path in example.masks
