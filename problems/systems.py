@@ -13,6 +13,7 @@ from mlseg.config import Settings
 from mlseg.config.registry import Entry, Registry, find_entry
 from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings, LoopSettings
+from mlseg.engines.tracking import LogSettings
 from mlseg.errors import RunError, UserError, located
 from mlseg.multilevel.batch_norm import synchronise
 from mlseg.randomness import LARGEST_SEED
@@ -33,6 +34,7 @@ class AnyRunSettings(Settings):
         sync_batchnorm: in several processes (torchrun), whether BatchNorm goes by the statistics of
             the whole batch, at two collectives a layer; else by those of each process's share.
         engine: length, validation, checkpoints.
+        log: where figures go besides the run directory.
     """
 
     resumable: ClassVar[Sequence[str]] = (
@@ -41,6 +43,8 @@ class AnyRunSettings(Settings):
         "engine.checkpoint_every",
         "engine.samples",
         "engine.tensorboard",
+        "log.tracker",
+        "log.project",
         "device",  # where; another one may change the last digits
         "threads",
         "data.root",  # where the files lie: that they are the same ones is checked
@@ -61,6 +65,7 @@ class AnyRunSettings(Settings):
     precision: Literal["fp32", "bf16"] = "fp32"
     sync_batchnorm: bool = False
     engine: LoopSettings = LoopSettings()
+    log: LogSettings = LogSettings()
 
     def work(self) -> int:
         """What threads have to share, in multiply-adds; 0 without images.

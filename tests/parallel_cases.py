@@ -229,7 +229,11 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "supervised, several classes": (
         "supervised",
-        {"data.name": "synthetic_scenes", "loss": DICE, "augmentation": {"window": 16}},
+        {
+            "data.name": "synthetic_scenes",
+            "loss": {**DICE, "tversky": 0.5, "focal": 0.5, "boundary": 0.01},
+            "augmentation": {"window": 16},
+        },
     ),
     "e2eaug": (
         "e2eaug",
