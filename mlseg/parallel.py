@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from mlseg.errors import RunError, UserError, one_line
 
@@ -113,7 +114,7 @@ def start() -> None:
         if dist.is_initialized():  # by a program of the user's own
             store = None
         else:
-            store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
             store.set_timeout(TIMEOUT)
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT
@@ -335,7 +336,7 @@ def from_first(value: T) -> T:
     found: list[Any] = [value]
     with _waiting():
         dist.broadcast_object_list(found, 0, group=_group.control)
-    return found[0]  # type: ignore[no-any-return]
+    return found[0]
 
 
 def done_by_first(work: Callable[[], T]) -> T:
@@ -358,7 +359,7 @@ def done_by_first(work: Callable[[], T]) -> T:
         raise failure
     if text is not None:
         raise UserError(text)
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def together() -> None:

@@ -143,7 +143,8 @@ def _together(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.keys is not None:
         schema = load_system(arguments.keys).settings if arguments.keys else RunSettings
-        print("\n".join(keys.printed(schema)))
+        if parallel.is_first():
+            print("\n".join(keys.printed(schema)))
         return 0
     tree = _what(arguments)
     if arguments.dry_run or arguments.timed_dry_run:

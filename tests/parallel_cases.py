@@ -4,6 +4,7 @@ Each case gives tensors. Between one process and several they differ by rounding
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,11 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "supervised, several classes": (
         "supervised",
-        {"data.name": "synthetic_scenes", "loss": DICE, "augmentation": {"window": 16}},
+        {
+            "data.name": "synthetic_scenes",
+            "loss": {**DICE, "tversky": 0.5, "focal": 0.5, "boundary": 0.01},
+            "augmentation": {"window": 16},
+        },
     ),
     "e2eaug": (
         "e2eaug",
@@ -280,7 +285,7 @@ for _title, (_name, _changes) in SYSTEMS.items():
     if _name == "supervised" or (tiny.PLACE / _name / "tiny.yaml").exists():
         _changes = {**({"problems.segmentor.batch_size": 6} if _name == "supervised" else {}),
                     **_changes}  # fmt: skip
-        CASES[f"system {_title}"] = lambda name=_name, changes=_changes: system(name, changes)
+        CASES[f"system {_title}"] = partial(system, _name, _changes)
 
 
 def scores() -> Answer:

@@ -32,7 +32,7 @@ class Several:
         pause: float = 0.0,
     ) -> None:
         # As the agent does: the store outlives whichever process ends first.
-        self._store = dist.TCPStore(
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]
             "127.0.0.1", 0, None, True, timedelta(minutes=5), wait_for_workers=False
         )
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,8 +87,8 @@ def _join(rank: int, count: int, port: int, pause: float) -> None:
     if pause:
         former = Engine.train_step
 
-        def slow(engine: Engine) -> None:
+        def slow(self: Engine) -> None:
             time.sleep(pause)
-            former(engine)
+            former(self)
 
         Engine.train_step = slow  # type: ignore[method-assign]

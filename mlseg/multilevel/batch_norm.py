@@ -59,7 +59,7 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
 
 
 @cache
-def _synchronised(cls: type[nn.Module]) -> type[nn.Module]:
+def _synchronised(cls: Any) -> Any:
     """The same layer, by whole batches; UserError where it is more than torch's."""
     own = cls.forward is not nn.BatchNorm2d.forward
     if own and cls.__module__.split(".")[0] != "mlseg":
@@ -90,4 +90,5 @@ def synchronise(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         for layer in module.modules():
             if isinstance(layer, _KINDS) and not isinstance(layer, _Synchronised):
-                layer.__class__ = _synchronised(type(layer))
+                kind: Any = type(layer)
+                layer.__class__ = _synchronised(kind)

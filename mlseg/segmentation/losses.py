@@ -149,7 +149,7 @@ class SegmentationLoss(nn.Module):
                 ignore_index=-100 if self.ignore_index is None else self.ignore_index,
                 reduction="sum",
             )
-            loss = loss + self._per_pixel(self.cross_entropy * total, valid_BHW)
+            loss = loss + self._mean(self.cross_entropy * total, valid_BHW)
         if self.dice or self.jaccard or self.tversky:
             loss = loss + self._overlap(logits_BKHW, target_BHW, valid_BHW)
         if self.focal:
@@ -158,25 +158,26 @@ class SegmentationLoss(nn.Module):
             loss = loss + self.boundary * self._boundary(logits_BKHW, target_BHW, valid_BHW)
         return loss
 
-    def _per_pixel(self, total: Tensor, valid_BHW: Tensor) -> Tensor:
-        """A total by the number of pixels that count."""
-        if self.ignore_index is None:  # as many in every share
-            return total / valid_BHW.sum().clamp_min(1)
-        return parallel.ratio(total, valid_BHW.sum())
+    def _mean(self, total: Tensor, valid_BHW: Tensor) -> Tensor:
+        """Over the pixels that count."""
+        count = valid_BHW.sum()
+        if self.ignore_index is None:  # as many in every process's share
+            return total / count.clamp_min(1)
+        return parallel.ratio(total, count)
 
     def _focal(self, logits_BKHW: Tensor, target_BHW: Tensor, valid_BHW: Tensor) -> Tensor:
         label_B1HW = torch.where(valid_BHW, target_BHW, 0)[:, None]
         log_BHW = logits_BKHW.log_softmax(1).gather(1, label_B1HW)[:, 0]
         # Above 0 by a rounding, so that every derivative of the power is finite.
         missed_BHW = (-torch.expm1(log_BHW)).clamp_min(torch.finfo(log_BHW.dtype).eps)
-        return self._per_pixel(-(missed_BHW**self.gamma * log_BHW * valid_BHW).sum(), valid_BHW)
+        return self._mean(-(missed_BHW**self.gamma * log_BHW * valid_BHW).sum(), valid_BHW)
 
     def _boundary(self, logits_BKHW: Tensor, target_BHW: Tensor, valid_BHW: Tensor) -> Tensor:
         classes = logits_BKHW.shape[1]
         distance_BKHW = signed_distance(torch.where(valid_BHW, target_BHW, -1), classes)
         first = 0 if self.background else 1
         product_BKHW = (distance_BKHW * logits_BKHW.softmax(1) * valid_BHW[:, None])[:, first:]
-        return self._per_pixel(product_BKHW.sum() / (classes - first), valid_BHW)
+        return self._mean(product_BKHW.sum() / (classes - first), valid_BHW)
 
     def _overlap(self, logits_BKHW: Tensor, target_BHW: Tensor, valid_BHW: Tensor) -> Tensor:
         classes = torch.arange(logits_BKHW.shape[1], device=logits_BKHW.device)
