@@ -141,6 +141,20 @@ class Again(Protocol):
     def fresh_loss(self) -> Tensor:
         """The loss of a batch in a stream apart from training's, with draws of its own."""
 
+    def redrawn(self, place: Any) -> Any:
+        """The batch that was drawn at a place of the trajectory's, drawn again without a trace."""
+
+    def step_of_optimizer(
+        self,
+        parameters: Vector,
+        gradients: Sequence[Tensor | None],
+        moments: Sequence[dict[str, Tensor]],
+        groups: Sequence[dict[str, Any] | None],
+    ) -> list[dict[str, Tensor]]:
+        """Step the parameters in place, by clipping and optimizer as training does, from these
+        moments and settings (see :class:`~mlseg.hypergradients.trajectory.Step`); returns the
+        moments after it. The optimizer is afterwards what it was."""
+
     def modules(self) -> list[nn.Module]:
         """Those of all problems, which the loss may compute with; the level's own first."""
 

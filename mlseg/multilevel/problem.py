@@ -103,6 +103,7 @@ class Problem(Revisitable):
 
     def one_step_descent(self, batch: Any = None) -> dict[str, Any]:
         """Draw a batch, take the (hyper)gradient, step the optimizer."""
+        self._place = None
         if batch is None:
             self.cur_batch = batch = self._next_batch()
         self._set_learning_rates()
@@ -129,6 +130,8 @@ class Problem(Revisitable):
         return metrics
 
     def _next_batch(self) -> Any:
+        if self._redrawing is not None:
+            self._place = self._redrawing.place()
         try:
             return self.get_batch()
         except StopIteration as error:
