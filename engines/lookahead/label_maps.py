@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlseg import parallel
 from mlseg.checkpoint import require_form
 from mlseg.engines.lookahead.map_buffer import MapBuffer
 from mlseg.segmentation.data import (
@@ -38,6 +39,11 @@ class LabelMapBatches:
         augmentation: of image and map together.
         device: where batches go.
         seed: of order and augmentation.
+
+    Several processes go through the same passes, and each gives its share of every batch.
+
+    Raises:
+        UserError: they can't share the batches equally.
     """
 
     def __init__(
@@ -50,6 +56,10 @@ class LabelMapBatches:
         device: torch.device,
         seed: int,
     ) -> None:
+        key = "problems.discriminator.batch_size"
+        parallel.require_equal_parts(batch_size, key)
+        if batch_size > 2 * len(train):  # a batch of all maps there are
+            parallel.require_equal_parts(len(train), f"{key} is larger than a pass, data.train")
         self._parts = {"train": (train, 0), "hold_out": (hold_out, len(train))}
         self._buffer = buffer
         self._batch_size = batch_size
@@ -99,19 +109,30 @@ class LabelMapBatches:
         """The next batch of the pass."""
         chosen = self._order[self._position : self._position + self._size]
         self._position += len(chosen)
-        return self._batch("train", chosen, self._augmentation, self._generator)
+        part = parallel.part(len(chosen))
+        return self._batch("train", chosen, self._augmentation, self._generator, part)
 
     def of_hold_out(self) -> Iterator[Batch]:
-        """All maps of the hold-out, in the same windows every time."""
+        """All maps of the hold-out, in the same windows every time; this process's part of them."""
         places = torch.Generator().manual_seed(self._seed)
         for chosen in torch.arange(self.held_out).split(self._batch_size):
-            yield self._batch("hold_out", chosen, self._window, places)
+            part = parallel.part(len(chosen))
+            if part.start == part.stop:
+                self._window.draw(part.total, *self._parts["hold_out"][0].image_size, places)
+            else:
+                yield self._batch("hold_out", chosen, self._window, places, part)
 
     def _batch(
-        self, part: str, chosen: Tensor, augmentation: Augmentation, generator: torch.Generator
+        self,
+        split: str,
+        batch: Tensor,
+        augmentation: Augmentation,
+        generator: torch.Generator,
+        part: parallel.Part,
     ) -> Batch:
-        """Examples by number: of image i the truth, then its maps by each entry."""
-        samples, offset = self._parts[part]
+        """A part of a batch, by number: of image i the truth, then its maps by each entry."""
+        samples, offset = self._parts[split]
+        chosen = batch[part.span]
         sets = len(self._buffer) + 1
         image_index, which = chosen // sets, chosen % sets
         truth = samples.masks[image_index]
@@ -128,7 +149,7 @@ class LabelMapBatches:
         weights = torch.where(fake, sets / (2 * max(sets - 1, 1)), sets / 2)
         image = to_float(to_device(samples.images[image_index], self._device))
         label = to_device(labels, self._device).to(torch.int64)
-        image, label = augmentation(image, label, generator)
+        image, label = augmentation(image, label, generator, part)
         return image, label, to_device(real, self._device), to_device(weights.float(), self._device)
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from mlseg import randomness
 from mlseg.errors import RunError, UserError
 from mlseg.hypergradients import Interface
+from mlseg.hypergradients.fitness import HooksMade
 from mlseg.multilevel.belongings import Belongings, belongings, of_problems
+from mlseg.multilevel.redrawing import Place
 
 if TYPE_CHECKING:
     from mlseg.multilevel.problem import Problem
@@ -124,6 +127,28 @@ class Again:
         """The loss of a batch from the same data, in a stream of which training takes no note."""
         return self._problem._full_loss(self._problem.fresh_batch())
 
+    def redrawn(self, place: Place) -> Any:
+        """The batch that was drawn at ``place``, drawn again, without a trace."""
+        redrawing = self._problem._redrawing
+        assert redrawing is not None
+        return redrawing.draw(place)
+
+    def step_of_optimizer(
+        self,
+        parameters: list[Tensor],
+        gradients: Sequence[Tensor | None],
+        moments: Sequence[dict[str, Tensor]],
+        groups: Sequence[dict[str, Any] | None],
+    ) -> list[dict[str, Tensor]]:
+        """Step the parameters in place, as training does; returns the moments after the step."""
+        problem = self._problem
+        with borrowed(problem.optimizer, parameters, moments, groups) as optimizer:
+            problem.set_grads(parameters, gradients)
+            if problem.gradient_clipping > 0.0:
+                problem.clip_grad()
+            optimizer.step()
+            return [dict(optimizer.state.get(p, {})) for p in parameters]
+
     def modules(self) -> list[nn.Module]:
         """Those of all problems of the engine, this one's first."""
         return [problem.module for problem in self._problem._everyone()]
@@ -167,7 +192,8 @@ class Again:
                 # are compared with each other.
                 loss = self._evaluated(batch, interface)
             before = {k: (t, t._version) for k, t in self._witnesses(batch).items()}
-            again = self._evaluated(batch, interface)
+            with HooksMade() as hooks:
+                again = self._evaluated(batch, interface)
             changed = [k for k, (t, version) in before.items() if t._version != version]
         problem.interface, self._buffers_begun = interface, []
         fault = RunError if self._begins > 1 else UserError
@@ -177,6 +203,7 @@ class Again:
                 "hypergradients evaluate it again, which changes that again; do it only `if not "
                 "self.replaying`, keep it in a buffer of a problem's module, or change a copy"
             )
+        hooks.check(problem.name, problem.method, fault)
         if not _same(again, loss.detach()):
             raise fault(
                 f"problem {problem.name!r}: its step gives another loss when it is evaluated again "
@@ -232,6 +259,39 @@ class Again:
         for path, state in states.items():
             if path in generators:
                 randomness.set_own_state(generators[path], state)
+
+
+@contextmanager
+def borrowed(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[Tensor],
+    moments: Sequence[dict[str, Tensor]],
+    groups: Sequence[dict[str, Any] | None],
+) -> Iterator[torch.optim.Optimizer]:
+    """Within this block the optimizer has these moments and settings, and no gradients."""
+    state, settings = optimizer.state, [dict(group) for group in optimizer.param_groups]
+    held = {id(p): p for p in parameters}
+    held |= {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    gradients = [p.grad for p in held.values()]
+    optimizer.state = defaultdict(
+        dict, {p: dict(m) for p, m in zip(parameters, moments, strict=True) if m}
+    )
+    for values in groups:
+        if values is not None:
+            optimizer.param_groups[values["index"]].update(
+                {k: v for k, v in values.items() if k != "index"}
+            )
+    for p in held.values():
+        p.grad = None
+    try:
+        yield optimizer
+    finally:
+        optimizer.state = state
+        for group, was in zip(optimizer.param_groups, settings, strict=True):
+            group.clear()
+            group.update(was)
+        for p, gradient in zip(held.values(), gradients, strict=True):
+            p.grad = gradient
 
 
 def _put_back(buffers: Buffers) -> None:

@@ -27,7 +27,14 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import pydantic
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from mlseg.config import Settings
 
@@ -157,6 +164,25 @@ class PictureSettings(Settings):
     where: Where = {}
 
 
+class SheetSettings(Settings):
+    """Images in columns; in rows these, their masks, and what runs predict, those of one seed.
+
+    Attributes:
+        rows: name of an axis, whose values are the rows; for each value of the others a sheet.
+        images: of each split.
+        splits: None: all that ``{split}`` stands for.
+        where: cells that it is of, as for tables.
+        besides: by a value of that axis, what a system has registered to be shown of its run below,
+            such as the pairs that it has made.
+    """
+
+    rows: str
+    images: PositiveInt = 1
+    splits: list[str] | None = None
+    where: Where = {}
+    besides: dict[str, str] = {}
+
+
 class SectionSettings(Settings):
     """A part of the report that a function writes which has registered itself.
 
@@ -179,7 +205,7 @@ class ReportSettings(Settings):
         metrics: that ``{metric}`` stands for; None: the headline one.
         calibrated: whether the weights ``calibrated`` are scored too: those of ``best`` with k and
             threshold chosen on validation images.
-        figures, tables, pictures, sections: by name.
+        figures, tables, pictures, sheets, sections: by name.
     """
 
     splits: list[str] | None = None
@@ -193,6 +219,7 @@ class ReportSettings(Settings):
     }
     tables: dict[str, TableSettings | None] = {}
     pictures: dict[str, PictureSettings | None] = {}
+    sheets: dict[str, SheetSettings | None] = {}
     sections: dict[str, SectionSettings | None] = {}
 
 

@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mlseg.hypergradients import Interface
+from mlseg.multilevel.batch_norm import follow
 from mlseg.multilevel.problem import Problem
 from mlseg.precision import full
 from mlseg.problems.building import Setup
@@ -167,7 +168,9 @@ class Generator(Problem):
     def export(self) -> nn.Module:
         """The generator as it is now, merged into plain operators, for weights that stay fixed."""
         with torch.no_grad():
-            return self.module.merged(self.selection())
+            made: nn.Module = self.module.merged(self.selection())
+        follow(made, self.module)
+        return made
 
 
 class Discriminator(Problem):

@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from mlseg import checkpoint
+from mlseg import checkpoint, parallel
 from mlseg.engines.engine import Engine
 from mlseg.engines.hooks import Hooks
 from mlseg.engines.settings import Stage
@@ -92,11 +92,12 @@ class Pretraining(Hooks):
         """End pre-training: write ``gan.pt``; the optimizers start afresh at their own rates."""
         if stage.name != PRETRAINING:
             return
-        if engine.recorder.directory is not None:
+        if engine.directory is not None:
             state = {name: part.module.state_dict() for name, part in self._parts.items()}
             if "architecture" in state:  # lambda is no part of a GAN
                 state["architecture"] = {"alphas": state["architecture"]["alphas"]}
             engine._check_states({name: {"module": own} for name, own in state.items()})
+        if engine.recorder.directory is not None:
             checkpoint.save(engine.checkpoint_path("gan"), {**state, "shape": self._shape})
         for player in self._players:
             player.optimizer.state.clear()
@@ -239,7 +240,8 @@ class SyntheticPictures(Hooks):
             return
         masks = data.masks[:count].to(engine.device).long()
         draw = torch.Generator().manual_seed(0)  # the same augmentations in every picture
-        _, augmented = segmentor.mask_augmentation(None, masks, draw)
+        alone = parallel.Part(0, count, count)
+        _, augmented = segmentor.mask_augmentation(None, masks, draw, alone)
         with self._generator.again.untraced():
             made = self._generator(encode(augmented, spec.num_classes))
         palette = spec.palette

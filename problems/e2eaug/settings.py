@@ -14,7 +14,7 @@ from mlseg.problems.e2eaug.losses import Adversarial
 from mlseg.problems.e2eaug.networks.architecture import Selection
 from mlseg.problems.e2eaug.networks.discriminator import DISCRIMINATORS
 from mlseg.problems.e2eaug.networks.generator import GENERATORS
-from mlseg.problems.systems import RunSettings
+from mlseg.problems.systems import RunSettings, merged
 from mlseg.segmentation.data import AugmentationSettings, DataSettings
 from mlseg.segmentation.losses import LossSettings
 from mlseg.segmentation.nets import SegmentorSettings
@@ -254,20 +254,3 @@ _SPADE: dict[str, Any] = {
     "discriminator": {"name": "multiscale"},
     "gan": {"adversarial": "hinge", "feature_matching": 10.0, "l1": 0.0},
 }
-
-
-def merged(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """``values`` over ``defaults``; a mapping that names another component replaces the default."""
-    result = dict(defaults)
-    for key, value in values.items():
-        default = result.get(key)
-        if isinstance(value, dict) and isinstance(default, dict) and _same(default, value):
-            result[key] = merged(default, value)
-        else:
-            result[key] = value
-    return result
-
-
-def _same(default: dict[str, Any], value: dict[str, Any]) -> bool:
-    """Whether both are settings of one component."""
-    return all(value.get(key, default.get(key)) == default.get(key) for key in ("name", "method"))

@@ -38,12 +38,17 @@ from mlseg.segmentation.data import Augmentation, SegmentationData, load_data
 from mlseg.segmentation.losses import build_loss
 
 
-@system("e2eaug", E2EAugSettings, "three levels: mask-to-image GAN, segmentor, its architecture")
+@system(
+    "e2eaug",
+    E2EAugSettings,
+    "three levels: mask-to-image GAN, segmentor, its architecture",
+    in_several=True,
+)
 def build(settings: E2EAugSettings, out: Path | None) -> Engine:
     """Data, networks, the four problems, and the engine with its stages."""
     data = load_data(settings.data)
     require_validation(data)
-    make, levels, spec = Builder(settings, data.spec), settings.problems, data.spec
+    make, levels, spec = Builder(settings, data.spec, out), settings.problems, data.spec
     maker, critic, alphas = networks(settings, data)
     features = perceptual_features(settings, data, out)
     if features is not None:
@@ -103,7 +108,11 @@ def build(settings: E2EAugSettings, out: Path | None) -> Engine:
         ),
         device=make.device,
         out=out,
-        hooks=[*hooks, records.ExportedGenerator(generator, settings.generator.name)],
+        hooks=[
+            *hooks,
+            records.ExportedGenerator(generator, settings.generator.name),
+            *make.hooks(),
+        ],
     )
 
 

@@ -178,6 +178,8 @@ class LoadSettings(AnyRunSettings):
         epochs = self.pretraining.weighted_epochs + self.pretraining.epochs
         if self.start is None and not epochs:
             raise ValueError("start: an untrained model; set pretraining.epochs, or name a start")
+        if self.start is not None and self.segmentor.said("weights"):
+            raise ValueError("start: it brings all weights; drop it or segmentor.weights")
         if self.control is not None and self.problems.pretraining.accumulate != 1:
             raise ValueError(
                 "problems.pretraining.accumulate: an update of the control is one batch; "

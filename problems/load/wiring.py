@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlseg import parallel
 from mlseg.engines.engine import Engine
 from mlseg.engines.lookahead.controller import Controller, Lookahead, StraightAhead
 from mlseg.engines.lookahead.discriminator_training import DiscriminatorTraining
@@ -18,6 +19,7 @@ from mlseg.engines.lookahead.loop import LOOKAHEAD, LookaheadLoop
 from mlseg.engines.lookahead.map_buffer import MapBuffer
 from mlseg.engines.segmentation import Segmentation, require_validation
 from mlseg.engines.settings import Stage
+from mlseg.errors import UserError
 from mlseg.files import reachable
 from mlseg.problems.building import Builder
 from mlseg.problems.load.levels import Discriminator, Generator, Pretraining
@@ -36,14 +38,19 @@ from mlseg.segmentation.data import (
 )
 
 
-@system("load", LoadSettings, "a segmentor against a discriminator, with lookahead and rollback")
+@system(
+    "load",
+    LoadSettings,
+    "a segmentor against a discriminator, with lookahead and rollback",
+    in_several=True,
+)
 def build(settings: LoadSettings, out: Path | None) -> Engine:
     """The engine of a config; its run directory is ``out``."""
     data = load_data(settings.data)
     require_validation(data)
     held = hold_out(settings, data)
     spec, levels = data.spec, settings.problems
-    make = Builder(settings, spec)
+    make = Builder(settings, spec, out)
 
     network = make.segmentor()
     start = start_of(settings, network, spec.num_classes, out)
@@ -61,6 +68,12 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
             None if out is None else out / "buffer",
             settings.buffer_limit_mib,
         )
+        if buffer.mapped and parallel.several():
+            raise UserError(
+                f"buffer_limit_mib: {settings.buffer_limit_mib:g} makes files of the label maps, "
+                f"which {parallel.size()} processes don't share; raise it, so that they stay in "
+                "memory"
+            )
         batches = LabelMapBatches(
             data.train,
             held,
@@ -136,7 +149,12 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
         stages=stages,
         device=make.device,
         out=out,
-        hooks=[segmentation, loop, LoadRecords(segmentation, loop, settings.pictures)],
+        hooks=[
+            segmentation,
+            loop,
+            LoadRecords(segmentation, loop, settings.pictures),
+            *make.hooks(),
+        ],
     )
 
 
