@@ -69,7 +69,8 @@ def fits(nets: Nets, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Cross-entropy under the top's weights of classes."""
     image, mask = batch
     weights = nets["top"]().softmax(0) * CLASSES
-    return functional.cross_entropy(nets["level0"](image), mask, weights)
+    losses = functional.cross_entropy(nets["level0"](image), mask, reduction="none")
+    return (losses * weights[mask]).mean()
 
 
 def imitates(number: int) -> Callable[[Nets, tuple[Tensor, Tensor]], Tensor]:

@@ -160,7 +160,7 @@ def test_beside_betty(script: Script, tmp_path: Path) -> None:
     for row in rows(shown):
         cosine = re.fullmatch(r"\*\*-?\d\.\d\d\*\* \((.*)\)", row[4])
         assert cosine is not None, row
-        assert len(cosine[1].split()) == 2
+        assert len(cosine[1].split()) == 1
 
 
 def test_scaling(script: Script, tmp_path: Path) -> None:
