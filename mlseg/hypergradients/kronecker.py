@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 
+from mlseg import parallel
 from mlseg.config import Settings
 from mlseg.hypergradients.base import Hop, Level
 from mlseg.hypergradients.vectors import flatten, unflatten
@@ -196,8 +197,10 @@ class Factors:
             assert layer.inputs is not None
             a_new.append(layer.inputs / layer.places)
             g_new.append(layer.derivatives(parts) * layer.examples)
-        fresh = {_key("A", i): a for i, a in enumerate(a_new)}
-        fresh |= {_key("G", i): g for i, g in enumerate(g_new)}
+        # Means over the examples of a share: in several processes those of the batch are theirs.
+        found = iter(parallel.average([*a_new, *g_new]))
+        fresh = {_key("A", i): next(found) for i in range(len(a_new))}
+        fresh |= {_key("G", i): next(found) for i in range(len(g_new))}
         count = _PREFIX + "hops"
         shapes = {k: v.shape for k, v in fresh.items()} | {count: torch.Size()}
         known = {k: v.shape for k, v in memory.items() if k.startswith(_PREFIX)}

@@ -169,18 +169,13 @@ class Problem(Revisitable):
                 gradient, left = both[: len(leaves)], both[len(leaves) :]
                 check_none_left(self.name, left, "store to weights")
                 self.trajectory.add_graph(gradient)
-<<<<<<< HEAD
-            if keeps_graph and not self._paths:
-                detached = [None if g is None else g.detach() for g in gradient]
-                total: Sequence[Any] = parallel.average_some(detached, leaves)
-=======
             inputs = self._hop_inputs()
             self.trajectory.taken_along = None
             if inputs:
                 self._gradient_with(loss, leaves, inputs)
             elif keeps_graph and not self._paths:
-                total: list[Any] = [None if g is None else g.detach() for g in gradient]
->>>>>>> deep
+                detached = [None if g is None else g.detach() for g in gradient]
+                total: Sequence[Any] = parallel.average_some(detached, leaves)
             else:
                 report = self.backward(
                     loss=loss,

@@ -9,7 +9,7 @@ from typing import Any
 import betty.problems
 from torch import Tensor
 
-from mlseg import randomness
+from mlseg import parallel, randomness
 from mlseg.errors import UserError
 from mlseg.hypergradients import Interface, Keeps, Method, Stepping, Trajectory, Vector
 from mlseg.hypergradients.checkpoints import trajectory_of
@@ -169,7 +169,7 @@ class Revisitable(graph.KnowsLevels, betty.problems.ImplicitProblem):
             gradient, self.trajectory.taken_along = with_inputs(
                 loss, parameters, inputs, others, bool(self._retain_graph)
             )
-        self._accumulate(parameters, gradient)
+        self._accumulate(parameters, parallel.average_some(gradient, parameters))
 
     @abstractmethod
     def _accumulate(self, parameters: Vector, gradients: Sequence[Tensor | None]) -> None:
