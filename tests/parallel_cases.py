@@ -121,6 +121,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"warm_start": True, "iterations": 3, "linearise": "before_step", "damping": 2.0},
     ),
     "minres damped": ("minres", {"damping": 0.1, "iterations": 3}),
+    "cg preconditioned": ("cg", {"preconditioner": "kfac", "iterations": 3, "damping": 2.0}),
+    "one sided": ("finite_difference", {"scheme": "one_sided", "linearise": "before_step"}),
 }
 
 

@@ -40,6 +40,9 @@ class Kfac(Implicit):
     Hessian-vector product with ``rescale``, 1 mixed product. Memory: the graph of the gradient,
     four square matrices per layer.
 
+    Collectives per hop, in several processes: ``3``, one less without ``rescale`` and one less for
+    a level without factors.
+
     Source: Liao, Dangel, Yu: Efficient bilevel optimization with KFAC-based hypergradients, AISTATS
     2026; Martens and Grosse, ICML 2015, section 6.4 for the scale; Grosse and Martens, ICML 2016.
 
