@@ -54,6 +54,9 @@ def check_report(tree: Tree, settings: GridSettings, axes: Mapping[str, Mapping[
         if picture.series is not None:
             check_name(tree, picture.series, dimensions, "axis", (*at, "series"))
         check_where(tree, (*at, "where"), picture.where, dimensions)
+    for name, example in report.examples.items():
+        if example is not None:
+            check_where(tree, ("report", "examples", name, "where"), example.where, axes)
     for name, section in report.sections.items():
         if section is None:
             continue

@@ -48,6 +48,7 @@ def write(grid: Grid, finished: Finished) -> str:
     """
     import pandas as pd
 
+    from mlseg.sweeps import examples
     from mlseg.sweeps.pictures import draw
     from mlseg.sweeps.sections import run_section
 
@@ -66,7 +67,7 @@ def write(grid: Grid, finished: Finished) -> str:
                 made.lines += markdown(block.head, block.rows) if block.head else []
     if any("minus this" in record["figure"] for record in made.records):
         made.lines += ["", _DIFFERENCES]
-    for name, path in draw(finished, grid.out).items():
+    for name, path in {**draw(finished, grid.out), **examples.draw(finished, grid.out)}.items():
         made.lines += ["", f"![{name}]({path.name})"]
     text = "\n".join(made.lines) + "\n"
     write_text(grid.out / "table.csv", _ordered(pd.DataFrame(made.records), order))
