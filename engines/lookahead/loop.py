@@ -43,6 +43,7 @@ class LookaheadLoop(Hooks):
         buffer, training: of the discriminator; None for a controller that never asks for them.
         start_state: gives what ``start.pt`` holds beside the model.
         drop_momentum: a model that is put back starts with an optimizer that has made no step.
+        before: problems that step before it, each time that it does.
     """
 
     name = LOOKAHEAD
@@ -60,6 +61,7 @@ class LookaheadLoop(Hooks):
         training: DiscriminatorTraining | None,
         start_state: Callable[[], Mapping[str, Any]] = dict,
         drop_momentum: bool = False,
+        before: Sequence[Problem] = (),
     ) -> None:
         self.controller = controller
         self.stepper = stepper
@@ -69,6 +71,7 @@ class LookaheadLoop(Hooks):
         self.training = training
         self.start_state = start_state
         self.drop_momentum = drop_momentum
+        self.steppers = [*before, stepper]
         self.snapshots = {
             slot: Snapshot(stepper.module, stepper.optimizer) for slot in ("start", "peak")
         }
@@ -91,7 +94,7 @@ class LookaheadLoop(Hooks):
             self._queue.extend(self.controller.begin())
         action = self._queue[0].action
         if action == "step":
-            return [self.stepper]
+            return list(self.steppers)
         if action == "train":
             assert self.training is not None
             return [self.training.problem] if self.training.wants_step() else []
@@ -224,7 +227,7 @@ class LookaheadLoop(Hooks):
         batch = held.samples.images[: held.batch_size]
         batches = math.ceil(len(held) / held.batch_size)
         pieces = [
-            Work("update", updates, self.stepper.step_normal),
+            Work("update", updates, self._step_once),
             Work("hold-out, a batch", (updates + 1) * batches, lambda: held.maps(module, batch)),
         ]
         buffer, training = self.buffer, self.training
@@ -237,6 +240,10 @@ class LookaheadLoop(Hooks):
             per_epoch = training.batches.per_epoch * (buffer.size + 1) // (len(buffer) + 1)
             pieces.append(Work("discriminator, a batch", epochs * per_epoch, training.step))
         return pieces
+
+    def _step_once(self) -> None:
+        for problem in self.steppers:
+            problem.step_normal()
 
     # ---------------------------------------------------------------- what is kept
 

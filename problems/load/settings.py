@@ -151,6 +151,9 @@ class LoadSettings(AnyRunSettings):
         augmentation: of image and label map together, in all of training.
         control: None, or a number of further cross-entropy updates in place of the lookahead, the
             best of them on the hold-out kept.
+        descent_ascent: None, or a number of alternating updates in its place: a step of the
+            discriminator on what the generator makes now, then one of the generator. Nothing is
+            rolled back; the best on the hold-out is kept.
         buffer_limit_mib: label maps beyond this many MiB are kept in memory-mapped files.
         pictures: images in the picture of those whose label maps changed most.
     """
@@ -169,6 +172,7 @@ class LoadSettings(AnyRunSettings):
     discriminator_training: DiscriminatorTrainingSettings = DiscriminatorTrainingSettings()
     augmentation: AugmentationSettings = AugmentationSettings.preset("flip")
     control: PositiveInt | None = None
+    descent_ascent: PositiveInt | None = None
     buffer_limit_mib: NonNegativeFloat = 2048.0
     pictures: NonNegativeInt = 6
     problems: LevelSettings
@@ -178,6 +182,15 @@ class LoadSettings(AnyRunSettings):
         epochs = self.pretraining.weighted_epochs + self.pretraining.epochs
         if self.start is None and not epochs:
             raise ValueError("start: an untrained model; set pretraining.epochs, or name a start")
+        if self.control is not None and self.descent_ascent is not None:
+            raise ValueError(
+                "descent_ascent: control takes the lookahead's place; drop one of them"
+            )
+        if self.descent_ascent is not None and self.problems.discriminator.batch_size < 2:
+            raise ValueError(
+                "problems.discriminator.batch_size: half of the maps are real; give 2 or more, or "
+                "drop descent_ascent"
+            )
         if self.control is not None and self.problems.pretraining.accumulate != 1:
             raise ValueError(
                 "problems.pretraining.accumulate: an update of the control is one batch; "

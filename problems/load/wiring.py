@@ -19,8 +19,14 @@ from mlseg.engines.lookahead.map_buffer import MapBuffer
 from mlseg.engines.segmentation import Segmentation, require_validation
 from mlseg.engines.settings import Stage
 from mlseg.files import reachable
+from mlseg.multilevel.problem import Problem
 from mlseg.problems.building import Builder
-from mlseg.problems.load.levels import Discriminator, Generator, Pretraining
+from mlseg.problems.load.levels import (
+    AlternatingDiscriminator,
+    Discriminator,
+    Generator,
+    Pretraining,
+)
 from mlseg.problems.load.networks import Discriminator as DiscriminatorNetwork
 from mlseg.problems.load.networks import require_input_size
 from mlseg.problems.load.records import LoadRecords
@@ -54,7 +60,8 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
     require_input_size(settings.discriminator, size)
 
     buffer = batches = None
-    if settings.control is None:
+    ahead = settings.control is None and settings.descent_ascent is None
+    if ahead:
         buffer = MapBuffer(
             (len(data.train) + len(held), *data.train.image_size),
             settings.lookahead.buffer_size,
@@ -86,20 +93,27 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
         adversarial=settings.adversarial,
         ignore_index=spec.ignore_index,
     )
-    discriminator = Discriminator(
-        make.level("discriminator", levels.discriminator, judge, more_steps=None),
-        num_classes=spec.num_classes,
-        batches=batches,
-    )
+    discriminator: Discriminator
+    if settings.descent_ascent is None:
+        discriminator = Discriminator(
+            make.level("discriminator", levels.discriminator, judge, more_steps=None),
+            num_classes=spec.num_classes,
+            batches=batches,
+        )
+    else:
+        discriminator = alternating(settings, make, data.train, judge)
 
     training = None
     controller: Controller
+    players: list[Problem]
     if settings.control is not None:
         controller, players = StraightAhead(settings.control), [pretraining]
         go_on(pretraining, start)
+    elif settings.descent_ascent is not None:
+        controller, players = StraightAhead(settings.descent_ascent), [discriminator, generator]
     else:
         assert batches is not None
-        controller, players = Lookahead(settings.lookahead), [generator, discriminator]
+        controller, players = Lookahead(settings.lookahead), [discriminator, generator]
         training = DiscriminatorTraining(discriminator, batches, settings.discriminator_training)
     stages = [
         Stage(LOOKAHEAD, settings.engine.iterations, players, validate=False, open_ended=True)
@@ -122,13 +136,14 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
     )
     loop = LookaheadLoop(
         controller,
-        players[0],
+        players[-1],
         data.train,
         HoldOut(held, make.device, settings.hold_out.batch_size, settings.precision == "bf16"),
         buffer,
         training,
         start_state=lambda: {"pretraining": training_state(pretraining)},
         drop_momentum=settings.lookahead.momentum == "drop",
+        before=[] if ahead else players[:-1],
     )
     return Engine(
         [pretraining, generator, discriminator],
@@ -137,6 +152,20 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
         device=make.device,
         out=out,
         hooks=[segmentation, loop, LoadRecords(segmentation, loop, settings.pictures)],
+    )
+
+
+def alternating(
+    settings: LoadSettings, make: Builder, train: Samples, judge: DiscriminatorNetwork
+) -> AlternatingDiscriminator:
+    """The discriminator of alternating updates: half of its batch real, half fake."""
+    level, spec = settings.problems.discriminator, train.spec
+    images = level.model_copy(update={"batch_size": level.batch_size // 2})
+    loader = make.loader("discriminator", images, train, settings.augmentation)
+    return AlternatingDiscriminator(
+        make.level("discriminator", level, judge, loader, more_steps=None),
+        num_classes=spec.num_classes,
+        ignore_index=spec.ignore_index,
     )
 
 
