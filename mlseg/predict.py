@@ -4,11 +4,17 @@
     python -m mlseg.predict runs/try lesion.jpg --out masks/
     python -m mlseg.predict runs/try 'images/*_left.png' --out masks/
     python -m mlseg.predict runs/a runs/b runs/c images/ --out masks/
+    python -m mlseg.predict runs/voc VOCdevkit/VOC2012 --server voc2012_comp6 --out upload/
 
 For each image two PNGs at its own size, upright as it is shown (EXIF): ``<name>.png``, the mask (0
 and 255 for two classes, else class indices with the classes' colours as palette), and
 ``<name>_overlay.png``. Several runs: the mean of their probabilities. What ``mlseg.calibrate``
 chose for exactly these weights is used. Hidden files are left out.
+
+``--server`` names a benchmark whose test masks nobody else has, and the images are the test images
+below its data set's folder. Their label maps alone are written, as its server takes them:
+``voc2012_comp5`` and ``voc2012_comp6`` palette PNGs below ``results/VOC2012/Segmentation/``,
+``cityscapes`` the ids of its label files.
 
 Nothing is overwritten but what an earlier call has written, which the files say of themselves; with
 ``--overwrite`` any file of these names but the images. A run that names code from outside mlseg
@@ -19,7 +25,7 @@ import argparse
 import glob
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -43,6 +49,7 @@ from mlseg.machine import choose_device
 from mlseg.segmentation.data import PADDING, DatasetSpec, padded, placed, to_float
 from mlseg.segmentation.data.decode import limit_pixels, read_image
 from mlseg.segmentation.data.layout import is_hidden, list_files
+from mlseg.segmentation.data.servers import SERVERS
 from mlseg.segmentation.pictures import overlay
 from mlseg.segmentation.scoring import label_map
 from mlseg.segmentation.trained import Ensemble
@@ -62,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("images", help="a folder, a file, or a glob in quotes")
     made.add_argument("--out", type=named, required=True, help="folder for masks and overlays")
     made.add_argument(
+        "--server", choices=tuple(SERVERS), help="of a benchmark, for its test images; see above"
+    )
+    made.add_argument(
         "--overwrite", action="store_true", help="also files there that predict hasn't written"
     )
     add_choices(made)
@@ -76,14 +86,24 @@ def _run_guarded(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     limit_pixels(arguments.max_megapixels)
-    paths = find_images(arguments.images)
-    check_outputs(paths, arguments.out, arguments.overwrite)
+    server = None if arguments.server is None else SERVERS[arguments.server]
+    if server is None:
+        paths = find_images(arguments.images)
+        made = {path: list(outputs(path, arguments.out)) for path in paths}
+    else:
+        taken = server.images(reachable(arguments.images))
+        made = {path: [arguments.out / name] for name, path in taken.items()}
+        paths = list(made)
+    check_outputs(made, arguments.out, arguments.overwrite)
     require_writable(arguments.out)
     ensemble = load_chosen(arguments, choose_device(arguments.device))
     choose_threads(arguments).use()
     spec = ensemble.first.spec
+    if server is not None:
+        server.check(spec.classes, ensemble.first.run)
     with writing(arguments.out):
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        for folder in {file.parent for files in made.values() for file in files}:
+            folder.mkdir(parents=True, exist_ok=True)
     console = make_console(stderr=True)
     failed: list[Path] = []
     for path in track(paths, "Segmenting", console=console, disable=not console.is_terminal):
@@ -94,13 +114,18 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"error: {printable(str(error))}", file=sys.stderr)
             failed.append(path)
             continue
-        shown = Image.fromarray(overlay(_rgb(image), mask, spec.palette))
-        for file, picture in zip(
-            outputs(path, arguments.out), (_mask_image(mask, spec), shown), strict=True
-        ):
+        if server is None:
+            shown = Image.fromarray(overlay(_rgb(image), mask, spec.palette))
+            pictures = [_mask_image(mask, spec), shown]
+        else:
+            pictures = [server.picture(mask)]
+        for file, picture in zip(made[path], pictures, strict=True):
             with writing(file), replacing(file) as temporary:
                 picture.save(temporary, "PNG", pnginfo=_mark())
-    console.print(f"{len(paths) - len(failed)} masks and overlays in {arguments.out}")
+    what = "masks and overlays" if server is None else "label maps for the server"
+    console.print(f"{len(paths) - len(failed)} {what} in {arguments.out}")
+    if server is not None and len(paths) != server.number:
+        console.print(f"The server wants {server.number}: here were {len(paths)} test images.")
     if failed:
         names = ", ".join(path.name for path in failed)
         print(printable(f"failed: {len(failed)} of {len(paths)} images: {names}"), file=sys.stderr)
@@ -165,10 +190,13 @@ def outputs(image: Path, folder: Path) -> tuple[Path, Path]:
     return folder / f"{image.stem}.png", folder / f"{image.stem}_overlay.png"
 
 
-def check_outputs(images: Sequence[Path], folder: Path, overwrite: bool = False) -> None:
+def check_outputs(
+    images: Mapping[Path, Sequence[Path]], folder: Path, overwrite: bool = False
+) -> None:
     """Refuse to write where somebody else's file lies.
 
     Args:
+        images: and the files that each becomes.
         overwrite: that is as it should be; an image still isn't overwritten.
 
     Raises:
@@ -179,7 +207,7 @@ def check_outputs(images: Sequence[Path], folder: Path, overwrite: bool = False)
         raise UserError(f"--out: {folder} is a file; name a folder")
     # realpath, not resolve: a loop of links leads nowhere, and is said when its image is read.
     read = {os.path.realpath(image) for image in images}
-    for file in (file for image in images for file in outputs(image, folder)):
+    for file in (file for files in images.values() for file in files):
         if os.path.realpath(file) in read:
             raise UserError(f"--out: {file} is one of the images; name another folder")
         if not os.path.lexists(file) or (overwrite and (file.is_symlink() or file.is_file())):

@@ -38,7 +38,7 @@ class LookaheadLoop(Hooks):
     Args:
         controller: decides what is to be done.
         stepper: the problem that updates the model; its module is the segmentor's.
-        train: training images, whose label maps go into the buffer.
+        train: training images whose label maps go into the buffer.
         hold_out: scores the model.
         buffer, training: of the discriminator; None for a controller that never asks for them.
         start_state: gives what ``start.pt`` holds beside the model.
@@ -78,6 +78,11 @@ class LookaheadLoop(Hooks):
         self._queue: deque[Command] = deque()
         self._written: int | None = None
         """Maps of the entry that is being made; None between entries."""
+
+    @property
+    def entries(self) -> list[str]:
+        """Models whose maps are whole in the buffer; none while an entry is being made."""
+        return [] if self.buffer is None or self._written is not None else self.buffer.labels
 
     # ------------------------------------------------------------------ the loop
 

@@ -86,7 +86,8 @@ def _sheet(
         by_image = metrics.per_image()
         for words, image in zip(scores, samples.ids, strict=True):
             if metric in by_image.get(image, {}):  # not where every pixel is ignored
-                words.append(f"{plain(name)} {by_image[image][metric]:.{digits_of(metric)}f}")
+                score = f"{by_image[image][metric]:.{digits_of(metric)}f}"
+                words.append(f"{plain(name)} {score}" if len(rows) > 1 else score)
     lines = [
         Row(
             [
@@ -100,7 +101,7 @@ def _sheet(
         )
         for i, image in enumerate(samples.ids)
     ]
-    heads = ["image", "truth", *map(plain, rows)]
+    heads = ["image", "truth", *(map(plain, rows) if len(rows) > 1 else ["prediction"])]
     return sheet(heads, lines, legend(spec, samples.masks, tinted=False))
 
 

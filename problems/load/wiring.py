@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mlseg.engines.engine import Engine
+from mlseg.engines.hooks import Hooks
 from mlseg.engines.lookahead.controller import Controller, Lookahead, StraightAhead
 from mlseg.engines.lookahead.discriminator_training import DiscriminatorTraining
 from mlseg.engines.lookahead.hold_out import HoldOut, hold_out_indices, require_every_class
@@ -21,6 +22,8 @@ from mlseg.engines.settings import Stage
 from mlseg.files import reachable
 from mlseg.multilevel.problem import Problem
 from mlseg.problems.building import Builder
+from mlseg.problems.load.convergence import CROSS_ENTROPY, Convergence
+from mlseg.problems.load.cycles import CycleMaps
 from mlseg.problems.load.levels import (
     AlternatingDiscriminator,
     Discriminator,
@@ -60,10 +63,13 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
     require_input_size(settings.discriminator, size)
 
     buffer = batches = None
+    own = settings.fakes
+    faked = hold_out_indices(data.train.ids, own.fraction, own.seed)
+    shown = data.train if len(faked) == len(data.train) else data.train.subset(faked)
     ahead = settings.control is None and settings.descent_ascent is None
     if ahead:
         buffer = MapBuffer(
-            (len(data.train) + len(held), *data.train.image_size),
+            (len(shown) + len(held), *data.train.image_size),
             settings.lookahead.buffer_size,
             None if out is None else out / "buffer",
             settings.buffer_limit_mib,
@@ -76,6 +82,7 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
             Augmentation(settings.augmentation, spec.ignore_index),
             make.device,
             derived(settings.seed, "label maps"),
+            faked,
         )
 
     loader = make.loader("pretraining", levels.pretraining, data.train, settings.augmentation)
@@ -118,9 +125,16 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
     stages = [
         Stage(LOOKAHEAD, settings.engine.iterations, players, validate=False, open_ended=True)
     ]
+    watching: list[Hooks] = []
     if settings.start is None:
         length = weighted + settings.pretraining.epochs * epoch
-        stages.insert(0, Stage("cross_entropy", length, [pretraining]))
+        if until := settings.convergence:
+            autocast = settings.precision == "bf16"
+            everything = HoldOut(data.val, make.device, settings.hold_out.batch_size, autocast)
+            watching = [Convergence(pretraining, everything, epoch, length, until)]
+            length += until.longest() * epoch
+        first = Stage(CROSS_ENTROPY, length, [pretraining], open_ended=bool(watching))
+        stages.insert(0, first)
 
     ids = set(held.ids)
     segmentation = Segmentation(
@@ -137,7 +151,7 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
     loop = LookaheadLoop(
         controller,
         players[-1],
-        data.train,
+        shown,
         HoldOut(held, make.device, settings.hold_out.batch_size, settings.precision == "bf16"),
         buffer,
         training,
@@ -151,7 +165,13 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
         stages=stages,
         device=make.device,
         out=out,
-        hooks=[segmentation, loop, LoadRecords(segmentation, loop, settings.pictures)],
+        hooks=[
+            segmentation,
+            *watching,
+            loop,
+            CycleMaps(loop, settings.pictures),
+            LoadRecords(segmentation, loop, settings.pictures),
+        ],
     )
 
 

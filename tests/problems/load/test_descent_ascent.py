@@ -76,8 +76,12 @@ def test_two_things_in_the_lookaheads_place_are_refused() -> None:
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_it_goes_on_bit_for_bit(tmp_path: Path, weight: float) -> None:
     def made(out: Path) -> Engine:
-        changes = {"adversarial.cross_entropy": weight, "discriminator.dropout": 0.2}
-        engine: Engine = alternating(out, **changes, **{"engine.validate_every": 2})
+        changes: dict[str, Any] = {
+            "adversarial.cross_entropy": weight,
+            "discriminator.dropout": 0.2,
+            "engine.validate_every": 2,
+        }
+        engine: Engine = alternating(out, **changes)
         return engine
 
     check(made, tmp_path, [2, 5, 6], "saved")
