@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from mlseg import checkpoint
+from mlseg.engines.engine import Engine
+from mlseg.engines.hooks import Hooks
 from mlseg.engines.settings import EngineSettings, LoopSettings
 from mlseg.machine import choose_device
 from mlseg.multilevel.config import Config
@@ -23,7 +28,7 @@ from mlseg.segmentation.data import (
     DataSettings,
     Samples,
 )
-from mlseg.segmentation.nets import SegmentorSettings, build_segmentor
+from mlseg.segmentation.nets import SegmentorSettings, build_segmentor, starting
 
 
 class Setup(NamedTuple):
@@ -62,6 +67,33 @@ class SegmentationRun(Protocol):
     def engine(self) -> LoopSettings: ...
 
 
+class StartedFrom(Hooks):
+    """Says what weights a run's segmentors have started from, at its start and in its results."""
+
+    name = "started_from"
+
+    def __init__(self) -> None:
+        self.records: dict[str, dict[str, Any]] = {}
+
+    def add(self, segmentor: str, found: starting.Started | None) -> None:
+        """Keep what there is to say of a segmentor."""
+        if found is not None:
+            self.records[segmentor] = found.record()
+            self.notice = "\n".join(map(starting.said, self.records.values()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The records: a run that goes on doesn't read the files again."""
+        return {"records": self.records}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.records = dict(state["records"])
+
+    def results(self, engine: Engine, report: Mapping[str, Any]) -> dict[str, Any]:
+        """``started_from``, by segmentor."""
+        return {"started_from": self.records}
+
+
 class Builder:
     """Makes the parts of one run, each from a seed of its own name.
 
@@ -71,19 +103,28 @@ class Builder:
     Args:
         settings: the run's.
         spec: of its data.
+        out: the run directory, None for a run without one. A run that goes on has its weights, and
+            reads none to start from.
     """
 
-    def __init__(self, settings: SegmentationRun, spec: DatasetSpec) -> None:
+    def __init__(
+        self, settings: SegmentationRun, spec: DatasetSpec, out: Path | None = None
+    ) -> None:
         self.settings = settings
         self.spec = spec
+        self.goes_on = out is not None and (out / "checkpoints" / checkpoint.LAST).exists()
+        self.started = StartedFrom()
         self.device: torch.device = choose_device(settings.device)
         self._made: set[str] = set()
 
     def segmentor(self, name: str = "segmentor") -> nn.Module:
-        """The config's segmentor, with random weights.
+        """The config's segmentor, with random weights or those that its settings name.
 
         Args:
-            name: its initial weights are those of this name; a warning says where two have one.
+            name: its random weights are those of this name; a warning says where two have one.
+
+        Raises:
+            UserError: weights that the settings name can't be had, or are another network's.
         """
         if name in self._made:
             warnings.warn(
@@ -95,6 +136,13 @@ class Builder:
         with seeded(self.settings.seed, name):
             network = build_segmentor(
                 self.settings.segmentor, self.spec.channels, self.spec.num_classes
+            )
+        if not self.goes_on:
+            self.started.add(
+                name,
+                starting.start(
+                    network, self.settings.segmentor, self.spec.channels, self.spec.classes
+                ),
             )
         # The layout that CPUs and tensor cores like.
         return network.to(memory_format=torch.channels_last)
@@ -138,3 +186,9 @@ class Builder:
         optimizer, scheduler = settings.build(module.parameters(), mode, steps)
         config = replace(settings.config(self.settings.precision), **changes)
         return Setup(name, module, optimizer, loader, config, scheduler)
+
+    def hooks(self) -> list[Hooks]:
+        """What the engine is to be given for what was made here."""
+        named = self.settings.segmentor
+        begun = named.said("weights") or named.said("encoder_weights")
+        return [self.started] if begun else []

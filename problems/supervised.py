@@ -121,7 +121,7 @@ def build(settings: SupervisedSettings, out: Path | None) -> Engine:
     """Data, network, the problem, the engine."""
     data = load_data(settings.data)
     window = settings.augmentation.output_size(data.train.image_size)
-    make, level = Builder(settings, data.spec), settings.problems.segmentor
+    make, level = Builder(settings, data.spec, out), settings.problems.segmentor
     # Without an operation the copies would be the real pairs, twice: that is the row Vanilla.
     added = settings.augmented_pairs == "added" and settings.augmentation != AugmentationSettings()
     drawn = AugmentationSettings.off() if added else settings.augmentation
@@ -143,5 +143,8 @@ def build(settings: SupervisedSettings, out: Path | None) -> Engine:
         stages=[Stage("training", settings.engine.iterations)],
         device=make.device,
         out=out,
-        hooks=[Segmentation(segmentor, settings.segmentor, data, window=window)],
+        hooks=[
+            Segmentation(segmentor, settings.segmentor, data, window=window),
+            *make.hooks(),
+        ],
     )

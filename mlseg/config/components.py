@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -40,12 +40,15 @@ class Component(Settings):
         name: registered name, or dotted path ``package.module:attribute``.
         registry: where things of this kind are found.
         given: how many leading parameters the program gives; they are no settings.
+        beside: keys that the program reads itself, by name with type and field; a parameter of
+            that name goes before one.
     """
 
     model_config = pydantic.ConfigDict(extra="allow")
 
     registry: ClassVar[Registry[Any]]
     given: ClassVar[int] = 0
+    beside: ClassVar[Mapping[str, tuple[Any, Any]]] = {}
 
     name: str
 
@@ -108,9 +111,19 @@ class Component(Settings):
                 fields = found.model_fields
                 own: Any = found.model_validate({k: v for k, v in self if k in fields})
                 return own.build(*given, **more)
-            return found(*given, **(self.model_extra or {}))
+            return found(*given, **self._own())
         except ValueError as error:
             raise UserError(f"{self.registry.kind} {self.name!r}: {error}") from error
+
+    def said(self, key: str) -> Any:
+        """The value of a key of ``beside``; None where what is named takes it for itself."""
+        return None if key in self._own() else (self.model_extra or {}).get(key)
+
+    def _own(self) -> dict[str, Any]:
+        """The keywords of what is named."""
+        taken = _parameters(self.registry.get(self.name)) if self.beside else ()
+        given = (self.model_extra or {}).items()
+        return {key: value for key, value in given if key in taken or key not in self.beside}
 
     @property
     def module(self) -> str:
@@ -177,6 +190,14 @@ def signature_settings(
     return pydantic.create_model(thing.__name__, __base__=held, **fields)
 
 
+def _parameters(thing: Callable[..., Any]) -> Collection[str]:
+    """Names of the parameters that something is called with; none where they can't be read."""
+    try:
+        return inspect.signature(thing).parameters
+    except (TypeError, ValueError):
+        return ()
+
+
 def _takes_null(field: pydantic.fields.FieldInfo) -> bool:
     members = typing.get_args(field.annotation) or (field.annotation,)
     return any(member in (Any, None, type(None)) for member in members)
@@ -194,6 +215,8 @@ def _is_plain(value: Any) -> bool:
 def _schema_of(cls: type[Component], thing: Callable[..., Any], name: str) -> type[Settings]:
     try:
         declared = {key: (info.annotation, info) for key, info in cls.model_fields.items()}
+        taken = _parameters(thing)
+        declared |= {key: field for key, field in cls.beside.items() if key not in taken}
         base = pydantic.create_model(cls.__name__, __base__=Settings, **declared)  # type: ignore[call-overload]
         return signature_settings(thing, cls.given, base)
     except UserError as error:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules import module as torch_module
+from torch.overrides import TorchFunctionMode
 
-from mlseg.errors import UserError
+from mlseg.errors import RunError, UserError
 from mlseg.hypergradients.base import Level, Method
-from mlseg.hypergradients.second_order.refusals import check_twice_differentiable
+from mlseg.hypergradients.second_order.refusals import check_differentiable
 
 
 def check_level(
@@ -51,8 +53,8 @@ def check_level(
                 "which hypergradients don't work with; set sparse=False"
             )
     _check_hooks(level, own)
-    if loss is not None and not _first_order(method):
-        check_twice_differentiable(name, loss, own)
+    if loss is not None and not method.first_derivatives_alone:
+        check_differentiable(name, loss, own, _forwards(method))
 
 
 def _check_hooks(level: Level, parameters: Sequence[Tensor]) -> None:
@@ -73,9 +75,51 @@ def _check_hooks(level: Level, parameters: Sequence[Tensor]) -> None:
             )
 
 
-def _first_order(method: Method) -> bool:
-    forwards = getattr(method, "mode", None) == "forward_over_reverse"
-    return method.first_derivatives_alone or forwards
+class HooksMade(TorchFunctionMode):
+    """Within this block an evaluation's calls of ``Tensor.register_hook`` are noted.
+
+    A hook on what is computed is run by double backward on second derivatives too, which it isn't
+    meant for; one on a parameter is there to stay, one more from every evaluation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_parameters = self.on_others = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Note it, and go on."""
+        if func in (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook):
+            tensor = args[0]
+            self.on_parameters |= tensor.is_leaf
+            self.on_others |= not tensor.is_leaf
+        return func(*args, **(kwargs or {}))
+
+    def check(
+        self, name: str, method: Method | None, fault: type[UserError] | type[RunError]
+    ) -> None:
+        """Raise ``fault`` for hooks with which problem ``name`` would be differentiated wrongly."""
+        if self.on_parameters:
+            raise fault(
+                f"problem {name!r}: its training_step registers hooks on parameters, one more at "
+                "every evaluation; register them once, where the module is made"
+            )
+        twice = method is not None and not (method.first_derivatives_alone or _forwards(method))
+        if self.on_others and twice:
+            raise fault(
+                f"problem {name!r}: its training_step registers hooks on what it computes "
+                "(Tensor.register_hook), which double backward would run on second derivatives "
+                "too; take finite_difference, or a torch.autograd.Function in place of the hook"
+            )
+
+
+def _forwards(method: Method) -> bool:
+    return getattr(method, "mode", None) == "forward_over_reverse"
 
 
 def _modules(level: Level) -> Iterator[torch.nn.Module]:

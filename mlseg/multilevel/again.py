@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mlseg import randomness
 from mlseg.errors import RunError, UserError
 from mlseg.hypergradients import Interface
+from mlseg.hypergradients.fitness import HooksMade
 from mlseg.multilevel.belongings import Belongings, belongings, of_problems
 
 if TYPE_CHECKING:
@@ -164,7 +165,8 @@ class Again:
                 # are compared with each other.
                 loss = self._evaluated(batch, interface)
             before = {k: (t, t._version) for k, t in self._witnesses(batch).items()}
-            again = self._evaluated(batch, interface)
+            with HooksMade() as hooks:
+                again = self._evaluated(batch, interface)
             changed = [k for k, (t, version) in before.items() if t._version != version]
         problem.interface, self._buffers_begun = interface, []
         fault = RunError if self._begins > 1 else UserError
@@ -174,6 +176,7 @@ class Again:
                 "hypergradients evaluate it again, which changes that again; do it only `if not "
                 "self.replaying`, keep it in a buffer of a problem's module, or change a copy"
             )
+        hooks.check(problem.name, problem.method, fault)
         if not _same(again, loss.detach()):
             raise fault(
                 f"problem {problem.name!r}: its step gives another loss when it is evaluated again "

@@ -35,7 +35,7 @@ def build(settings: E2EAugSettings, out: Path | None) -> Engine:
     """Data, networks, the four problems, and the engine with its stages."""
     data = load_data(settings.data)
     require_validation(data)
-    make, levels, spec = Builder(settings, data.spec), settings.problems, data.spec
+    make, levels, spec = Builder(settings, data.spec, out), settings.problems, data.spec
     maker, critic, alphas = networks(settings, data)
     criterion = build_loss(settings.loss, spec.ignore_index)
 
@@ -80,7 +80,7 @@ def build(settings: E2EAugSettings, out: Path | None) -> Engine:
         ),
         device=make.device,
         out=out,
-        hooks=[*hooks, records.ExportedGenerator(generator)],
+        hooks=[*hooks, records.ExportedGenerator(generator), *make.hooks()],
     )
 
 

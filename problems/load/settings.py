@@ -202,6 +202,8 @@ class LoadSettings(AnyRunSettings):
         epochs = self.pretraining.weighted_epochs + self.pretraining.epochs
         if self.start is None and not epochs:
             raise ValueError("start: an untrained model; set pretraining.epochs, or name a start")
+        if self.start is not None and self.segmentor.said("weights"):
+            raise ValueError("start: it brings all weights; drop it or segmentor.weights")
         if self.start is not None and self.convergence is not None:
             raise ValueError("convergence: start takes stage 1's place; drop one of them")
         if self.control is not None and self.descent_ascent is not None:

@@ -52,7 +52,7 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
     require_validation(data)
     held = hold_out(settings, data)
     spec, levels = data.spec, settings.problems
-    make = Builder(settings, spec)
+    make = Builder(settings, spec, out)
 
     network = make.segmentor()
     start = start_of(settings, network, spec.num_classes, out)
@@ -171,6 +171,7 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
             loop,
             CycleMaps(loop, settings.pictures),
             LoadRecords(segmentation, loop, settings.pictures),
+            *make.hooks(),
         ],
     )
 

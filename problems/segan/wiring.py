@@ -27,7 +27,7 @@ def build(settings: SegANSettings, out: Path | None) -> Engine:
     """Data, networks, the two players, and the engine with its stages."""
     data = load_data(settings.data)
     require_validation(data)
-    make, levels, spec = Builder(settings, data.spec), settings.problems, data.spec
+    make, levels, spec = Builder(settings, data.spec, out), settings.problems, data.spec
     network = make.segmentor()
     loader = make.loader("segmentor", levels.critic, data.train, settings.augmentation)
     window = check_input(settings, data, network, loader)
@@ -75,7 +75,8 @@ def build(settings: SegANSettings, out: Path | None) -> Engine:
         hooks=[
             Segmentation(
                 segmentor, settings.segmentor, data, threshold=settings.threshold, window=window
-            )
+            ),
+            *make.hooks(),
         ],
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import roi_align
 
 from mlseg.errors import UserError
 from mlseg.hypergradients.registry import classes
@@ -149,6 +150,62 @@ def test_once_is_enough_for_first_derivatives() -> None:
     assert gradient("identity", Cubed(own=False)) == pytest.approx(
         gradient(DIFFERENCE, Cubed(own=True)), rel=EPSILON
     )
+
+
+class Pooled(nn.Module):
+    """With an operator of torchvision's, which has a first derivative alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 16), nn.Linear(4, 1)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.first(x).tanh().reshape(-1, 1, 4, 4)
+        box = torch.tensor([[0.0, 0.0, 3.0, 2.0]], dtype=x.dtype)
+        return self.last(roi_align(maps, [box] * len(maps), 2).flatten(1))
+
+
+@pytest.mark.parametrize("method", [*SECOND_ORDER, FORWARD_OVER_REVERSE], ids=str)
+def test_operators_of_libraries(method: Any) -> None:
+    """Forward mode would drop their tangents without a word."""
+    with pytest.raises(UserError, match=r"'lower': .*roi_align.* take finite_difference"):
+        gradient(method, Pooled())
+
+
+class Hooked(nn.Module):
+    """Its forward pass registers a hook: on what it computes, or on a parameter."""
+
+    def __init__(self, on: str | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.on = nn.Linear(4, 4), nn.Linear(4, 1), on
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).tanh()
+        if self.on is None:  # the same gradient, without a hook
+            hidden = 0.5 * hidden + 0.5 * hidden.detach()
+        tensor = self.first.weight if self.on == "parameter" else hidden
+        if self.on is not None and tensor.requires_grad:
+            tensor.register_hook(lambda g: 0.5 * g)
+        return self.last(hidden)
+
+
+@pytest.mark.parametrize("method", SECOND_ORDER, ids=str)
+def test_hooks_registered_by_a_step(method: Any) -> None:
+    with pytest.raises(UserError, match="'lower': its training_step registers hooks on what"):
+        gradient(method, Hooked("computed"))
+    with pytest.raises(UserError, match="'lower': its training_step registers hooks on parameters"):
+        gradient(method, Hooked("parameter"))
+
+
+def test_those_on_what_is_computed_are_right_for_first_derivatives() -> None:
+    """Against the same gradient without a hook: half of it goes through, in value all."""
+    for method in (DIFFERENCE, FORWARD_OVER_REVERSE):
+        truth = gradient(DIFFERENCE, Hooked(None))
+        assert gradient(method, Hooked("computed")) == pytest.approx(truth, rel=1e-5)
 
 
 def test_compiled_modules() -> None:

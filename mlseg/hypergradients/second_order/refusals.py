@@ -3,7 +3,8 @@
 torch refuses some operations a second derivative (flash attention, cuDNN's recurrent networks,
 compiled modules), in words of its own, wherever a method happens to be. :func:`explained` is around
 every hop. Functions marked ``once_differentiable`` it doesn't refuse at all where a gradient is
-asked for by name: they count as constant then. :func:`check_twice_differentiable` finds them.
+asked for by name: they count as constant then; and operators of libraries (``torch.library``) lose
+the tangents of what needs no gradient. :func:`check_differentiable` finds both.
 """
 
 from __future__ import annotations
@@ -121,30 +122,39 @@ def explained(name: str) -> Iterator[None]:
 
 def _by_torch(error: BaseException) -> bool:
     """Whether torch's differentiation raised it, and not a loss or a network on its own account."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
+    names, trace = [""], error.__traceback__
+    while trace is not None:
+        names.append(trace.tb_frame.f_globals.get("__name__", ""))
         trace = trace.tb_next
-    frame = trace.tb_frame if trace is not None else None
-    return frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in (
-        "torch",
-        "mlseg",
-        "higher",
+    # The formulas of other libraries' operators are called from within torch.autograd. What says
+    # that it isn't implemented needn't have a frame of its own: it may be called by the loss.
+    return (
+        names[-1].split(".")[0] in ("torch", "mlseg", "higher")
+        or "torch.autograd.graph" in names
+        or isinstance(error, NotImplementedError)
     )
 
 
 _ONCE = once_differentiable(lambda ctx: None).__code__
 
+_LIBRARYS = re.compile(r"^GeneratedBackwardFor_(\w+)Backward$|CppNode<(.+)>")
+"""Nodes of operators made by ``torch.library`` or in C++: they have no forward-mode formulas."""
 
-def check_twice_differentiable(name: str, loss: Tensor, parameters: Sequence[Tensor]) -> None:
-    """Check that no function between a loss and its level's parameters is ``once_differentiable``.
+
+def check_differentiable(
+    name: str, loss: Tensor, parameters: Sequence[Tensor], forwards: bool
+) -> None:
+    """Check that what stands between a loss and its level's parameters has second derivatives.
 
     Args:
         name: of the problem whose loss it is.
         loss: with its graph.
         parameters: leaves.
+        forwards: they are taken by forward-mode derivatives of the backward pass.
 
     Raises:
-        UserError: one is; it names the function.
+        UserError: a function is ``once_differentiable``, or, ``forwards``, an operator of a
+            library's; it names it.
     """
     leaves = {id(p) for p in parameters}
     leads: dict[Any, bool] = {}
@@ -160,9 +170,20 @@ def check_twice_differentiable(name: str, loss: Tensor, parameters: Sequence[Ten
             stack += [(after, False) for after in following]
             continue
         leads[node] = leads[node] or any(leads[after] for after in following)
+        if not leads[node]:
+            continue
+        if forwards:
+            operator = _LIBRARYS.search(node.name())
+            if operator is not None:
+                found = operator[1] or operator[2]
+                raise UserError(
+                    f"problem {name!r}: {found} in its loss has no forward-mode derivative; "
+                    f"set the hypergradient's mode to double_backward, or {_FIRST}"
+                )
+            continue
         function: Any = getattr(node, "_forward_cls", None)
         backward = getattr(getattr(function, "backward", None), "__code__", None)
-        if backward is _ONCE and leads[node]:
+        if backward is _ONCE:
             raise UserError(
                 f"problem {name!r}: {function.__name__} in its loss is marked once_differentiable "
                 f"and {_TWICE}; {_FIRST} (a method of your own that does so as well says it by "

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mlseg.errors import UserError
+
 
 class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation that also accepts a single value per channel while it trains.
@@ -102,3 +104,44 @@ def freeze_batch_norm(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
+
+
+# Of ImageNet's training images in [0, 1], by channel: what torchvision and
+# segmentation-models-pytorch divide by.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def normalise(network: nn.Module, pixels: str, in_channels: int) -> None:
+    """Let a network see images in another range than [-1, 1], in which it is given them.
+
+    Args:
+        pixels: ``none``, ``unit`` for [0, 1], or ``imagenet``, without the mean of ImageNet's
+            images and divided by their standard deviation; of one channel by the mean of the
+            three channels' figures.
+
+    Raises:
+        UserError: ImageNet's figures for neither one channel nor three.
+
+    The state dict is as before: the two constants are of the settings.
+    """
+    if pixels == "none":
+        return
+    mean, std = torch.zeros(in_channels), torch.ones(in_channels)
+    if pixels == "imagenet":
+        if in_channels not in (1, 3):
+            raise UserError(
+                f"segmentor.normalise: imagenet is for 1 or 3 channels, the data have "
+                f"{in_channels}; set normalise to none or unit"
+            )
+        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        if in_channels == 1:
+            mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
+    # ((x + 1) / 2 - mean) / std
+    network.register_buffer("pixel_scale", (0.5 / std)[:, None, None], persistent=False)
+    network.register_buffer("pixel_shift", ((0.5 - mean) / std)[:, None, None], persistent=False)
+    network.register_forward_pre_hook(_rescaled)
+
+
+def _rescaled(network: nn.Module, given: tuple[Tensor]) -> Tensor:
+    (image_BCHW,) = given
+    return image_BCHW * network.pixel_scale + network.pixel_shift

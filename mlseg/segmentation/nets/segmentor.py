@@ -8,18 +8,24 @@ is defined it registers itself; one of a user's own is found by dotted path as w
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal, Self
 
+from pydantic import Field, model_validator
 from torch import nn
 
 from mlseg.config import Tree, parse
 from mlseg.config.components import Component
 from mlseg.config.registry import NotTrusted, Registry, import_module, say_foreign
 from mlseg.errors import UserError
+from mlseg.segmentation.nets.layers import normalise
 
 SEGMENTORS: Registry[Callable[..., nn.Module]] = Registry(
     "segmentor", packages=["mlseg.segmentation.nets"], example="my_package.nets:MyNet"
 )
+
+
+def _beside(annotation: Any) -> tuple[Any, Any]:
+    return annotation | None, None
 
 
 class SegmentorSettings(Component):
@@ -28,13 +34,44 @@ class SegmentorSettings(Component):
     Beside the registered ones there are the architectures of segmentation-models-pytorch
     (``unetplusplus``, ``fpn``, ``segformer``, ...; its own U-Net and DeepLabV3 as ``smp_unet`` and
     ``smp_deeplabv3``), with the settings ``encoder`` (``resnet34``, ``mit_b0``, ...) and
-    ``options``, keywords of the architecture. None of these ever downloads weights.
+    ``options``, keywords of the architecture.
+
+    Every network that has no keywords of these names takes besides, for
+    :mod:`mlseg.segmentation.nets.starting`:
+
+    * ``weights``: a file (or a run) with the weights of a whole segmentor to start from.
+    * ``weights_classes``: names of the classes in that file, in their order.
+    * ``encoder_weights``: weights of the encoder alone: a file, or a name, such as ``imagenet``,
+      under which the library that knows the encoder downloads them.
+    * ``normalise``: what the network sees of pixels, which are in [-1, 1] at first: ``none``,
+      ``unit`` ([0, 1]), or ``imagenet`` (without ImageNet's mean and divided by its standard
+      deviation), the default where weights are named.
     """
 
     registry = SEGMENTORS
     given = 2
+    beside: ClassVar = {
+        "weights": _beside(Annotated[str, Field(min_length=1)]),
+        "weights_classes": _beside(Annotated[list[str], Field(min_length=1)]),
+        "encoder_weights": _beside(Annotated[str, Field(min_length=1)]),
+        "normalise": _beside(Literal["none", "unit", "imagenet"]),
+    }
 
     name: str = "unet"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.said("weights") and self.said("encoder_weights"):
+            raise ValueError("weights: they hold an encoder's too; drop encoder_weights")
+        if self.said("weights_classes") and not self.said("weights"):
+            raise ValueError("weights_classes: of no file; name weights, or drop it")
+        return self
+
+    @property
+    def normalised(self) -> str:
+        """What the network sees of pixels: ``none``, ``unit`` or ``imagenet``."""
+        named = self.said("weights") or self.said("encoder_weights")
+        return self.said("normalise") or ("imagenet" if named else "none")
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint holds of it: plain values, from which :func:`described` makes it."""
@@ -92,4 +129,5 @@ def build_segmentor(settings: SegmentorSettings, in_channels: int, num_classes: 
     made = settings.build(in_channels, num_classes)
     if not isinstance(made, nn.Module):
         raise UserError(f"segmentor {settings.name!r}: it must make a torch.nn.Module")
+    normalise(made, settings.normalised, in_channels)
     return made

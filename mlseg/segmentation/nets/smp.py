@@ -1,4 +1,4 @@
-"""Any architecture of segmentation-models-pytorch, by name, without downloaded weights."""
+"""Any architecture of segmentation-models-pytorch, by name; weights where they are asked for."""
 
 import difflib
 import inspect
@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mlseg.errors import UserError
-from mlseg.segmentation.nets.layers import accept_single_values, pad_to_multiple
+from mlseg.segmentation.nets.layers import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    accept_single_values,
+    pad_to_multiple,
+)
 from mlseg.segmentation.nets.segmentor import SEGMENTORS
 
 # segmentation-models-pytorch is imported where it is needed: that takes seconds.
@@ -19,7 +24,7 @@ from mlseg.segmentation.nets.segmentor import SEGMENTORS
 _PREFIX = "smp_"
 """Of the names of architectures that a network here bears too."""
 
-# Set by mlseg itself: shapes come from the data, weights are never downloaded, outputs are logits.
+# Set by mlseg itself: shapes come from the data, weights from `starting`, outputs are logits.
 _OURS = {
     "self",
     "kwargs",
@@ -133,6 +138,7 @@ class SmpSegmentor(nn.Module):
         super().__init__()
         encoder = encoder or default_encoder(architecture)
         check_encoder(encoder)
+        self.made_of = (architecture, encoder, options or {})
         try:
             self.network = smp.create_model(
                 architecture,
@@ -170,3 +176,55 @@ class SmpSegmentor(nn.Module):
             return functional.interpolate(logits, image_BCHW.shape[-2:], mode="bilinear")
         x, (rows, columns) = pad_to_multiple(image_BCHW, self.multiple, self.smallest)
         return self.network(x)[..., rows, columns]
+
+    def published_encoder(self, name: str, pixels: str) -> dict[str, Tensor]:
+        """The encoder's weights that segmentation-models-pytorch downloads, for three channels.
+
+        Args:
+            name: under which it has them, such as ``imagenet``.
+            pixels: what the network is to see of pixels, see `layers.normalise`.
+
+        Raises:
+            UserError: there are none of that name, or they are of other pixels.
+            Exception: they can't be downloaded.
+        """
+        import segmentation_models_pytorch as smp
+
+        architecture, encoder, options = self.made_of
+        if not encoder.startswith("tu-"):
+            known = sorted(smp.encoders.encoders[encoder]["pretrained_settings"])
+            if name not in known:
+                published = ", ".join(known) or "none"
+                raise UserError(f"{encoder} has no weights {name!r}; published: {published}")
+        elif name != "imagenet":
+            raise UserError(f"timm has one set of weights of {encoder}; name it imagenet")
+        whole = smp.create_model(
+            architecture, encoder_name=encoder, encoder_weights=name, in_channels=3, **options
+        )
+        found = smp.encoders.get_preprocessing_params(encoder, pretrained=name)
+        wanted = _pixels(found)
+        if wanted != pixels:
+            raise UserError(
+                f"{name} of {encoder} was trained on pixels as normalise={wanted} gives them; set "
+                "segmentor.normalise to that"
+                if wanted
+                else f"{name} of {encoder} was trained on pixels as mlseg gives none ({found})"
+            )
+        return dict(whole.encoder.state_dict())
+
+
+def _pixels(found: Mapping[str, Any]) -> str | None:
+    """Which of mlseg's ranges of pixels a library's own description means; None: none of them."""
+    if found.get("input_space", "RGB") != "RGB" or list(found.get("input_range") or [0, 1]) != [
+        0,
+        1,
+    ]:
+        return None
+    mean, std = (tuple(float(x) for x in found.get(key) or ()) for key in ("mean", "std"))
+    known = {
+        (IMAGENET_MEAN, IMAGENET_STD): "imagenet",
+        ((0.5,) * 3, (0.5,) * 3): "none",
+        ((0.0,) * 3, (1.0,) * 3): "unit",
+        ((), ()): "unit",
+    }
+    return known.get((mean, std))
