@@ -129,9 +129,9 @@ def stages_of(events: Sequence[Mapping[str, Any]], most: int = STAGES) -> list[t
     ends = [e for e in events if e["event"] == "cycle_end"]
     last = max((i for i, end in enumerate(ends) if end["peak"] is not None), default=len(ends) - 1)
     for end in ends[: last + 1]:
-        found.append((end["ending"], f"{end['cycle']}: {end['reason']}"))
+        found.append((end["ending"], f"cycle {end['cycle']}: {end['reason']}"))
         if end["peak"] is not None:
-            found.append((end["peak"], f"{end['cycle']}: peak"))
+            found.append((end["peak"], f"cycle {end['cycle']}: peak"))
     if len(found) > most + 2:
         places = [round(i * (len(found) - 1) / (most + 1)) for i in range(most + 2)]
         found = [found[place] for place in places]

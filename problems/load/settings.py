@@ -164,7 +164,8 @@ class LoadSettings(AnyRunSettings):
 
     Attributes:
         start: a checkpoint of any run with a segmentor of this shape, in place of stage 1.
-        convergence: None, or when stage 1, after its epochs, has gone on for long enough.
+        convergence: None, or when stage 1, after its epochs, has gone on for long enough; of no
+            effect, as ``pretraining``, where ``start`` takes stage 1's place.
         augmentation: of image and label map together, in all of training.
         control: None, or a number of further cross-entropy updates in place of the lookahead, the
             best of them on the hold-out kept.
@@ -204,8 +205,6 @@ class LoadSettings(AnyRunSettings):
             raise ValueError("start: an untrained model; set pretraining.epochs, or name a start")
         if self.start is not None and self.segmentor.said("weights"):
             raise ValueError("start: it brings all weights; drop it or segmentor.weights")
-        if self.start is not None and self.convergence is not None:
-            raise ValueError("convergence: start takes stage 1's place; drop one of them")
         if self.control is not None and self.descent_ascent is not None:
             raise ValueError(
                 "descent_ascent: control takes the lookahead's place; drop one of them"

@@ -72,9 +72,7 @@ def test_without_it_stage_1_is_as_long_as_its_epochs() -> None:
     assert "convergence" not in engine.results()
 
 
-def test_mistakes(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"convergence: start takes stage 1's place"):
-        made(start="start.pt")
+def test_a_gain_of_nothing_never_ends() -> None:
     with pytest.raises(ValueError, match="gain"):
         made(convergence={"gain": 0.0})
 

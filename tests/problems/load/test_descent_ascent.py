@@ -69,7 +69,7 @@ def test_two_things_in_the_lookaheads_place_are_refused() -> None:
     with pytest.raises(ValueError, match=r"descent_ascent: control takes .*drop one of them"):
         alternating(control=3)
     with pytest.raises(ValueError, match=r"discriminator.batch_size: half .*give 2 or more"):
-        alternating(**{"problems.discriminator.batch_size": 1})
+        alternating(None, **{"problems.discriminator.batch_size": 1})
 
 
 @pytest.mark.slow

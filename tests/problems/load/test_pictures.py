@@ -102,7 +102,7 @@ def test_which_stages_are_shown() -> None:
         return {"event": "cycle_end", "cycle": cycle, "peak": peak, **ending}
 
     shown = stages_of([*start, end(1), end(2, "g15"), end(3)])
-    words = ["start", "1: divergence", "2: divergence", "2: peak"]
+    words = ["start", "cycle 1: divergence", "cycle 2: divergence", "cycle 2: peak"]
     assert shown == list(zip(["g0", "g10", "g20", "g15"], words, strict=True))
     none = stages_of([*start, end(1), end(2)])
     assert [label for label, _ in none] == ["g0", "g10", "g20"]
