@@ -57,7 +57,7 @@ export SSL_CERT_FILE := $(PIP_CERT)
 endif
 endif
 
-.PHONY: install run test test-processors lint format types check clean
+.PHONY: install run test test-processors lint format types docs check clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -83,13 +83,19 @@ format: $(STAMP)
 # mypy can't follow package_dir, so it checks links that stand as the installed package
 # does; sed turns its paths back into the repository's.
 CHECKED := benchmarks examples tests
+LINKED := rm -rf build/types && mkdir -p build/types/mlseg && \
+	ln -s $(CURDIR)/mlseg/* $(CURDIR)/problems $(CURDIR)/engines build/types/mlseg && \
+	ln -s $(CHECKED:%=$(CURDIR)/%) build/types
 types: $(STAMP)
-	@rm -rf build/types && mkdir -p build/types/mlseg
-	@ln -s $(CURDIR)/mlseg/* $(CURDIR)/problems $(CURDIR)/engines build/types/mlseg
-	@ln -s $(CHECKED:%=$(CURDIR)/%) build/types
+	@$(LINKED)
 	@cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 		--cache-dir $(CURDIR)/.mypy_cache mlseg $(CHECKED) >report; status=$$?; \
 	sed -e 's#^mlseg/problems/#problems/#' -e 's#^mlseg/engines/#engines/#' report; exit $$status
+
+# The site, in build/site; a warning is an error.
+docs: $(STAMP)
+	@$(LINKED)
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/mkdocs build --quiet
 
 check: lint types test
 

@@ -108,6 +108,8 @@ class Engine(KnowsLevels, betty.engine.Engine):
         self._keeps_to_itself = self._as_on_betty and type(self) is not Engine
         self._settings = as_settings(config)
         self._hooks = list(hooks)
+        if stages and (u2l or l2u):
+            raise ValueError("with stages each has a graph of its own: Stage(..., u2l=, l2u=)")
         self._stages = list(stages) if stages else []
         if not self._stages:
             self._stages = [
@@ -398,6 +400,8 @@ class Engine(KnowsLevels, betty.engine.Engine):
         figures = {problem.name: problem._metrics for problem in stepped}
         lines = self._recorder.log(self.global_step, figures, self._rates())
         self._check_finite()
+        for hook in self._hooks:
+            hook.logged(self, lines)
         notices.after_log(self, lines)
 
     def _rates(self) -> dict[str, float]:

@@ -83,6 +83,9 @@ class Hooks:
     def stepped(self, engine: Engine) -> None:
         """The levels of this iteration have stepped."""
 
+    def logged(self, engine: Engine, figures: Mapping[str, Mapping[str, float]]) -> None:
+        """Figures have been written down: by problem and name, as plain numbers."""
+
     def stage_end(self, engine: Engine, stage: Stage) -> None:
         """A stage is over, and the next one not begun."""
 

@@ -4,6 +4,7 @@ python -m mlseg.run configs/e2eaug_isic_small.yaml
 python -m mlseg.run configs/e2eaug_isic.yaml engine.iterations=1000 seed=3 --out runs/try
 python -m mlseg.run --resume runs/try
 python -m mlseg.run configs/e2eaug_isic.yaml --dry-run
+python -m mlseg.run --keys e2eaug
 
 A config is a program: it names modules, which are imported. So is a run directory that is resumed,
 by its config.yaml. Run and resume what you trust; what somebody else has made can be looked at by
@@ -30,14 +31,17 @@ from rich.table import Table
 
 from mlseg import checkpoint, config
 from mlseg.commands import guarded, make_console, named, say_notes
+from mlseg.config import keys
 from mlseg.config.registry import run_imports
 from mlseg.dry_run import dry_run, timed_dry_run
 from mlseg.engines.engine import Engine
+from mlseg.engines.hooks import Hooks
 from mlseg.engines.interruption import Interrupted
+from mlseg.engines.tracking import Tracking
 from mlseg.errors import RunError, UserError, located
 from mlseg.files import claimed, require_new, write_json, write_text
 from mlseg.machine import device_name, versions
-from mlseg.problems.systems import AnyRunSettings, all_systems, load_system
+from mlseg.problems.systems import AnyRunSettings, RunSettings, all_systems, load_system
 from mlseg.randomness import seed_everything
 from mlseg.resuming import TrainedWith, refuse_changes, require_unchanged
 from mlseg.segmentation.data.samples import shapes_alone
@@ -77,6 +81,14 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="build, count what it asks for without doing it; --dry-run=timed runs each level once",
     )
+    made.add_argument(
+        "--keys",
+        nargs="?",
+        const="",
+        metavar="SYSTEM",
+        help="print every key of that system's configs with type, default and meaning; without a "
+        "system, those that all of them have",
+    )
     made.add_argument("--timed-dry-run", action="store_true", help=argparse.SUPPRESS)
     made.add_argument(
         "--forget-best",
@@ -88,6 +100,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.keys is not None:
+        schema = load_system(arguments.keys).settings if arguments.keys else RunSettings
+        print("\n".join(keys.printed(schema)))
+        return 0
     tree = _what(arguments)
     if arguments.dry_run or arguments.timed_dry_run:
         return _train(arguments, tree, None)
@@ -136,8 +152,12 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
         with shapes_alone():
             dry_run(build(settings, None))
         return 0
+    if settings.log.tracker is None:
+        more: list[Hooks] = []
+    else:
+        more = [Tracking(settings.log, settings.model_dump(mode="json"), directory)]
     engine = build(settings, directory)
-    engine._hooks.append(TrainedWith(settings))
+    engine._hooks += [TrainedWith(settings), *more]
     console = make_console(stderr=True)
     if saved is not None:
         engine.resume(directory, saved, arguments.forget_best)

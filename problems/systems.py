@@ -12,6 +12,7 @@ from mlseg.config import Settings
 from mlseg.config.registry import Entry, Registry, find_entry
 from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings, LoopSettings
+from mlseg.engines.tracking import LogSettings
 from mlseg.errors import RunError, UserError, located
 from mlseg.randomness import LARGEST_SEED
 from mlseg.threads import MOST as MOST_THREADS
@@ -29,6 +30,7 @@ class AnyRunSettings(Settings):
             many as the work fills. Another number may change the last digits.
         precision: ``bf16`` is autocast; hypergradients are evaluated in fp32 all the same.
         engine: length, validation, checkpoints.
+        log: where figures go besides the run directory.
     """
 
     resumable: ClassVar[Sequence[str]] = (
@@ -37,6 +39,8 @@ class AnyRunSettings(Settings):
         "engine.checkpoint_every",
         "engine.samples",
         "engine.tensorboard",
+        "log.tracker",
+        "log.project",
         "device",  # where; another one may change the last digits
         "threads",
         "data.root",  # where the files lie: that they are the same ones is checked
@@ -56,6 +60,7 @@ class AnyRunSettings(Settings):
     threads: Literal["auto"] | Annotated[int, pydantic.Field(ge=1, le=MOST_THREADS)] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     engine: LoopSettings = LoopSettings()
+    log: LogSettings = LogSettings()
 
     def work(self) -> int:
         """What threads have to share, in multiply-adds; 0 without images.

@@ -50,7 +50,8 @@ def trial(draw: random.Random, folder: Path, fixtures: Fixtures) -> Outcome:
     arguments = ["config.yaml", *overrides, "--dry-run"]
     if draw.random() < 0.1:
         arguments[-1:] = ["engine.iterations=2", "--out", draw.choice(TEXTS).replace("\0", "0")]
-        arguments[-1] = os.path.join(folder / "out", arguments[-1].lstrip("/"))
+        # So deep that "../" stays within: a folder that the command names is the run's own.
+        arguments[-1] = os.path.join(folder / "out/a/b", arguments[-1].lstrip("/"))
     but = (folder / LOGS, folder / "out")
     before = files(folder, but=but)
     environment = {"HOME": str(home), "XDG_CACHE_HOME": str(home)}

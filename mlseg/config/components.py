@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -26,6 +27,23 @@ from mlseg.config.registry import Registry
 from mlseg.errors import UserError
 
 _PLAIN = (str, int, float, bool, type(None))
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The things of one kind.
+
+    Attributes:
+        kind: as messages call it.
+        example: a dotted path, which may stand in a name's place.
+        things: by name.
+        key: of the name.
+    """
+
+    kind: str
+    example: str
+    things: Mapping[str, Any]
+    key: str = "name"
 
 
 class Component(Settings):
@@ -51,6 +69,12 @@ class Component(Settings):
     beside: ClassVar[Mapping[str, tuple[Any, Any]]] = {}
 
     name: str
+
+    @classmethod
+    def choices(cls) -> Choices:
+        """All that a config can name here."""
+        registry = cls.registry
+        return Choices(registry.kind, registry.example, registry.all())
 
     @classmethod
     def fitting(cls, values: Any) -> type[pydantic.BaseModel]:

@@ -31,6 +31,7 @@ from pydantic import SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor, nn
 
 from mlseg.config import Settings
+from mlseg.config.components import Choices
 from mlseg.errors import UserError
 from mlseg.hypergradients.diagnostics import Seconds
 from mlseg.hypergradients.gradient_hooks import (
@@ -421,6 +422,13 @@ class Method(Settings):
     """What to try where its figures say that the hop's system isn't solved."""
     converged: ClassVar[Mapping[str, Any]] = {}
     """Settings with which it is exact to 1e-4 on small, well-conditioned levels; for tests."""
+
+    @classmethod
+    def choices(cls) -> Choices:
+        """All methods that have a name."""
+        from mlseg.hypergradients.registry import METHODS
+
+        return Choices(METHODS.kind, METHODS.example, METHODS.all(), key="method")
 
     @classmethod
     def fitting(cls, values: Any) -> type[Settings]:

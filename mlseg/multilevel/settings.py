@@ -44,14 +44,25 @@ class of settings with a method ``build(optimizer, mode, steps)``."""
 
 
 class _Scheduler(Settings):
-    """``step`` says when the rate may change: each iteration, epoch or validation."""
+    """What every scheduler has.
+
+    Attributes:
+        step: when the rate may change: each iteration, epoch or validation.
+    """
 
     step: SchedulerClock = "iteration"
 
 
 @SCHEDULERS.register("reduce_on_plateau")
 class ReduceOnPlateau(_Scheduler):
-    """Multiply the rate by ``factor`` after ``patience`` validations without a better metric."""
+    """Multiply the rate by ``factor`` after ``patience`` validations without a better metric.
+
+    Attributes:
+        factor: what the rate is multiplied by.
+        patience: validations without a better metric that are waited for.
+        threshold: relative gain from which on a metric counts as better.
+        min_lr: below which the rate doesn't fall.
+    """
 
     name: Literal["reduce_on_plateau"] = "reduce_on_plateau"
     step: Literal["validation"] = "validation"
@@ -70,7 +81,12 @@ class ReduceOnPlateau(_Scheduler):
 
 @SCHEDULERS.register("multistep")
 class MultiStep(_Scheduler):
-    """Multiply the rate by ``factor`` at each of ``milestones``."""
+    """Multiply the rate by ``factor`` at each of ``milestones``.
+
+    Attributes:
+        milestones: numbers of the clock that ``step`` names.
+        factor: what the rate is multiplied by.
+    """
 
     name: Literal["multistep"] = "multistep"
     milestones: list[PositiveInt]
@@ -83,7 +99,11 @@ class MultiStep(_Scheduler):
 
 @SCHEDULERS.register("exponential")
 class Exponential(_Scheduler):
-    """Multiply the rate by ``factor`` every time."""
+    """Multiply the rate by ``factor`` every time.
+
+    Attributes:
+        factor: what the rate is multiplied by.
+    """
 
     name: Literal["exponential"] = "exponential"
     factor: PositiveFloat
@@ -97,7 +117,10 @@ class Exponential(_Scheduler):
 class Linear(_Scheduler):
     """From the full rate to ``end`` times it over ``length`` steps, in a straight line.
 
-    Without a length it takes the whole of ``engine.iterations``.
+    Attributes:
+        length: of the decay, by the clock that ``step`` names; null: the whole of
+            ``engine.iterations``.
+        end: the share of the full rate that is left.
     """
 
     name: Literal["linear"] = "linear"
@@ -120,7 +143,12 @@ class Linear(_Scheduler):
 
 @SCHEDULERS.register("cosine")
 class Cosine(_Scheduler):
-    """Half a cosine from the full rate to ``min_lr`` over ``length`` steps."""
+    """Half a cosine from the full rate to ``min_lr`` over ``length`` steps.
+
+    Attributes:
+        length: of the decay, by the clock that ``step`` names.
+        min_lr: the rate at its end.
+    """
 
     name: Literal["cosine"] = "cosine"
     length: PositiveInt

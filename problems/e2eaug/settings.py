@@ -17,7 +17,15 @@ from mlseg.segmentation.nets import SegmentorSettings
 
 
 class GeneratorSettings(Settings):
-    """``search``: cells in encoder and decoder (``both``), ``decoder`` only, or ``none``."""
+    """The network that makes an image of a mask.
+
+    Attributes:
+        channels: of its first layer; deeper ones have up to eight times as many.
+        levels: how often it halves the image; null: as often as it can.
+        dropout: probability, on the three decoder levels after the innermost.
+        search: which cells have candidates: those of encoder and decoder (``both``), of the
+            ``decoder`` only, or ``none``.
+    """
 
     channels: PositiveInt = 64
     levels: PositiveInt | None = None
@@ -26,14 +34,23 @@ class GeneratorSettings(Settings):
 
 
 class DiscriminatorSettings(Settings):
-    """PatchGAN: 3 layers see 70 by 70 pixels."""
+    """PatchGAN.
+
+    Attributes:
+        channels: of its first layer.
+        layers: that halve the image; with 3 each of its outputs sees 70 by 70 pixels.
+    """
 
     channels: PositiveInt = 64
     layers: PositiveInt = 3
 
 
 class EpochsSettings(Settings):
-    """A length that follows the number of images."""
+    """A length that follows the number of images.
+
+    Attributes:
+        epochs: passes over the training images.
+    """
 
     epochs: PositiveFloat
 

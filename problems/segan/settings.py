@@ -56,6 +56,11 @@ class LogisticSettings(Settings):
     """How k is annealed: it is multiplied by ``decay`` each ``every`` epochs, down to ``floor``.
 
     A floor of 1 is the plain sigmoid.
+
+    Attributes:
+        decay: what k is multiplied by.
+        every: epochs between two of its changes.
+        floor: the smallest k.
     """
 
     decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9

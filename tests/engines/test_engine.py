@@ -242,6 +242,9 @@ def test_iterations_may_be_given_to_run() -> None:
 def test_the_graph_is_given_once() -> None:
     with pytest.raises(ValueError, match="either as dependencies or as u2l and l2u"):
         Engine([count()], dependencies={"u2l": {}, "l2u": {}}, u2l={}, device="cpu")
+    only = count()
+    with pytest.raises(ValueError, match="each has a graph of its own"):
+        Engine([only], u2l={only: []}, stages=[Stage("training", 3)], device="cpu")
 
 
 def test_a_device_that_is_not_there_is_a_user_error() -> None:

@@ -2,15 +2,19 @@
 
 import math
 
+import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 from torch.nn import functional
+from torchvision.ops import sigmoid_focal_loss
 
 from mlseg.config import Settings
+from mlseg.segmentation.distances import squared_distance
 from mlseg.segmentation.losses import LossSettings, build_loss
 
 IGNORE = 255
@@ -48,6 +52,77 @@ def test_overlap_terms_agree_with_smp(classes: int, smooth: float) -> None:
     jaccard = build_loss(_only(jaccard=1.0, smooth=smooth))(logits, target)
     expected = smp.losses.JaccardLoss("multiclass", smooth=smooth)(logits, target)
     torch.testing.assert_close(jaccard, expected)
+
+
+@pytest.mark.parametrize("weights", [(0.3, 0.7), (1.0, 0.0)])
+def test_tversky_agrees_with_smp(weights: tuple[float, float]) -> None:
+    logits, target = _case(3)
+    false_positives, false_negatives = weights
+    ours = build_loss(
+        _only(
+            tversky=1.0,
+            smooth=1.0,
+            false_positives=false_positives,
+            false_negatives=false_negatives,
+        )
+    )
+    expected = smp.losses.TverskyLoss(
+        "multiclass", alpha=false_positives, beta=false_negatives, smooth=1.0
+    )
+    torch.testing.assert_close(ours(logits, target), expected(logits, target))
+
+
+def test_tversky_of_equal_weights_is_dice() -> None:
+    logits, target = _case(4)
+    dice = build_loss(_only(dice=1.0, smooth=2.0))(logits, target)
+    half = _only(tversky=1.0, smooth=1.0, false_positives=0.5, false_negatives=0.5)
+    torch.testing.assert_close(build_loss(half)(logits, target), dice)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 5.0])
+def test_the_focal_term_agrees_with_torchvision(gamma: float) -> None:
+    """Of two classes: the softmax of (0, z) is the sigmoid of z."""
+    logits, target = _case(2)
+    ours = build_loss(_only(focal=1.0, gamma=gamma))(logits, target)
+    alone = logits[:, 1] - logits[:, 0]
+    expected = sigmoid_focal_loss(alone, target.double(), alpha=-1, gamma=gamma, reduction="mean")
+    torch.testing.assert_close(ours, expected)
+
+
+@given(seed=st.integers(0, 1000), share=st.sampled_from([0.0, 0.05, 0.5, 1.0]))
+@settings(max_examples=30, deadline=None)
+def test_distances_are_scipys(seed: int, share: float) -> None:
+    inside = torch.rand(2, 7, 9, generator=torch.Generator().manual_seed(seed)) < share
+    found = squared_distance(inside)
+    for mine, mask in zip(found, inside, strict=True):
+        if not mask.any():
+            assert mine.isinf().all()
+            continue
+        expected = distance_transform_edt(~mask.numpy())
+        # Squares of whole numbers: exact in single precision.
+        assert torch.equal(mine, torch.from_numpy((expected**2).round()).float())
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_the_boundary_term_by_its_formula(background: bool) -> None:
+    logits, target = _case(3, ignored=0.2)
+    target[1] = torch.where(target[1] == 2, 0, target[1])  # the second image doesn't show class 2
+    probability, valid = logits.softmax(1), target != IGNORE
+    total, classes = 0.0, range(0 if background else 1, 3)
+    for image in range(2):
+        for index in classes:
+            region = (target[image] == index).numpy()
+            if not region.any():
+                continue
+            inner, outer = distance_transform_edt(region), distance_transform_edt(~region)
+            signed = torch.from_numpy(np.where(region, 1 - inner, outer))
+            total += float((signed * probability[image, index] * valid[image]).sum())
+    expected = total / len(classes) / int(valid.sum())
+    settings = _only(cross_entropy=1.0, boundary=0.5, background=background)
+    loss = build_loss(settings, IGNORE)(logits, target)
+    loss = loss - build_loss(_only(cross_entropy=1.0), IGNORE)(logits, target)
+    # Distances are single.
+    assert float(loss) == pytest.approx(0.5 * expected, rel=1e-6)
 
 
 @given(seed=st.integers(0, 1000), classes=st.integers(2, 4))
@@ -108,7 +183,8 @@ def test_absent_classes_and_background() -> None:
 def test_nothing_but_ignored_pixels_is_zero(smooth: float) -> None:
     logits, target = _case(3)
     logits.requires_grad_()
-    weights = LossSettings(dice=1.0, jaccard=1.0, smooth=smooth)
+    terms = {"dice": 1.0, "jaccard": 1.0, "tversky": 1.0, "focal": 1.0, "boundary": 1.0}
+    weights = LossSettings.model_validate({**terms, "smooth": smooth})
     loss = build_loss(weights, IGNORE)(logits, torch.full_like(target, IGNORE))
     assert float(loss) == 0
     (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
@@ -116,7 +192,7 @@ def test_nothing_but_ignored_pixels_is_zero(smooth: float) -> None:
     assert torch.autograd.grad(gradient.sum(), logits)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("term", ["cross_entropy", "dice", "jaccard"])
+@pytest.mark.parametrize("term", ["cross_entropy", "dice", "jaccard", "tversky", "focal"])
 def test_derivatives(term: str) -> None:
     logits, target = _case(3, ignored=0.2)
     logits = logits[:, :, :2, :3].clone().requires_grad_()
@@ -141,17 +217,26 @@ def test_saturated_logits_stay_finite(extreme: float) -> None:
     logits = torch.zeros(1, 2, 2, 2)
     logits[:, 1] = extreme
     logits.requires_grad_()
-    weights = LossSettings(dice=1.0, jaccard=1.0, smooth=0.0)
+    terms = {"dice": 1.0, "jaccard": 1.0, "tversky": 1.0, "focal": 1.0, "gamma": 0.5}
+    weights = LossSettings.model_validate({**terms, "smooth": 0.0})
     loss = build_loss(weights)(logits, torch.zeros(1, 2, 2, dtype=torch.long))
-    loss.backward()
     assert loss.isfinite()
-    assert logits.grad is not None
-    assert logits.grad.isfinite().all()
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    assert gradient.isfinite().all()
+    assert torch.autograd.grad(gradient.sum(), logits)[0].isfinite().all()
 
 
 @pytest.mark.parametrize(
     "values",
-    [{"cross_entropy": 0.0}, {"dice": -1.0}, {"smooth": -1.0}, {"dice": math.inf}, {"x": 1}],
+    [
+        {"cross_entropy": 0.0},
+        {"cross_entropy": 0.0, "boundary": 1.0},
+        {"dice": -1.0},
+        {"smooth": -1.0},
+        {"dice": math.inf},
+        {"x": 1},
+        {"tversky": 1.0, "false_positives": 0.0, "false_negatives": 0.0},
+    ],
 )
 def test_settings_refuse(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"above 0|greater than|finite|Extra"):
@@ -164,6 +249,7 @@ def test_nothing_is_read_from_the_device() -> None:
     with torch.device("meta"):
         logits = torch.empty(2, 3, 4, 4, requires_grad=True)
         target = torch.empty(2, 4, 4, dtype=torch.long)
-        loss = build_loss(LossSettings(dice=1.0, jaccard=1.0), IGNORE)(logits, target)
+        terms = {"dice": 1.0, "jaccard": 1.0, "tversky": 1.0, "focal": 1.0, "boundary": 1.0}
+        loss = build_loss(LossSettings.model_validate(terms), IGNORE)(logits, target)
         loss.backward()
     assert loss.shape == ()

@@ -24,7 +24,12 @@ from mlseg.hypergradients.optimizers.base import (
 
 @register
 class Adagrad(Optimizer):
-    """``torch.optim.Adagrad``."""
+    """``torch.optim.Adagrad``.
+
+    Attributes:
+        lr_decay: by which the rate falls: it is divided by 1 + steps taken x lr_decay.
+        eps: added to the root of the sum of squared gradients.
+    """
 
     name: Literal["adagrad"] = "adagrad"
     lr_decay: NonNegativeFloat = 0.0

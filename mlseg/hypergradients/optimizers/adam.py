@@ -26,7 +26,13 @@ Betas = Annotated[tuple[float, float], Strict(False)]
 
 @register
 class Adam(Optimizer):
-    """``torch.optim.Adam``; ``eps`` matters where gradients are tiny, as hypergradients are."""
+    """``torch.optim.Adam``.
+
+    Attributes:
+        betas: of the running means of gradient and squared gradient.
+        eps: added to the root of the latter; it matters where gradients are tiny, as hypergradients
+            are.
+    """
 
     name: Literal["adam"] = "adam"
     betas: Betas = (0.9, 0.999)

@@ -24,7 +24,13 @@ from mlseg.hypergradients.optimizers.base import (
 
 @register
 class RmsProp(Optimizer):
-    """``torch.optim.RMSprop``."""
+    """``torch.optim.RMSprop``.
+
+    Attributes:
+        momentum: how much of the last step's direction is kept.
+        alpha: how much of the running mean of the squared gradient is kept.
+        eps: added to its root.
+    """
 
     name: Literal["rmsprop"] = "rmsprop"
     momentum: NonNegativeFloat = 0.0

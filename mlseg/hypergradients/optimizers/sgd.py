@@ -21,7 +21,12 @@ from mlseg.hypergradients.optimizers.base import (
 
 @register
 class Sgd(Optimizer):
-    """Stochastic gradient descent; ``torch.optim.SGD``."""
+    """Stochastic gradient descent; ``torch.optim.SGD``.
+
+    Attributes:
+        momentum: how much of the last step's direction is kept.
+        nesterov: whether the gradient is looked up ahead, where momentum leads to.
+    """
 
     name: Literal["sgd"] = "sgd"
     momentum: NonNegativeFloat = 0.0

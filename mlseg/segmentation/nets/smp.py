@@ -101,6 +101,12 @@ def _builder(architecture: str) -> Callable[..., nn.Module]:
             dict[str, Any], AfterValidator(lambda given: check_options(architecture, given))
         ] = {},  # noqa: B006, only read
     ) -> nn.Module:
+        """Of segmentation-models-pytorch, from random weights.
+
+        Args:
+            encoder: name of an encoder of that library, or ``tu-`` and a name of timm's.
+            options: further keywords of the architecture.
+        """
         return SmpSegmentor(architecture, in_channels, num_classes, encoder, options)
 
     build.__name__ = architecture
