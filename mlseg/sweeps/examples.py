@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from mlseg.segmentation.pictures import Row, colour, legend, sheet, to_rgb
 from mlseg.segmentation.scoring import predictions
 from mlseg.segmentation.trained import load_runs
 from mlseg.sweeps.frame import Finished
-from mlseg.sweeps.settings import ExamplesSettings
+from mlseg.sweeps.settings import ExamplesSettings, file_stem
 from mlseg.sweeps.showing import digits_of, plain
 
 CPU = torch.device("cpu")
@@ -44,8 +43,7 @@ def draw(finished: Finished, out: Path) -> dict[str, Path]:
             continue
         rows = _rows(finished, wanted)
         if rows:
-            stem = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_").lower()
-            path = found[name] = out / f"{stem}.png"
+            path = found[name] = out / f"{file_stem(name)}.png"
             picture = Image.fromarray(_sheet(finished, f"report.examples.{name}", wanted, rows))
             with writing(path), replacing(path) as temporary:
                 picture.save(temporary, "PNG")

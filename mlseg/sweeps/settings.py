@@ -24,6 +24,7 @@ it takes from other cells. What is set to null is left out: an axis, a value, a 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -266,3 +267,8 @@ class GridSettings(Settings):
 
 BESIDE_AXES = ("split", "metric")
 """What tables may have rows and columns of beside a grid's axes."""
+
+
+def file_stem(name: str) -> str:
+    """Of a picture's file: ``Figure 2`` becomes ``figure_2``."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_").lower()
