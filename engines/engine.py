@@ -16,11 +16,11 @@ from betty.logging.logger_base import get_logger
 from betty.problems import Problem as BettyProblem
 from rich.console import RenderableType
 
-from mlseg import checkpoint
-from mlseg.engines import notices, state, validation
+from mlseg import checkpoint, parallel
+from mlseg.engines import notices, several, state, validation
 from mlseg.engines.hooks import Hooks, Work
-from mlseg.engines.interruption import Interruption
-from mlseg.engines.nan_guard import NanGuard, not_finite
+from mlseg.engines.interruption import Interrupted, Interruption
+from mlseg.engines.nan_guard import NanGuard, not_finite, what_is_kept
 from mlseg.engines.recording import Recorder
 from mlseg.engines.settings import (
     Dependencies,
@@ -59,7 +59,8 @@ class Engine(KnowsLevels, betty.engine.Engine):
         validation: returns a dict of figures; or define the method ``validation`` as in Betty, or
             override ``validate`` of a hook.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        out: the run directory; without it nothing is written.
+        out: the run directory; without it nothing is written. Of several processes (under
+            torchrun, see :mod:`mlseg.parallel`) the first writes.
         hooks: called at the points of the loop, in this order.
         quiet: no progress display.
     """
@@ -69,6 +70,7 @@ class Engine(KnowsLevels, betty.engine.Engine):
     stages = Shown[list[Stage]]()
     stage = Shown[Stage]()
     recorder = Shown[Recorder]()
+    directory = Shown["Path | None"]()
     metric = Shown["str | None"]()
     total_iterations = Shown["int | None"]()
     notices = Shown[list[str]]()
@@ -98,6 +100,7 @@ class Engine(KnowsLevels, betty.engine.Engine):
         hooks: Sequence[Hooks] = (),
         quiet: bool = False,
     ) -> None:
+        parallel.start()
         if dependencies is not None and (u2l is not None or l2u is not None):
             raise ValueError("give the graph either as dependencies or as u2l and l2u")
         if dependencies is not None:
@@ -132,23 +135,29 @@ class Engine(KnowsLevels, betty.engine.Engine):
         self._clock = time.monotonic()
         if validation is not None:
             self.validation = validation
-        self._recorder = Recorder(Path(out) if out else None, self._settings, quiet=quiet)
-        first = self._stages[0]
+        self._directory = Path(out) if out else None
+        first = parallel.is_first()
+        self._recorder = Recorder(
+            self._directory if first else None, self._settings, quiet=quiet or not first
+        )
+        graph = self._stages[0]
         super().__init__(
             list(problems),
             config=config if self._as_on_betty else as_bettys(self._settings),
-            dependencies={"u2l": first.u2l, "l2u": first.l2u},
+            dependencies={"u2l": graph.u2l, "l2u": graph.l2u},
             env=env,
         )
         for index in reversed(range(len(self._stages))):
             self.enter_stage(index)  # what a later stage's levels can't do is said now
         self._guard = NanGuard(self.problems, self.device)
+        several.begin(self)
 
     # ------------------------------------------------------------------- set-up
 
     def initialize(self) -> None:
         """Betty's set-up: what can't run is said first, nothing is announced."""
         self.parse_config()
+        several.check(self)
         shared = self.configure_systems()
         self.logger = betty_logger(self.logger_type)
         introduce(self.problems, self)
@@ -183,7 +192,8 @@ class Engine(KnowsLevels, betty.engine.Engine):
         return str(problem.name)
 
     def configure_systems(self) -> dict[str, Any]:
-        """Choose the device; this engine runs in one process."""
+        """Choose the device. What several processes share, Betty isn't told of: only who writes."""
+        self._rank = parallel.rank()
         device = choose_device(self._wanted_device)
         # Betty's is a string, which programs compare.
         self.device: Any = str(device) if self._as_on_betty else device
@@ -191,7 +201,7 @@ class Engine(KnowsLevels, betty.engine.Engine):
             "strategy": "default",
             "backend": None,
             "world_size": 1,
-            "rank": 0,
+            "rank": parallel.rank(),
             "local_rank": 0,
         }
 
@@ -287,9 +297,13 @@ class Engine(KnowsLevels, betty.engine.Engine):
             hook.start(self)
         try:
             self._loop()
-        except BaseException:
+        except BaseException as error:
+            if not isinstance(error, Interrupted):  # which all processes are at the same step
+                parallel.abandon()
             with suppress(RunError):  # of the two, the first is the one to tell
                 self._stop_hooks()
+            if isinstance(error, parallel.Lost):
+                raise RunError(f"{error}; {what_is_kept(self)}") from error
             raise
         self._stop_hooks()
 
@@ -307,17 +321,22 @@ class Engine(KnowsLevels, betty.engine.Engine):
                 self._validate_if_due()
                 if self._is_due(self._settings.checkpoint_every or 0) and not self._is_over():
                     self.save()
-                if interruption.requested:
-                    self.save()
-                    self._recorder.event("interrupted", self.global_step)
-                    raise interruption.exception(self.global_step)
+                if interruption.agreed():
+                    self._end_interrupted(interruption)
                 if self._stopped_early:
                     break
+            if interruption.agreed_at_last():
+                self._end_interrupted(interruption)
             if not self._finished:
                 self._finished = True
                 self._recorder.event("finished", self.global_step)
                 self.save()
         self.cleanup()
+
+    def _end_interrupted(self, interruption: Interruption) -> None:
+        self.save()
+        self._recorder.event("interrupted", self.global_step)
+        raise interruption.exception(self.global_step)
 
     def cleanup(self) -> None:
         """Called when all is done; Betty's ends its processes here, of which there are none."""
@@ -444,8 +463,8 @@ class Engine(KnowsLevels, betty.engine.Engine):
 
     def checkpoint_path(self, name: str) -> Path:
         """Where the checkpoint ``name`` of this run is, or will be."""
-        assert self._recorder.directory is not None
-        return self._recorder.directory / "checkpoints" / f"{name}.pt"
+        assert self._directory is not None
+        return self._directory / "checkpoints" / f"{name}.pt"
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next iteration depends on, and where the records stand."""
@@ -465,8 +484,8 @@ class Engine(KnowsLevels, betty.engine.Engine):
         self._goes_on = True
 
     def save(self, name: str = "last") -> None:
-        """Write a checkpoint; never one with a NaN in it."""
-        if self._recorder.directory is None:
+        """Write a checkpoint; never one with a NaN in it. All processes take part."""
+        if self._directory is None:
             return
         self._check_finite()
         self._recorder.flush()
@@ -484,7 +503,9 @@ class Engine(KnowsLevels, betty.engine.Engine):
         """
         self._check_states(saved["problems"])
         path = self.checkpoint_path(name)
-        checkpoint.save(path, saved)
+        if parallel.is_first():
+            checkpoint.save(path, saved)
+        parallel.together()  # what others read of it is there
         if path.name == checkpoint.LAST:
             self._unproven = None
 

@@ -5,6 +5,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from mlseg import parallel
+
 
 class Interrupted(Exception):
     """The run was asked to stop and has saved its state.
@@ -22,7 +24,8 @@ class Interruption:
     """Context in which the first of these signals is noted; a second one acts at once.
 
     SIGHUP is that the terminal was closed; a run under ``nohup``, which ignores it, goes on.
-    Signals reach a process's main thread only: in any other thread this does nothing.
+    Signals reach a process's main thread only: in any other thread this does nothing. A signal to
+    one of several processes stops them all, at the same step.
     """
 
     SIGNALS = tuple(
@@ -37,8 +40,25 @@ class Interruption:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal has come to this process."""
         return self.number is not None
+
+    def agreed(self) -> bool:
+        """Whether one has come, of several processes to any by the end of the step before.
+
+        To be asked once after each step.
+        """
+        if not parallel.several():
+            return self.requested
+        return self._agreed(parallel.most(self.number or 0))
+
+    def agreed_at_last(self) -> bool:
+        """Whether one has come to any of several processes in the last step of all."""
+        return self._agreed(parallel.end_of_questions())
+
+    def _agreed(self, number: int) -> bool:
+        self.number = number or self.number
+        return number > 0
 
     def exception(self, step: int) -> Interrupted:
         """What to raise once the state is saved."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mlseg import checkpoint
 from mlseg.checkpoint import first_not_finite
+from mlseg.engines.several import first_steps
 from mlseg.errors import RunError
 from mlseg.multilevel.problem import Problem
 
@@ -64,10 +65,11 @@ class NanGuard:
         torch.minimum(first, seen, out=first)
 
     def _read(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Steps of losses and of hypergradients, in one transfer."""
+        """Steps of losses and of hypergradients, in one transfer; of all processes."""
         names = [problem.name for problem in self._problems]
         tables = self._losses, self._hypergradients
-        steps = torch.stack([table[name] for table in tables for name in names]).tolist()
+        seen = torch.stack([table[name] for table in tables for name in names]).tolist()
+        steps = first_steps(seen)
         count = len(names)
         return dict(zip(names, steps[:count], strict=True)), dict(
             zip(names, steps[count:], strict=True)
@@ -135,9 +137,9 @@ def not_finite(engine: Engine, what: str, problem: str, step: int, which: str = 
 
 def what_is_kept(engine: Engine) -> str:
     """Which checkpoint a run that ends now has, in words."""
-    if engine._recorder.directory is not None:
+    if engine._directory is not None:
         for name in (checkpoint.LAST, checkpoint.PREVIOUS):
-            path = engine._recorder.directory / "checkpoints" / name
+            path = engine._directory / "checkpoints" / name
             if checkpoint.whole(path):
                 return f"the last good checkpoint is {path}"
         if engine.checkpoint_path("last").exists():

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,10 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mlseg import parallel
 from mlseg.checkpoint import require_form
 from mlseg.engines.progress import Progress
+from mlseg.engines.several import mean_figures
 from mlseg.errors import UserError
-from mlseg.files import writing
+from mlseg.files import replacing, writing
+from mlseg.machine import peak_memory
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
     from mlseg.engines.settings import EngineSettings
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+TIMES = "times.jsonl"
+"""What steps took, and the memory at its most: of the machine, not of the run's course."""
 
 
 class Recorder:
@@ -38,7 +44,7 @@ class Recorder:
     that the files read as if nothing had happened.
 
     Args:
-        directory: the run directory, or None to write nothing.
+        directory: the run directory, or None to write nothing, as in all processes but the first.
         settings: the engine's.
         quiet: no progress display.
     """
@@ -52,6 +58,8 @@ class Recorder:
         self._offsets: dict[str, int] = {METRICS: 0, EVENTS: 0}
         self._resumed_at = 0
         self._diverged: set[str] = set()
+        self._device = torch.device("cpu")
+        self._timed: tuple[int, float] = (0, 0.0)
 
     @contextmanager
     def opened(self, engine: Engine) -> Iterator[None]:
@@ -59,6 +67,8 @@ class Recorder:
         with _one_report_of_a_failure():
             if self.directory is not None:
                 self._open()
+            self._device = torch.device(engine.device)
+            self._timed = (engine.global_step, time.monotonic())
             self.progress.start(engine)
             try:
                 yield
@@ -75,6 +85,10 @@ class Recorder:
                 path.touch()
                 os.truncate(path, _end_of_lines(path, offset))
                 self._files[name] = path.open("a", encoding="utf-8")
+            path = self.directory / TIMES
+            if path.exists():
+                _keep_up_to(path, self._resumed_at)
+            self._files[TIMES] = path.open("a", encoding="utf-8")
         if self.settings.tensorboard:
             # Here, since it is slow to import.
             from torch.utils.tensorboard import SummaryWriter
@@ -96,8 +110,9 @@ class Recorder:
                 closing.callback(curves.close)
             for file in files.values():
                 closing.callback(file.close)
-        for name in files:
-            self._offsets[name] = self._path(name).stat().st_size
+        for name in self._offsets:
+            if name in files:
+                self._offsets[name] = self._path(name).stat().st_size
 
     # ------------------------------------------------------------------- entries
 
@@ -109,7 +124,8 @@ class Recorder:
         Returns:
             the figures, read.
         """
-        values = read_scalars({(p, k): v for p, group in figures.items() for k, v in group.items()})
+        read = read_scalars({(p, k): v for p, group in figures.items() for k, v in group.items()})
+        values = mean_figures(read)
         lines: dict[str, dict[str, float]] = {}
         for (problem, key), value in values.items():
             lines.setdefault(problem, {})[str(key)] = value
@@ -119,8 +135,20 @@ class Recorder:
                 line["learning_rate"] = rates[problem]
             self._write(METRICS, {"step": step, "problem": problem}, line)
             self._curve(problem, line, step)
+        self._time(step)
         self.progress.update(step, {p: line["loss"] for p, line in lines.items() if "loss" in line})
         return lines
+
+    def _time(self, step: int) -> None:
+        """Note what the steps since the last time took; host and device have just synchronised."""
+        before, at = self._timed
+        now = time.monotonic()
+        if step <= before:
+            return
+        self._timed = (step, now)
+        seconds = round((now - at) / (step - before), 6)
+        mib = round(peak_memory(self._device) / 2**20, 1)
+        self._write(TIMES, {"step": step}, {"seconds_per_step": seconds, "peak_memory_mib": mib})
 
     def _warn_of_divergence(self, step: int, problem: str, line: Mapping[str, float]) -> None:
         """Say of each hop once that its method's series or iteration has diverged."""
@@ -146,7 +174,8 @@ class Recorder:
     def event(self, kind: str, step: int, /, **values: Any) -> None:
         """Something that the engine decided."""
         self._write(EVENTS, {"event": kind, "step": step}, values)
-        self.progress.event(kind, step, values)
+        if parallel.is_first():
+            self.progress.event(kind, step, values)
 
     def picture(self, name: str, step: int, image_HWC: np.ndarray) -> None:
         """Write ``samples/<name>_<step>.png`` and show it in TensorBoard.
@@ -200,7 +229,8 @@ class Recorder:
         """Where the files end, and when."""
         for name, file in self._files.items():
             file.flush()
-            self._offsets[name] = file.tell()
+            if name in self._offsets:
+                self._offsets[name] = file.tell()
         diverged = sorted(self._diverged)
         return {"offsets": dict(self._offsets), "step": self.progress.step, "diverged": diverged}
 
@@ -254,6 +284,19 @@ def _end_of_lines(path: Path, offset: int) -> int:
                 return start + found + 1
             end = start
     return 0
+
+
+def _keep_up_to(path: Path, step: int) -> None:
+    """Cut off the lines after a step, and what is none: times are no part of a run's state."""
+    kept = []
+    for line in path.read_bytes().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
 
 
 def _json(value: Any) -> Any:

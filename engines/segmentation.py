@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from mlseg import checkpoint
+from mlseg.engines import evaluation
 from mlseg.engines.engine import Engine
 from mlseg.engines.hooks import Hooks
 from mlseg.engines.snapshot import Snapshot
-from mlseg.errors import UserError, one_line
+from mlseg.errors import UserError, one_line, unharmed
 from mlseg.files import write_json
 from mlseg.multilevel.problem import Problem
 from mlseg.segmentation.data import Samples, SegmentationData, to_float
 from mlseg.segmentation.metrics import SCORES, SegmentationMetrics
 from mlseg.segmentation.nets import SegmentorSettings, class_probabilities, decide
 from mlseg.segmentation.pictures import comparison
+from mlseg.segmentation.reliability import Reliability
 from mlseg.segmentation.scoring import evaluating, predict_logits, score
 
 SPLITS = "splits.json"
@@ -76,6 +78,8 @@ class Segmentation(Hooks):
         self._resumed = False
         self.counts: dict[str, dict[str, SegmentationMetrics]] = {}
         """What the final scores were computed from: by weights and split."""
+        self._reliability: dict[str, dict[str, Reliability]] = {}
+        self._pictures: dict[str, Any] = {}
 
     def description(self, engine: Engine) -> dict[str, Any]:
         """The segmentor, such that it can be built again."""
@@ -142,7 +146,7 @@ class Segmentation(Hooks):
         metrics.update(labels, masks, ids)
         scores = metrics.per_image()
         words = [f"{name}   {spec.metric} {scores[name][spec.metric]:.3f}" for name in ids]
-        picture = comparison(images, masks, labels, spec, words)
+        picture = comparison(images, masks, labels, spec, words, found)
         engine.recorder.picture("validation", engine.global_step, picture)
 
     def best_state(self, engine: Engine, state: dict[str, Any]) -> dict[str, Any]:
@@ -164,16 +168,17 @@ class Segmentation(Hooks):
         lost = {}
         for name in self.scored:
             if name == "last":
-                self.counts[name] = self._count(engine)
+                self._count(engine, name)
                 continue
             try:
                 with self.weights(engine, name) as found:
                     if found:
-                        self.counts[name] = self._count(engine)
-                    elif engine.best is not None and engine.recorder.directory is not None:
+                        self._count(engine, name)
+                    elif engine.best is not None and engine.directory is not None:
                         lost[name] = f"{engine.checkpoint_path(name)}: missing"
             except UserError as error:  # damaged while the run went on
                 lost[name] = str(error)
+        self._write_evaluation(engine)
         return {
             "metric": engine.metric,
             "scored_at": engine.settings.scoring,
@@ -183,28 +188,82 @@ class Segmentation(Hooks):
             },
             "data": self.data.spec.name,
             "provenance": self.data.provenance,
-            "split_hash": self.data.manifest["hash"],
+            "split_hash": self.data.split_hash,
             **({"lost": lost} if lost else {}),
             **({"best": None} if "best" in lost else {}),
         }
 
-    def _count(self, engine: Engine) -> dict[str, SegmentationMetrics]:
+    def _count(self, engine: Engine, weights: str) -> None:
         """Every split by the present weights, at the size that the config says."""
+        counts: dict[str, SegmentationMetrics] = {}
+        self._reliability[weights] = {}
         with evaluating(self.problem.module):
-            counts = {
-                name: score(
+            for name, samples in self.splits().items():
+                reliability = Reliability(samples.spec.ignore_index)
+                counts[name] = score(
                     self.predict,
                     samples,
                     engine.device,
                     threshold=self.threshold,
                     native=engine.settings.scoring == "native",
                     distances=True,
+                    seen=reliability.update,
                 )
-                for name, samples in self.splits().items()
+                reliability.join()
+                self._reliability[weights][name] = reliability
+            self.counts[weights] = counts | {
+                part: counts[split].only(ids) for part, (split, ids) in self.parts.items() if ids
             }
-        return counts | {
-            part: counts[split].only(ids) for part, (split, ids) in self.parts.items() if ids
-        }
+            if weights == self._shown(engine):
+                self._draw(engine, weights)
+
+    def _shown(self, engine: Engine) -> str:
+        """The weights whose images are shown: the selected ones, where there are any."""
+        chosen = engine.directory is not None and "best" in self.scored
+        return "best" if chosen and engine.checkpoint_path("best").exists() else "last"
+
+    def _draw(self, engine: Engine, weights: str) -> None:
+        """Pictures of the images that went worst and best: of the test split, or of validation."""
+        if engine.recorder.directory is None:
+            return
+        split = "test" if "test" in self.splits() else "val"
+        samples = self.splits()[split]
+        with unharmed("pictures of its images"):
+            scores = self.counts[weights][split].per_image()
+            metric = engine.metric if engine.metric in next(iter(scores.values())) else SCORES[0]
+            values = {image: own[str(metric)] for image, own in scores.items()}
+            made = evaluation.pictures(self.predict, samples, values, engine.device, self.threshold)
+            self._pictures = {
+                "weights": weights,
+                "split": split,
+                "metric": metric,
+                "heads": evaluation.heads(samples.spec),
+                "of": made,
+            }
+
+    def _write_evaluation(self, engine: Engine) -> None:
+        """``evaluation.json``: what the page of a run shows of its images."""
+        if engine.recorder.directory is None:
+            return
+        with unharmed(evaluation.EVALUATION):
+            found = {
+                weights: {
+                    split: evaluation.figures(metrics, self._reliability[weights].get(split))
+                    for split, metrics in counts.items()
+                }
+                for weights, counts in self.counts.items()
+            }
+            spec = self.data.spec
+            evaluation.write(
+                engine.recorder.directory,
+                {
+                    "metric": engine.metric,
+                    "scored_at": engine.settings.scoring,
+                    "palette": [list(shade) for shade in spec.palette],
+                    "scores": found,
+                    "pictures": self._pictures,
+                },
+            )
 
     @contextmanager
     def weights(self, engine: Engine, name: str) -> Iterator[bool]:
@@ -220,7 +279,7 @@ class Segmentation(Hooks):
             UserError: it is damaged, or of another step than the run's best.
         """
         module = self.problem.module
-        if engine.recorder.directory is None or not engine.checkpoint_path(name).exists():
+        if engine.directory is None or not engine.checkpoint_path(name).exists():
             yield False
             return
         path = engine.checkpoint_path(name)

@@ -102,8 +102,8 @@ def as_settings(
         return config or EngineSettings()
     if config.strategy not in ("default", "cpu", "gpu"):
         raise UserError(
-            f"strategy {config.strategy!r}: this engine runs in one process; choose default, cpu "
-            "or gpu, or run it on Betty's"
+            f"strategy {config.strategy!r}: choose default, cpu or gpu, or run it on Betty's "
+            "engine; several processes train here under torchrun, with mlseg.EngineSettings"
         )
     if config.logger_type not in logger_mapping:
         raise UserError(

@@ -12,7 +12,9 @@ from pydantic import NonNegativeFloat, NonNegativeInt
 from mlseg import checkpoint, config, randomness
 from mlseg.checkpoint import taking
 from mlseg.config import Settings
+from mlseg.engines import several
 from mlseg.errors import UserError
+from mlseg.multilevel import sharing
 from mlseg.multilevel.problem import Problem
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ _PLAIN = [name for name in Loop.model_fields if name not in ("global_step", "sta
 def whole(engine: Engine) -> dict[str, Any]:
     """Everything that the next iteration depends on, and where the records stand."""
     plain = {name: getattr(engine, f"_{name}") for name in _PLAIN}
-    return {
+    state = {
         **_description(engine),
         "problems": {problem.name: problem.state_dict() for problem in engine.problems},
         "engine": {
@@ -77,6 +79,7 @@ def whole(engine: Engine) -> dict[str, Any]:
         "random_state": randomness.capture(engine.device),
         "records": engine._recorder.state_dict(),
     }
+    return several.joined(state)
 
 
 def keeps_state(env: Any) -> bool:
@@ -100,9 +103,11 @@ def restore(engine: Engine, state: Mapping[str, Any]) -> None:
     """Go on from :func:`whole`.
 
     Raises:
-        UserError: it is of another program, or holds what no run writes.
+        UserError: it is of another program or of another number of processes, or holds what no run
+            writes.
     """
     with taking("the run"):
+        state = several.own(state)
         own = dict(state["engine"])
         problems = dict(state["problems"])
         # The first versions kept them in two places.
@@ -139,6 +144,7 @@ def restore(engine: Engine, state: Mapping[str, Any]) -> None:
         engine._recorder.load_state_dict(state["records"])
     with taking("the random state"):
         randomness.restore(state["random_state"], engine.device)
+        sharing.set_draws(state.get("shared_draws"))
 
 
 def require_places(engine: Engine) -> None:

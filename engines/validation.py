@@ -10,6 +10,7 @@ import betty.engine
 import torch
 from betty.misc.early_stopping import EarlyStopping
 
+from mlseg import parallel
 from mlseg.engines.nan_guard import what_is_kept
 from mlseg.engines.recording import read_scalars
 from mlseg.errors import RunError
@@ -32,7 +33,8 @@ def validate(engine: Engine) -> dict[str, float]:
         with torch.no_grad():
             for hook in engine._hooks:
                 values |= hook.validate(engine)
-            figures = read_scalars({str(key): value for key, value in values.items()})
+            read = read_scalars({str(key): value for key, value in values.items()})
+            figures = parallel.from_first(read)  # which decide
     finally:
         engine.train()
     engine._last_validation = figures
@@ -85,7 +87,7 @@ def _choose(engine: Engine, figures: dict[str, float]) -> None:
 def _stop_if_no_better(engine: Engine, values: Mapping[str, Any]) -> None:
     patience, own = engine._settings.patience, engine.early_stopping
     if own is not None and type(own) is not EarlyStopping:
-        stop = bool(own(values))
+        stop = parallel.from_first(bool(own(values)))
     else:
         stop = patience is not None and engine._validations_without_best >= patience
     if stop:
@@ -103,8 +105,7 @@ def _select(engine: Engine, metric: str, value: float) -> None:
     engine._best = {"metric": metric, "value": value, "step": engine.global_step}
     engine._validations_without_best = 0
     engine._recorder.event("new_best", engine.global_step, metric=metric, value=value)
-    if engine._recorder.directory is not None:
-        engine.save("best")
+    engine.save("best")
 
 
 def _step_schedulers(engine: Engine, metric: float) -> None:

@@ -23,16 +23,29 @@ if TYPE_CHECKING:
     from mlseg import segmentation as segmentation
     from mlseg.engines import Engine, EngineSettings, Hooks, Stage
     from mlseg.multilevel import Config, Problem
+    from mlseg.segmentation.model import Model, load
 
-__all__ = ["Config", "Engine", "EngineSettings", "Hooks", "Problem", "Stage", "__version__"]
+__all__ = [
+    "Config",
+    "Engine",
+    "EngineSettings",
+    "Hooks",
+    "Model",
+    "Problem",
+    "Stage",
+    "__version__",
+    "load",
+]
 
 _HOMES = {
     "Config": "mlseg.multilevel",
     "Engine": "mlseg.engines",
     "EngineSettings": "mlseg.engines",
     "Hooks": "mlseg.engines",
+    "Model": "mlseg.segmentation.model",
     "Problem": "mlseg.multilevel",
     "Stage": "mlseg.engines",
+    "load": "mlseg.segmentation.model",
 }
 _PACKAGES = (
     "comparison",

@@ -11,7 +11,9 @@ from mlseg.errors import EXIT_USER_ERROR
 COMMANDS = {
     "run": ("mlseg.run", "train a system from a config"),
     "evaluate": ("mlseg.evaluate", "score a finished run on any data set"),
+    "report": ("mlseg.report", "a page of a run, or of several side by side"),
     "predict": ("mlseg.predict", "images in, mask PNGs and overlays out"),
+    "export": ("mlseg.export", "a trained model as a file for other programs"),
     "compare": ("mlseg.compare", "hypergradient methods side by side"),
     "sweep": ("mlseg.sweep", "grids of runs: a paper's tables and figures"),
     "calibrate": ("mlseg.calibrate", "choose k and threshold on validation images"),

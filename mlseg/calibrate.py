@@ -78,6 +78,9 @@ def _run_guarded(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    for run in arguments.runs:
+        if run.is_file():
+            raise UserError(f"{run}: a file of weights; calibrate the run that it was taken from")
     device = choose_device(arguments.device)
     ensemble = load_runs(arguments.runs, device, arguments.weights)
     choose_threads(arguments).use()

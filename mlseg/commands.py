@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mlseg import parallel
 from mlseg.config import Tree
 from mlseg.engines.interruption import Interrupted
 from mlseg.errors import (
@@ -28,12 +29,23 @@ from mlseg.errors import (
 from mlseg.files import reachable
 
 
-def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+def guarded(
+    command: Callable[[argparse.Namespace], int],
+    arguments: argparse.Namespace,
+    in_several: bool = False,
+) -> int:
     """Run a command; a user's mistake and a failed run become one line on stderr and a code.
+
+    Of several processes one says it.
 
     A closed pipe or terminal ends no run: what can't be shown isn't. Output that can't be written
     for any other reason, to a full disk, is a failure once the work is done.
+
+    Args:
+        in_several: whether the command is one that several processes (torchrun) do together.
     """
+    if not in_several:
+        command = _alone(command)
     with _lasting("stderr"), _lasting("stdout") as output:
         code = _guarded(command, arguments)
         if output is not None:
@@ -42,6 +54,24 @@ def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Na
                 print(f"failed: standard output: {one_line(output.failure)}", file=sys.stderr)
                 return code or EXIT_RUN_ERROR
         return code
+
+
+def _alone(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    def refused(arguments: argparse.Namespace) -> int:
+        require_one_process()
+        return command(arguments)
+
+    return refused
+
+
+def require_one_process() -> None:
+    """Raise UserError where torchrun has started several."""
+    place = parallel.launch()
+    if place is not None:
+        raise UserError(
+            f"{place.size} processes were started for a command that one does; leave torchrun out "
+            "(it is for mlseg.run)"
+        )
 
 
 _GONE = (errno.EPIPE, errno.EIO)
@@ -99,27 +129,33 @@ def _guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.N
     try:
         return command(arguments)
     except UserError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        _say(f"error: {printable(str(error))}")
         return EXIT_USER_ERROR
     except RunError as error:
-        print(f"failed: {printable(str(error))}", file=sys.stderr)
+        _say(f"failed: {printable(str(error))}")
         return EXIT_RUN_ERROR
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         said = one_line(error).removesuffix(".")
-        print(f"failed: out of memory ({said}); lower a batch_size or image_size, or make a "
-              "network smaller", file=sys.stderr)  # fmt: skip
+        _say(f"failed: out of memory ({said}); lower a batch_size or image_size, or make a "
+             "network smaller")  # fmt: skip
         return EXIT_RUN_ERROR
     except SystemExit as error:  # a user's own code: ours never ends the process from within
-        print(f"failed: the process was ended from within ({located(error)})", file=sys.stderr)
+        _say(f"failed: the process was ended from within ({located(error)})")
         return EXIT_RUN_ERROR
     except Interrupted as interrupted:
-        print(f"{interrupted}; go on with --resume", file=sys.stderr)
+        _say(f"{interrupted}; go on with --resume")
         return interrupted.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _say("interrupted")
         return 128 + signal.SIGINT
+
+
+def _say(line: str) -> None:
+    """On stderr; of several processes the first that asks says it."""
+    if parallel.speaks():
+        print(line, file=sys.stderr)
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -145,7 +181,7 @@ def named(text: str) -> Path:
 
 def say_notes(tree: Tree) -> None:
     """Print what a command line has dropped from a config."""
-    for note in tree.notes:
+    for note in tree.notes if parallel.is_first() else ():
         print(f"note: {printable(note)}", file=sys.stderr)
 
 
@@ -158,7 +194,13 @@ def make_console(stderr: bool = False) -> Console:
 
     Text is shown as it is: paths and names may hold what rich takes for its markup.
     """
-    made = Console(stderr=stderr, highlight=False, markup=False, soft_wrap=stderr)
+    made = Console(
+        stderr=stderr,
+        highlight=False,
+        markup=False,
+        soft_wrap=stderr,
+        quiet=not parallel.is_first(),
+    )
     if not made.is_terminal:
         made.width = 140
     return made

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from mlseg.commands import make_console, print_whole
+from mlseg import parallel
+from mlseg.commands import make_console, print_whole, require_one_process
 from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, RunError, UserError, printable
 from mlseg.segmentation.data.entry import DATA_SETS, data_set
 from mlseg.segmentation.data.fetch import fetch, how_to_get
@@ -24,10 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="fetch only the first N examples of each part")
     parser.add_argument("--part", action="append", help="official part: train, val or test")
     given = parser.parse_args(arguments)
-    if given.name is None:
-        _list()
-        return 0
     try:
+        require_one_process()
+        if given.name is None:
+            _list()
+            return 0
         entry = data_set(given.name)
         if given.limit is not None and given.limit < 1:
             raise UserError(f"--limit must be at least 1, got {given.limit}")
@@ -41,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(printable(str(error)), file=sys.stderr)
         return EXIT_RUN_ERROR
     except ValueError as error:  # UserError is one
-        print(printable(str(error)), file=sys.stderr)
+        if parallel.speaks():
+            print(printable(str(error)), file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)

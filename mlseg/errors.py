@@ -3,7 +3,10 @@
 Everything else that is raised is a bug and keeps its traceback.
 """
 
+import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 EXIT_USER_ERROR = 2
 EXIT_RUN_ERROR = 1
@@ -48,3 +51,17 @@ def located(error: BaseException) -> str:
     place = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
     text = "" if not str(error).strip() else f": {one_line(error)}"
     return f"{place}{type(error).__name__}{text}"
+
+
+@contextmanager
+def unharmed(what: str) -> Iterator[None]:
+    """Within this block something is made for people to look at; failing, it is a line on stderr.
+
+    Args:
+        what: is missing then.
+    """
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001, whatever it is, the run and its results stand
+        said = printable(f"note: no {what} ({one_line(error)}); everything else stands")
+        print(said, file=sys.stderr)

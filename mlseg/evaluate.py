@@ -18,6 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from mlseg.errors import UserError
 from mlseg.files import require_file, require_writable, write_json
 from mlseg.machine import choose_device
 from mlseg.resuming import require_untouched
-from mlseg.run import begun_with, parse_run
+from mlseg.run import parse_run
 from mlseg.segmentation.calibration import calibrated, describe
 from mlseg.segmentation.data import (
     DataSettings,
@@ -50,7 +51,7 @@ from mlseg.segmentation.data.decode import MEGAPIXELS, limit_pixels
 from mlseg.segmentation.data.layout import MAX_FILES, folder_layout
 from mlseg.segmentation.metrics import SCORES
 from mlseg.segmentation.scoring import score
-from mlseg.segmentation.trained import Ensemble, load_runs
+from mlseg.segmentation.trained import Ensemble, load_runs, run_threads
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
         "--max-files", type=int, default=MAX_FILES, metavar="N", help="in a data set's folder"
     )
     add_choices(made)
+    add_tta(made)
     threads.add_flag(made)
     made.add_argument("--out", type=named, help="JSON file for all figures, per image too")
     made.add_argument(
@@ -121,7 +123,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 for name in arguments.data
             }
     scale = arguments.scale or trained.scoring
-    shown = list(dict.fromkeys([trained.spec.metric, *SCORES, "hd95", "pooled_jaccard"]))
+    shown = list(dict.fromkeys([trained.spec.metric, *SCORES, "hd95", "nsd", "pooled_jaccard"]))
     names = ", ".join(map(str, arguments.runs))
     steps = ", ".join(str(member.step) for member in ensemble.members)
     title = f"{names}, {arguments.weights} weights (step {steps}), {describe(ensemble)}, {scale}"
@@ -151,6 +153,7 @@ def _run(arguments: argparse.Namespace) -> int:
             "steps": [member.step for member in ensemble.members],
             "k": [member.k for member in ensemble.members],
             "threshold": ensemble.threshold,
+            "tta": arguments.tta,
             "scored_at": scale,
             "threads": chosen.record(),
         }
@@ -181,6 +184,15 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tta(parser: argparse.ArgumentParser) -> None:
+    """The argument about predicting an image in several ways."""
+    parser.add_argument(
+        "--tta",
+        choices=("flips",),
+        help="average over the eight flips and quarter turns of each image: eight times as long",
+    )
+
+
 def add_trust(parser: argparse.ArgumentParser) -> None:
     """The argument about code that a run names."""
     parser.add_argument(
@@ -191,7 +203,8 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 def load_chosen(arguments: argparse.Namespace, device: torch.device) -> Ensemble:
     """The runs' segmentors with the k and threshold that the arguments or a calibration say."""
     ensemble = load_runs(arguments.runs, device, arguments.weights)
-    return calibrated(ensemble, arguments.k, arguments.threshold)
+    chosen = calibrated(ensemble, arguments.k, arguments.threshold)
+    return replace(chosen, flips=arguments.tta == "flips")
 
 
 def choose_threads(arguments: argparse.Namespace) -> threads.Threads:
@@ -199,10 +212,7 @@ def choose_threads(arguments: argparse.Namespace) -> threads.Threads:
 
     So its figures are those that the run reported.
     """
-    if arguments.threads is not None:
-        return threads.Threads(arguments.threads, "--threads")
-    own = threads.Threads(min(begun_with(arguments.runs[0]), threads.cores()), "run")
-    return threads.by_environment() or own
+    return run_threads(arguments.runs[0], arguments.threads)
 
 
 def check_output(path: Path, overwrite: bool = False) -> None:
@@ -243,13 +253,18 @@ def own_data(runs: Sequence[Path], trained_with: Any = None) -> SegmentationData
         UserError: the data, or the config, are no longer those that the runs were made with, or one
             run has been trained on what another is to be tested on.
     """
+    for run in runs:
+        if run.is_file():
+            raise UserError(
+                f"{run}: a file of weights has no data of its own; name a run directory"
+            )
     require_untouched(runs[0], trained_with)
     wanted = _data_settings(runs[0])
     if wanted is None:
         raise UserError(f"{runs[0]}: its system has no data of its own; name a data set by --data")
     if wanted.when_missing == "download":  # into a folder that the run names
         wanted = wanted.model_copy(update={"when_missing": "error"})
-    data = load_data(wanted)
+    data = load_data(wanted, unlabelled=False)
     for run in runs:
         check_same_data(run, data)
     return data

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from mlseg import parallel
 from mlseg._version import __version__
 from mlseg.errors import UserError
 
@@ -20,11 +21,12 @@ VERSIONED = ("torch", "torchvision", "betty-ml", "numpy")
 
 
 def choose_device(name: str | torch.device) -> torch.device:
-    """``auto`` is CUDA when there is one.
+    """``auto`` is CUDA when there is one; of several processes each takes a GPU of its own.
 
     Raises:
         UserError: CUDA is asked for and there is none, or the name is no device.
     """
+    name = parallel.local_device(str(name))
     if str(name) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -91,7 +93,10 @@ def revision() -> str:
     """The commit of the code, with ``-dirty`` when files differ from it."""
     command = ["git", "describe", "--always", "--dirty"]
     folder = Path(__file__).parent
-    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return "unknown revision"
     return found.stdout.strip() or "unknown revision"
 
 

@@ -1,15 +1,19 @@
 """Segment images with a finished run, or an ensemble of runs.
 
     python -m mlseg.predict runs/try images/ --out masks/
-    python -m mlseg.predict runs/try lesion.jpg --out masks/
-    python -m mlseg.predict runs/try 'images/*_left.png' --out masks/
+    python -m mlseg.predict runs/try lesion.jpg --out masks/ --probabilities npz --tta flips
+    python -m mlseg.predict runs/try 'images/*_left.png' --out masks/ --csv masks/areas.csv
     python -m mlseg.predict runs/a runs/b runs/c images/ --out masks/
     python -m mlseg.predict runs/voc VOCdevkit/VOC2012 --server voc2012_comp6 --out upload/
 
 For each image two PNGs at its own size, upright as it is shown (EXIF): ``<name>.png``, the mask (0
 and 255 for two classes, else class indices with the classes' colours as palette), and
-``<name>_overlay.png``. Several runs: the mean of their probabilities. What ``mlseg.calibrate``
-chose for exactly these weights is used. Hidden files are left out.
+``<name>_overlay.png``. What the values mean stands in the mask's text (``Classes``), and beside
+masks of several classes in ``classes.json``. Several runs: the mean of their probabilities. What
+``mlseg.calibrate`` chose for exactly these weights is used. Hidden files are left out.
+
+Slices of DICOM and NIfTI (``.dcm``, ``.nii``, ``.nii.gz``) have their masks in their own format
+too, with place and spacing; that needs the extra ``medical``.
 
 ``--server`` names a benchmark whose test masks nobody else has, and the images are the test images
 below its data set's folder. Their label maps alone are written, as its server takes them:
@@ -25,33 +29,31 @@ import argparse
 import glob
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from mlseg import threads
 
 if __name__ == "__main__":
     threads.bound_spinning()  # before torch is loaded
 
-import numpy as np
-import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from rich.progress import track
 
 from mlseg.commands import guarded, make_console, named
 from mlseg.config.registry import strangers
 from mlseg.errors import EXIT_RUN_ERROR, UserError, printable
-from mlseg.evaluate import add_choices, choose_threads, load_chosen
-from mlseg.files import reachable, replacing, require_writable, writing
+from mlseg.evaluate import add_choices, add_tta, choose_threads, load_chosen
+from mlseg.files import reachable, require_writable, writing
 from mlseg.machine import choose_device
-from mlseg.segmentation.data import PADDING, DatasetSpec, padded, placed, to_float
+from mlseg.segmentation.data import DatasetSpec, medical
 from mlseg.segmentation.data.decode import limit_pixels, read_image
 from mlseg.segmentation.data.layout import is_hidden, list_files
-from mlseg.segmentation.data.servers import SERVERS
-from mlseg.segmentation.pictures import overlay
-from mlseg.segmentation.scoring import label_map
+from mlseg.segmentation.data.servers import SERVERS, Server
+from mlseg.segmentation.outputs import Outputs, is_own, rows, save_png, write_table
+from mlseg.segmentation.segmenting import decided, enlarged, probabilities
 from mlseg.segmentation.trained import Ensemble
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp"}
@@ -74,7 +76,20 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--overwrite", action="store_true", help="also files there that predict hasn't written"
     )
+    made.add_argument(
+        "--probabilities",
+        choices=("npz", "png"),
+        help="of the classes too: float16 (K, H, W) in <name>_probabilities.npz, or 16-bit PNGs, "
+        "<name>_probability.png of the foreground or one a class",
+    )
+    made.add_argument(
+        "--csv",
+        type=named,
+        metavar="FILE",
+        help="table of area (pixels, share) and confidence of every image and class",
+    )
     add_choices(made)
+    add_tta(made)
     threads.add_flag(made)
     return made
 
@@ -86,61 +101,105 @@ def _run_guarded(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     limit_pixels(arguments.max_megapixels)
-    server = None if arguments.server is None else SERVERS[arguments.server]
-    if server is None:
-        paths = find_images(arguments.images)
-        made = {path: list(outputs(path, arguments.out)) for path in paths}
-    else:
-        taken = server.images(reachable(arguments.images))
-        made = {path: [arguments.out / name] for name, path in taken.items()}
-        paths = list(made)
-    check_outputs(made, arguments.out, arguments.overwrite)
+    if arguments.server is not None:
+        return _hand_in(arguments, SERVERS[arguments.server])
+    paths = find_images(arguments.images)
+    any_two = DatasetSpec("", 3, ("", ""))  # names of files depend on the number of classes alone
+    outputs = Outputs(arguments.out, any_two, arguments.probabilities)
+    check_outputs(paths, outputs, arguments.csv, arguments.overwrite)
     require_writable(arguments.out)
+    if arguments.csv is not None:
+        require_writable(arguments.csv, "--csv")
     ensemble = load_chosen(arguments, choose_device(arguments.device))
+    outputs = replace(outputs, spec=ensemble.first.spec)
+    check_outputs(paths, outputs, arguments.csv, arguments.overwrite)
     choose_threads(arguments).use()
-    spec = ensemble.first.spec
-    if server is not None:
-        server.check(spec.classes, ensemble.first.run)
     with writing(arguments.out):
-        for folder in {file.parent for files in made.values() for file in files}:
-            folder.mkdir(parents=True, exist_ok=True)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    outputs.write_classes()
     console = make_console(stderr=True)
     failed: list[Path] = []
+    table: list[dict[str, Any]] = []
     for path in track(paths, "Segmenting", console=console, disable=not console.is_terminal):
         try:
-            image = read_image(path, spec.channels)
-            mask = segment(ensemble, image, str(path))
+            table += _segment(path, ensemble, outputs, arguments.csv is not None)
         except UserError as error:
             print(f"error: {printable(str(error))}", file=sys.stderr)
             failed.append(path)
-            continue
-        if server is None:
-            shown = Image.fromarray(overlay(_rgb(image), mask, spec.palette))
-            pictures = [_mask_image(mask, spec), shown]
-        else:
-            pictures = [server.picture(mask)]
-        for file, picture in zip(made[path], pictures, strict=True):
-            with writing(file), replacing(file) as temporary:
-                picture.save(temporary, "PNG", pnginfo=_mark())
-    what = "masks and overlays" if server is None else "label maps for the server"
-    console.print(f"{len(paths) - len(failed)} {what} in {arguments.out}")
-    if server is not None and len(paths) != server.number:
-        console.print(f"The server wants {server.number}: here were {len(paths)} test images.")
+    if arguments.csv is not None:
+        write_table(arguments.csv, table)
+    console.print(f"{len(paths) - len(failed)} masks and overlays in {arguments.out}")
     if failed:
         names = ", ".join(path.name for path in failed)
         print(printable(f"failed: {len(failed)} of {len(paths)} images: {names}"), file=sys.stderr)
     return EXIT_RUN_ERROR if failed else 0
 
 
+def _hand_in(arguments: argparse.Namespace, server: Server) -> int:
+    """Write the label maps of a benchmark's test images; the exit code."""
+    for option in ("probabilities", "csv"):
+        if getattr(arguments, option) is not None:
+            raise UserError(f"--{option}: no server takes it; drop it or --server")
+    taken = server.images(reachable(arguments.images))
+    made = {arguments.out / name: path for name, path in taken.items()}
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise UserError(f"--out: {arguments.out} is a file; name a folder")
+    check_files([("--out", file) for file in made], list(made.values()), arguments.overwrite)
+    require_writable(arguments.out)
+    ensemble = load_chosen(arguments, choose_device(arguments.device))
+    server.check(ensemble.first.spec.classes, ensemble.first.run)
+    choose_threads(arguments).use()
+    console = make_console(stderr=True)
+    failed: list[Path] = []
+    for file, path in track(
+        made.items(), "Segmenting", console=console, disable=not console.is_terminal
+    ):
+        try:
+            image = read_image(path, ensemble.first.spec.channels)
+            found = probabilities(ensemble, image, str(path))
+        except UserError as error:
+            print(f"error: {printable(str(error))}", file=sys.stderr)
+            failed.append(path)
+            continue
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        save_png(server.picture(decided(ensemble, found, image.shape[1:])), file)
+    console.print(f"{len(made) - len(failed)} label maps for the server in {arguments.out}")
+    if len(made) != server.number:
+        console.print(f"The server wants {server.number}: here were {len(made)} test images.")
+    if failed:
+        names = ", ".join(path.name for path in failed)
+        print(printable(f"failed: {len(failed)} of {len(made)} images: {names}"), file=sys.stderr)
+    return EXIT_RUN_ERROR if failed else 0
+
+
+def _segment(
+    path: Path, ensemble: Ensemble, outputs: Outputs, tabled: bool
+) -> list[dict[str, Any]]:
+    """Write what belongs to one image; its rows of the table, if there is one."""
+    channels, slice_ = ensemble.first.spec.channels, None
+    if medical.suffix(path):
+        slice_ = medical.read_slice(path, channels)
+    image = read_image(path, channels) if slice_ is None else slice_.image
+    found = probabilities(ensemble, image, str(path))
+    mask = decided(ensemble, found, image.shape[1:])
+    wanted = tabled or outputs.probabilities is not None
+    chances = enlarged(ensemble, found, image.shape[1:]) if wanted else None
+    outputs.write(path, image, mask, chances, slice_)
+    if not tabled or chances is None:
+        return []
+    return rows(path, mask, chances, outputs.spec.classes)
+
+
 def find_images(where: str) -> list[Path]:
     """The images that a folder, a file or a glob means, sorted.
 
     Raises:
-        UserError: there are none, or two would get the same mask's name.
+        UserError: there are none.
     """
     path = reachable(where)
     if path.is_dir():
-        found = [p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and _may_be_image(p)]
+        found = [p for p in path.iterdir() if _has_suffix(p) and _may_be_image(p)]
     elif path.is_file():
         found = [path]
     elif "**" in path.parts:
@@ -148,17 +207,13 @@ def find_images(where: str) -> list[Path]:
     else:
         found = [p for p in map(Path, glob.glob(str(path))) if _may_be_image(p)]
     if not found:
-        kinds = ", ".join(sorted(SUFFIXES))
+        kinds = ", ".join(sorted({*SUFFIXES, *medical.DICOM, *medical.NIFTI}))
         raise UserError(f"{where}: no images there (a folder, a file or a glob of {kinds})")
-    names: dict[str, Path] = {}
-    for p in sorted(found):
-        if p.stem in names:
-            raise UserError(f"{p} and {names[p.stem]} would both become {p.stem}.png; rename one")
-        names[p.stem] = p
-    for stem, p in names.items():
-        if f"{stem}_overlay" in names:
-            raise UserError(f"{p}: its overlay would be {stem}_overlay.png, another's mask; rename")
     return sorted(found)
+
+
+def _has_suffix(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES or bool(medical.suffix(path))
 
 
 def _may_be_image(path: Path) -> bool:
@@ -185,106 +240,62 @@ def _fits(parts: Sequence[str], wanted: Sequence[str]) -> bool:
     return bool(parts) and fnmatch(parts[0], wanted[0]) and _fits(parts[1:], wanted[1:])
 
 
-def outputs(image: Path, folder: Path) -> tuple[Path, Path]:
-    """Where an image's mask and overlay go."""
-    return folder / f"{image.stem}.png", folder / f"{image.stem}_overlay.png"
-
-
 def check_outputs(
-    images: Mapping[Path, Sequence[Path]], folder: Path, overwrite: bool = False
+    images: Sequence[Path], outputs: Outputs, table: Path | None = None, overwrite: bool = False
 ) -> None:
-    """Refuse to write where somebody else's file lies.
+    """Refuse to write where somebody else's file lies, or two of ours would.
 
     Args:
-        images: and the files that each becomes.
-        overwrite: that is as it should be; an image still isn't overwritten.
+        table: the file of ``--csv``.
+        overwrite: somebody's file is as it should be; an image still isn't overwritten.
 
     Raises:
-        UserError: a mask or an overlay would take an image's place, or that of a file, a link or a
-            folder that no earlier call has made.
+        UserError: a mask or another output would take an image's place, or that of a file, a link
+            or a folder that no earlier call has made, or one another's.
     """
+    folder = outputs.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: {folder} is a file; name a folder")
-    # realpath, not resolve: a loop of links leads nowhere, and is said when its image is read.
-    read = {os.path.realpath(image) for image in images}
-    for file in (file for files in images.values() for file in files):
-        if os.path.realpath(file) in read:
-            raise UserError(f"--out: {file} is one of the images; name another folder")
-        if not os.path.lexists(file) or (overwrite and (file.is_symlink() or file.is_file())):
-            continue
-        if file.is_symlink() or not _own(file):
-            raise UserError(
-                f"--out: {file} is there already, and not by predict; name another folder"
-                + (" or give --overwrite" if file.is_symlink() or file.is_file() else "")
-            )
+    made = {file: Path(file.name) for file in outputs.of_all()}
+    for image in images:
+        for file in outputs.files(image):
+            if file in made:
+                raise UserError(
+                    f"{made[file]} and {image} would both become {file.name}; rename one"
+                )
+            made[file] = image
+    wanted = [("--out", file) for file in made]
+    if table is not None:
+        if os.path.realpath(table) in {os.path.realpath(file) for file in made}:
+            raise UserError(f"--csv: {table} is a file of --out already; name another")
+        wanted.append(("--csv", table))
+    check_files(wanted, images, overwrite)
 
 
-_SOFTWARE = "mlseg predict"
-
-
-def _mark() -> PngInfo:
-    """By which a file says where it comes from."""
-    made = PngInfo()
-    made.add_text("Software", _SOFTWARE)
-    return made
-
-
-def _own(file: Path) -> bool:
-    """Whether an earlier call has written it."""
-    try:
-        with Image.open(file, formats=("PNG",)) as picture:
-            return picture.info.get("Software") == _SOFTWARE
-    except OSError:
-        return False
-
-
-def segment(ensemble: Ensemble, image_CHW: np.ndarray, name: str = "image") -> np.ndarray:
-    """Label map of one image, at its own size.
-
-    The image is brought to the size the networks were trained at as in training (bilinear,
-    antialiased; stretched or padded), and the class probabilities back to the image's size.
+def check_files(
+    wanted: Sequence[tuple[str, Path]], images: Sequence[Path], overwrite: bool
+) -> None:
+    """Refuse to write where an image lies, or somebody else's file.
 
     Args:
-        image_CHW: uint8, (C, H, W).
-        name: of the image, for errors.
-
-    Returns:
-        (H, W) uint8 class indices.
+        wanted: files that are to be written, with the option that names each.
 
     Raises:
-        UserError: probabilities are NaN or infinite.
+        UserError: one is there already.
     """
-    device = next(ensemble.first.module.parameters()).device
-    native, size = (image_CHW.shape[1], image_CHW.shape[2]), ensemble.first.image_size
-    resized = _resized(image_CHW, placed(native, size, ensemble.first.fit))
-    tensor = torch.from_numpy(padded(resized, size, PADDING)).unsqueeze(0).to(device)
-    found = ensemble.probabilities(to_float(tensor))
-    if not found.isfinite().all():
-        raise UserError(f"{name}: its class probabilities by {ensemble.first.run} are not finite")
-    return label_map(found, native, ensemble.first.fit, ensemble.threshold).cpu().numpy()
-
-
-def _resized(image_CHW: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    if image_CHW.shape[1:] == size:
-        return image_CHW
-    height, width = size
-    channels = [
-        np.asarray(Image.fromarray(channel).resize((width, height), Image.Resampling.BILINEAR))
-        for channel in image_CHW
-    ]
-    return np.stack(channels)
-
-
-def _rgb(image_CHW: np.ndarray) -> np.ndarray:
-    return np.broadcast_to(image_CHW, (3, *image_CHW.shape[1:])).transpose(1, 2, 0)
-
-
-def _mask_image(mask: np.ndarray, spec: DatasetSpec) -> Image.Image:
-    if spec.num_classes == 2:
-        return Image.fromarray(mask * 255)
-    image = Image.fromarray(mask).convert("P")
-    image.putpalette([value for colour in spec.palette for value in colour])
-    return image
+    # realpath, not resolve: a loop of links leads nowhere, and is said when its image is read.
+    read = {os.path.realpath(image) for image in images}
+    for option, file in wanted:
+        if os.path.realpath(file) in read:
+            raise UserError(f"{option}: {file} is one of the images; name another folder")
+        if not os.path.lexists(file) or (overwrite and (file.is_symlink() or file.is_file())):
+            continue
+        if file.is_symlink() or not is_own(file):
+            raise UserError(
+                f"{option}: {file} is there already, and not by predict; name another "
+                + ("folder" if option == "--out" else "file")
+                + (" or give --overwrite" if file.is_symlink() or file.is_file() else "")
+            )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,11 @@ python -m mlseg.run configs/e2eaug_isic_small.yaml
 python -m mlseg.run configs/e2eaug_isic.yaml engine.iterations=1000 seed=3 --out runs/try
 python -m mlseg.run --resume runs/try
 python -m mlseg.run configs/e2eaug_isic.yaml --dry-run
+python -m mlseg.run configs/e2eaug_isic.yaml --dry-run --graph levels.svg
 python -m mlseg.run --keys e2eaug
+torchrun --nproc-per-node=2 -m mlseg.run configs/e2eaug_isic.yaml
+
+What it did is shown by report.html in its directory, also where it was interrupted.
 
 A config is a program: it names modules, which are imported. So is a run directory that is resumed,
 by its config.yaml. Run and resume what you trust; what somebody else has made can be looked at by
@@ -14,9 +18,11 @@ evaluate, predict and calibrate, which import nothing that isn't mlseg's own.
 from __future__ import annotations
 
 import argparse
+import io
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +35,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mlseg import checkpoint, config
+from mlseg import checkpoint, config, parallel
 from mlseg.commands import guarded, make_console, named, say_notes
 from mlseg.config import keys
 from mlseg.config.registry import run_imports
@@ -38,13 +44,18 @@ from mlseg.engines.engine import Engine
 from mlseg.engines.hooks import Hooks
 from mlseg.engines.interruption import Interrupted
 from mlseg.engines.tracking import Tracking
-from mlseg.errors import RunError, UserError, located
+from mlseg.errors import RunError, UserError, located, unharmed
 from mlseg.files import claimed, require_new, write_json, write_text
 from mlseg.machine import device_name, versions
+from mlseg.problems.building import TakenOver
 from mlseg.problems.systems import AnyRunSettings, RunSettings, all_systems, load_system
 from mlseg.randomness import seed_everything
+from mlseg.reports.levels import draw_levels, require_picture
+from mlseg.reports.page import PAGE, write_page
+from mlseg.reports.starting import note_start
 from mlseg.resuming import TrainedWith, refuse_changes, require_unchanged
 from mlseg.segmentation.data.samples import shapes_alone
+from mlseg.segmentation.trained import begun_with
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,14 +63,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     # Not by a value that may be left out: that would swallow an override behind it.
     given = ["--timed-dry-run" if word == "--dry-run=timed" else word for word in given]
-    arguments = parser().parse_intermixed_args(given)  # overrides may follow options
+    with _one_voice():
+        arguments = parser().parse_intermixed_args(given)  # overrides may follow options
+    arguments.command = shlex.join(["python", "-m", "mlseg.run", *given])
     if arguments.config is not None and "=" in arguments.config:
         # An override in the config's place, as in `--resume DIR engine.iterations=200`.
         arguments.overrides.insert(0, arguments.config)
         arguments.config = None
     if arguments.threads is not None:
         arguments.overrides.append(f"threads={arguments.threads}")
-    return guarded(_run, arguments)
+    return guarded(_together, arguments, in_several=True)
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Within this block, before the others are known, only the first process prints."""
+    if parallel.speaks():
+        yield
+    else:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,6 +105,9 @@ def parser() -> argparse.ArgumentParser:
         help="build, count what it asks for without doing it; --dry-run=timed runs each level once",
     )
     made.add_argument(
+        "--graph", type=named, metavar="FILE", help="with --dry-run: draw the levels, as SVG or PNG"
+    )
+    made.add_argument(
         "--keys",
         nargs="?",
         const="",
@@ -99,19 +125,50 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _together(arguments: argparse.Namespace) -> int:
+    """With the other processes, if torchrun has started several."""
+    parallel.start()
+    try:
+        code = _run(arguments)
+    except Interrupted:
+        parallel.stop()
+        raise
+    except BaseException:
+        parallel.abandon()
+        raise
+    parallel.stop()
+    return code
+
+
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.keys is not None:
         schema = load_system(arguments.keys).settings if arguments.keys else RunSettings
-        print("\n".join(keys.printed(schema)))
+        if parallel.is_first():
+            print("\n".join(keys.printed(schema)))
         return 0
     tree = _what(arguments)
     if arguments.dry_run or arguments.timed_dry_run:
+        if parallel.several():
+            raise UserError("--dry-run: one process does it; leave torchrun out")
         return _train(arguments, tree, None)
     parent = Path("runs") / Path(arguments.config or "").stem
-    with claimed(arguments.resume or arguments.out, parent) as directory:
-        if arguments.resume is None:
-            require_new(directory)
-        return _train(arguments, tree, directory)
+    with ExitStack() as claim:
+
+        def claim_it() -> Path:
+            directory = claim.enter_context(claimed(arguments.resume or arguments.out, parent))
+            if arguments.resume is None:
+                require_new(directory)
+            return directory
+
+        return _train(arguments, tree, parallel.done_by_first(claim_it))
+
+
+def _draw(engine: Engine, path: Path | None) -> None:
+    """The levels, where a picture of them is asked for."""
+    if path is not None:
+        draw_levels(engine, path)
+        make_console(stderr=True).print(f"Drew the levels in {path}")
+        engine.enter_stage(0)
 
 
 def bring_to_end(directory: Path, tree: config.Tree | None = None) -> None:
@@ -131,6 +188,7 @@ def bring_to_end(directory: Path, tree: config.Tree | None = None) -> None:
         out=None,
         threads=None,
         forget_best=False,
+        command=None,
     )
     _train(arguments, _resumed(arguments) if tree is None else tree, directory)
 
@@ -147,16 +205,25 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
     seed_everything(settings.seed)
     if directory is None:
         if arguments.timed_dry_run:
-            timed_dry_run(build(settings, None))
+            engine = build(settings, None)
+            _draw(engine, arguments.graph)
+            timed_dry_run(engine)
             return 0
         with shapes_alone():
-            dry_run(build(settings, None))
+            engine = build(settings, None)
+            _draw(engine, arguments.graph)
+            if settings.init is not None:
+                TakenOver(engine.problems, goes_on=False)
+            dry_run(engine)
         return 0
-    if settings.log.tracker is None:
-        more: list[Hooks] = []
-    else:
-        more = [Tracking(settings.log, settings.model_dump(mode="json"), directory)]
-    engine = build(settings, directory)
+    more: list[Hooks] = []
+    if settings.log.tracker is not None and parallel.is_first():
+        more.append(Tracking(settings.log, settings.model_dump(mode="json"), directory))
+    # A run that goes on has its weights, and the file may be gone.
+    made = settings if saved is None else settings.model_copy(update={"init": None})
+    engine = build(made, directory)
+    if settings.init is not None:
+        more.append(TakenOver(engine.problems, goes_on=saved is not None))
     engine._hooks += [TrainedWith(settings), *more]
     console = make_console(stderr=True)
     if saved is not None:
@@ -167,13 +234,21 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
             console.print("It had stopped early: nothing is left to train, scoring it again")
     elif arguments.resume is not None:
         console.print("No checkpoint was written yet: starting anew")
-    write_text(directory / "config.yaml", config.dump(settings))
+    if parallel.is_first():
+        write_text(directory / "config.yaml", config.dump(settings))
+        note_start(directory, arguments.command, tree, engine.device, engine.global_step)
     console.print(f"Writing to {directory}, running on {engine.device}")
     if remark is not None:
         console.print(remark)
     _say(console, engine.notices)
-    with _blaming_checkpoint(engine):
-        engine.run()
+    try:
+        with _blaming_checkpoint(engine):
+            engine.run()
+    except Interrupted:
+        if parallel.is_first():
+            with unharmed(PAGE):  # all is saved by now
+                write_page([directory], directory / PAGE)
+        raise
     results = {
         **engine.results(),
         "system": settings.system,
@@ -182,11 +257,15 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
         "versions": versions(),
         "device": device_name(engine.device),
         "threads": chosen.record(),
+        "world_size": parallel.size(),
     }
-    write_json(directory / "results.json", results)
+    if parallel.is_first():
+        write_json(directory / "results.json", results)
+        with unharmed(PAGE):
+            write_page([directory], directory / PAGE)
     report(engine, results, make_console())
     _say(console, engine.notices)
-    console.print(f"All of it is in {directory}")
+    console.print(f"All of it is in {directory}; look at {directory / PAGE}")
     for reason in results.get("lost", {}).values():
         raise RunError(f"{reason}; {directory / 'results.json'} has no scores of it")
     return 0
@@ -241,7 +320,7 @@ def _threads(
 
     A resumed run goes on with as many as it began with, unless its command says otherwise.
     """
-    fitting = threads.choose(settings.work())
+    fitting = threads.choose(settings.work(), parallel.local_size())
     chosen = fitting
     if settings.threads != "auto":
         by = "config" if arguments.threads is None else "--threads"
@@ -260,14 +339,11 @@ def _threads(
     )
 
 
-def begun_with(run: Path) -> int:
-    """The threads that a run began with; torch's own number for one that hasn't stored it."""
-    path = run / "config.yaml"
-    stored = config.load(path).values.get("threads") if path.is_file() else None
-    return stored if isinstance(stored, int) else torch.get_num_threads()
-
-
 def _what(arguments: argparse.Namespace) -> config.Tree:
+    if arguments.graph is not None:
+        if not (arguments.dry_run or arguments.timed_dry_run):
+            raise UserError("--graph: draws the levels of a dry run; give --dry-run too")
+        require_picture(arguments.graph)
     if arguments.forget_best and arguments.resume is None:
         raise UserError("--forget-best: only a run that goes on has a best; give --resume DIR")
     if arguments.resume is not None:

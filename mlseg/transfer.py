@@ -50,7 +50,7 @@ def batch_to_device(batch: Any, device: torch.device | str) -> Any:
     """
     if isinstance(batch, Tensor):
         return to_device(batch, device)
-    if isinstance(batch, (str, bytes, type)):
+    if isinstance(batch, (str, bytes, type, torch.Size)):
         return batch
     # Of the class: attribute dicts may raise anything for a key that they haven't.
     if callable(getattr(type(batch), "to", None)):

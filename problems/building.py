@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from mlseg import checkpoint
+from mlseg import checkpoint, parallel
 from mlseg.engines.engine import Engine
 from mlseg.engines.hooks import Hooks
 from mlseg.engines.settings import EngineSettings, LoopSettings
+from mlseg.errors import UserError
 from mlseg.machine import choose_device
 from mlseg.multilevel.config import Config
 from mlseg.multilevel.settings import ProblemSettings
-from mlseg.randomness import derived, seeded
+from mlseg.randomness import derived, replayed, seeded
 from mlseg.segmentation.data import (
     Augmentation,
     AugmentationSettings,
@@ -28,6 +30,7 @@ from mlseg.segmentation.data import (
     DataSettings,
     Samples,
 )
+from mlseg.segmentation.fine_tuning import Taken, said, start_from
 from mlseg.segmentation.nets import SegmentorSettings, build_segmentor, starting
 
 
@@ -45,7 +48,7 @@ class Setup(NamedTuple):
     name: str
     module: nn.Module
     optimizer: torch.optim.Optimizer
-    loader: BatchLoader | None = None
+    loader: BatchLoader | tuple[BatchLoader, ...] | None = None
     config: Config | None = None
     scheduler: LRScheduler | None = None
 
@@ -65,6 +68,47 @@ class SegmentationRun(Protocol):
     def segmentor(self) -> SegmentorSettings: ...
     @property
     def engine(self) -> LoopSettings: ...
+    @property
+    def init(self) -> str | None: ...
+
+
+TAKEN: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+"""What segmentors have taken over from another run; see ``Taken``."""
+
+
+class TakenOver(Hooks):
+    """Says what a run's segmentors have taken over by ``init``, at its start and in its results.
+
+    Args:
+        problems: of the run.
+
+    Raises:
+        UserError: none of them has anything to do with it.
+    """
+
+    name = "init"
+
+    def __init__(self, problems: Iterable[Any], goes_on: bool) -> None:
+        self.records = {p.name: TAKEN[p.module] for p in problems if p.module in TAKEN}
+        if not (self.records or goes_on):
+            raise UserError("init: this system makes no segmentor that it could start; drop it")
+        self._say()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The records: a run that goes on doesn't read the file again."""
+        return {"records": self.records}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.records = {str(k): Taken.of(v).record() for k, v in state["records"].items()}
+        self._say()
+
+    def results(self, engine: Engine, report: Mapping[str, Any]) -> dict[str, Any]:
+        """``init``, by the level that holds the segmentor."""
+        return {"init": self.records}
+
+    def _say(self) -> None:
+        self.notice = "\n".join(map(said, self.records.values())) or None
 
 
 class StartedFrom(Hooks):
@@ -117,14 +161,18 @@ class Builder:
         self.device: torch.device = choose_device(settings.device)
         self._made: set[str] = set()
 
-    def segmentor(self, name: str = "segmentor") -> nn.Module:
-        """The config's segmentor, with random weights or those that its settings name.
+    def segmentor(
+        self, name: str = "segmentor", settings: SegmentorSettings | None = None
+    ) -> nn.Module:
+        """The config's segmentor, with random weights, those of another run, or published ones.
 
         Args:
             name: its random weights are those of this name; a warning says where two have one.
+            settings: of another network than the config's ``segmentor``; ``init`` isn't for it.
 
         Raises:
-            UserError: weights that the settings name can't be had, or are another network's.
+            UserError: what ``init`` or the settings name can't be had, or is another network's; or
+                both name weights.
         """
         if name in self._made:
             warnings.warn(
@@ -133,19 +181,26 @@ class Builder:
                 stacklevel=2,
             )
         self._made.add(name)
+        init = self.settings.init if settings is None else None
+        settings = settings or self.settings.segmentor
         with seeded(self.settings.seed, name):
-            network = build_segmentor(
-                self.settings.segmentor, self.spec.channels, self.spec.num_classes
-            )
+            network = build_segmentor(settings, self.spec.channels, self.spec.num_classes)
         if not self.goes_on:
-            self.started.add(
-                name,
-                starting.start(
-                    network, self.settings.segmentor, self.spec.channels, self.spec.classes
-                ),
-            )
+            found = starting.start(network, settings, self.spec.channels, self.spec.classes)
+            if found is not None and init is not None:
+                raise UserError("init: segmentor names weights to start from too; drop either")
+            self.started.add(name, found)
+        if init is not None:
+            with replayed(None):
+                taken = start_from(init, network, self.spec.classes, self._wider)
+            TAKEN[network] = taken.record()
         # The layout that CPUs and tensor cores like.
         return network.to(memory_format=torch.channels_last)
+
+    def _wider(self) -> nn.Module:
+        """The segmentor with a class more."""
+        spec = self.spec
+        return build_segmentor(self.settings.segmentor, spec.channels, spec.num_classes + 1)
 
     def loader(
         self,
@@ -153,8 +208,15 @@ class Builder:
         level: ProblemSettings,
         samples: Samples,
         augmentation: AugmentationSettings | None = None,
+        key: str = "",
     ) -> BatchLoader:
-        """Batches of ``samples`` for the level ``name``."""
+        """Batches of ``samples`` for the level ``name``.
+
+        Args:
+            key: of the batch size, for messages; ``problems.<name>.batch_size`` without it.
+        """
+        size = min(level.batch_size, len(samples))
+        parallel.require_equal_parts(size, key or f"problems.{name}.batch_size")
         chosen = augmentation if augmentation is not None else AugmentationSettings.off()
         return BatchLoader(
             samples,
@@ -169,7 +231,7 @@ class Builder:
         name: str,
         settings: ProblemSettings,
         module: nn.Module,
-        loader: BatchLoader | None = None,
+        loader: BatchLoader | tuple[BatchLoader, ...] | None = None,
         more_steps: int | None = 0,
         **changes: Any,
     ) -> Setup:

@@ -116,7 +116,12 @@ class SupervisedSettings(RunSettings):
         return self
 
 
-@system("supervised", SupervisedSettings, "a segmentor alone, with or without augmentation")
+@system(
+    "supervised",
+    SupervisedSettings,
+    "a segmentor alone, with or without augmentation",
+    in_several=True,
+)
 def build(settings: SupervisedSettings, out: Path | None) -> Engine:
     """Data, network, the problem, the engine."""
     data = load_data(settings.data)

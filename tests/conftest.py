@@ -32,6 +32,7 @@ NOT_NUMERICAL = {
     "test_packaging.py",
     "test_prepare.py",
     "test_splits.py",
+    "test_unlabelled.py",
 }
 """Folders and files of words and files, which no processor's arithmetic reaches.
 

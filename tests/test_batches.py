@@ -95,7 +95,7 @@ BATCHES: dict[str, Any] = {
     "named": Named(X, "a"),
     "frozen": Frozen(X),
     "list": [X, {"x": X}],
-    "tuple": (X, "a"),
+    "tuple": (X, "a", X.shape),
 }
 
 

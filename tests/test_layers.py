@@ -13,6 +13,7 @@ GROUND = (
     "randomness",
     "checkpoint",
     "machine",
+    "parallel",
     "precision",
     "threads",
     "transfer",
@@ -34,8 +35,10 @@ MAY_IMPORT = {
     "testing": CORE | {"engines"},
     "comparison": CORE | {"engines", "testing"},
     "problems": CORE | {"engines", "segmentation", "testing", "comparison"},
+    "reports": CORE | {"engines", "segmentation", "problems"},
     "sweeps": CORE | {"engines", "segmentation", "problems", "commands"},
-    "commands": CORE | {"engines", "segmentation", "testing", "comparison", "problems", "sweeps"},
+    "commands": CORE
+    | {"engines", "segmentation", "testing", "comparison", "problems", "reports", "sweeps"},
 }
 """By room; each also itself."""
 

@@ -84,6 +84,7 @@ def test_it_holds_every_module_and_nothing_generic(wheel: Path) -> None:
             expected.add(path if folder == "mlseg" else f"mlseg/{path}")
     assert {name for name in names if name.endswith(".py")} == expected
     assert "mlseg/py.typed" in names
+    assert {f"mlseg/reports/page.{kind}" for kind in ("html", "css", "js")} <= set(names)
 
 
 def test_its_metadata(wheel: Path) -> None:

@@ -68,7 +68,9 @@ class TestSpinning:
         assert dict(os.environ) == before
         assert threads.spinning() == "unbounded"
 
-    @pytest.mark.parametrize("name", ["run", "evaluate", "predict", "calibrate", "compare"])
+    @pytest.mark.parametrize(
+        "name", ["run", "evaluate", "predict", "calibrate", "compare", "export"]
+    )
     def test_every_command_bounds_it_before_torch_is_loaded(
         self, name: str, tmp_path: Path
     ) -> None:

@@ -132,7 +132,10 @@ def same(a: Any, b: Any) -> bool:
 
 
 class Counter:
-    """Counts the passes over a module: forwards, and backwards to its input or parameters."""
+    """Counts the passes over a module: forwards, and backwards to its input or parameters.
+
+    Of several outputs, in whatever structure, the last one is watched.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.forward = 0
@@ -140,9 +143,11 @@ class Counter:
         self.batches: list[int] = []
         module.register_forward_hook(self._forward)
 
-    def _forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         self.forward += 1
         self.batches.append(len(inputs[0]))
+        while not isinstance(output, Tensor):
+            output = output[-1]
         if output.requires_grad:
             output.register_hook(self._backward)
 

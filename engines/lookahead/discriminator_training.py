@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
+from mlseg import parallel
 from mlseg.checkpoint import require_form
 from mlseg.config import Settings
 from mlseg.engines.lookahead.label_maps import LabelMapBatches
@@ -137,7 +138,7 @@ class DiscriminatorTraining:
             sums += torch.stack(
                 [loss, (right & real).sum(), real.sum(), (right & ~real).sum(), (~real).sum()]
             )
-        loss_sum, right_real, reals, right_fake, fakes = sums.tolist()
+        loss_sum, right_real, reals, right_fake, fakes = parallel.summed(sums).tolist()
         accuracy = (right_real / max(reals, 1) + right_fake / max(fakes, 1)) / 2
         return loss_sum / self.batches.held_out, accuracy
 

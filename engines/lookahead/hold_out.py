@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from mlseg import parallel
 from mlseg.errors import UserError
 from mlseg.segmentation.data import Samples, to_float
 from mlseg.segmentation.data.splits import seeded_order
@@ -70,7 +71,8 @@ class HoldOut:
     """Scores a segmentor on a fixed set of images that stay on the device.
 
     One pass: the forward passes, one maximum over the classes, one addition into a confusion matrix
-    on the device; then the matrix is read, which is the only synchronisation.
+    on the device; then the matrix is read, which is the only synchronisation. Several processes
+    share the images out, and sum their matrices.
 
     Args:
         samples: at least one example.
@@ -134,11 +136,12 @@ class HoldOut:
         classes = self.spec.num_classes
         cells = torch.zeros((classes + 1) * classes, dtype=torch.int64, device=self.device)
         doubt = torch.zeros((), device=self.device)
-        for start in range(0, len(self), self.batch_size):
-            highest = self.count(module, start, cells)
+        own = parallel.part(len(self))
+        for start in range(own.start, own.stop, self.batch_size):
+            highest = self.count(module, start, cells, own.stop)
             doubt += highest.float().mean()
         # One transfer for both: NaN and infinity in the outputs survive every sum.
-        figures = torch.cat([cells.double(), doubt.double()[None]]).cpu()
+        figures = parallel.summed(torch.cat([cells.double(), doubt.double()[None]])).cpu()
         if not math.isfinite(float(figures[-1])):
             return math.nan
         matrix = figures[: classes * classes].reshape(classes, classes)
@@ -146,9 +149,12 @@ class HoldOut:
         union = matrix.sum(0) + matrix.sum(1) - hit
         return float((hit / union.clamp_min(1)).mean())
 
-    def count(self, module: nn.Module, start: int, cells: Tensor) -> Tensor:
-        """Add one batch to ``cells``; returns its highest logits (B, H, W)."""
-        span = slice(start, start + self.batch_size)
+    def count(
+        self, module: nn.Module, start: int, cells: Tensor, stop: int | None = None
+    ) -> Tensor:
+        """Add one batch, up to ``stop``, to ``cells``; returns its highest logits (B, H, W)."""
+        end = start + self.batch_size
+        span = slice(start, end if stop is None else min(end, stop))
         highest, found = self._logits(module, self._images[span].to(self.device)).max(1)
         index = found.add_(self._rows[span].to(self.device)).flatten()
         cells.scatter_add_(0, index, self._one.expand(len(index)))
@@ -168,6 +174,17 @@ class HoldOut:
             return torch.cat([self._logits(module, x.to(self.device)).argmax(1) for x in parts])
 
         return self._as_fits(once).to(torch.uint8)
+
+    def maps_of_parts(self, module: nn.Module, images: Tensor) -> Tensor:
+        """:meth:`maps`, shared out between several processes; all get the whole, on the CPU."""
+        own = images[parallel.part(len(images)).span]
+        if len(own):
+            return parallel.join(self.maps(module, own))
+        return parallel.join(torch.empty((0, *images.shape[-2:]), dtype=torch.uint8))
+
+    def agree(self) -> None:
+        """Several processes take the smallest of their batch sizes."""
+        self.batch_size = min(parallel.gather(self.batch_size))
 
     def find_batch_size(self, module: nn.Module) -> None:
         """Settle ``batch_size``, which otherwise the first pass does."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlseg import parallel
 from mlseg.checkpoint import require_form
 from mlseg.engines.lookahead.map_buffer import MapBuffer
 from mlseg.segmentation.data import (
@@ -41,6 +42,11 @@ class LabelMapBatches:
         seed: of order and augmentation.
         faked: indices of training images, ascending; None: all. Of the others a pass has the truth
             alone.
+
+    Several processes go through the same passes, and each gives its share of every batch.
+
+    Raises:
+        UserError: they can't share the batches equally.
     """
 
     def __init__(
@@ -55,6 +61,13 @@ class LabelMapBatches:
         faked: Sequence[int] | None = None,
     ) -> None:
         chosen = set(range(len(train)) if faked is None else faked)
+        key = "problems.discriminator.batch_size"
+        parallel.require_equal_parts(batch_size, key)
+        least = len(train) + len(chosen)  # maps of a pass with one entry
+        if batch_size > least:  # a batch of all maps there are
+            what = "data.train" if len(chosen) == len(train) else "data.train and fakes.fraction"
+            together = len(train) if len(chosen) == len(train) else least
+            parallel.require_equal_parts(together, f"{key} is larger than a pass, {what}")
         rest = [index for index in range(len(train)) if index not in chosen]
         images = torch.tensor([*sorted(chosen), *rest], dtype=torch.int64)
         # Where an entry's maps of them begin, and how many there are: of the first in an order.
@@ -109,20 +122,31 @@ class LabelMapBatches:
         """The next batch of the pass."""
         chosen = self._order[self._position : self._position + self._size]
         self._position += len(chosen)
-        return self._batch("train", chosen, self._augmentation, self._generator)
+        part = parallel.part(len(chosen))
+        return self._batch("train", chosen, self._augmentation, self._generator, part)
 
     def of_hold_out(self) -> Iterator[Batch]:
-        """All maps of the hold-out, in the same windows every time."""
+        """All maps of the hold-out, in the same windows every time; this process's part of them."""
         places = torch.Generator().manual_seed(self._seed)
         for chosen in torch.arange(self.held_out).split(self._batch_size):
-            yield self._batch("hold_out", chosen, self._window, places)
+            part = parallel.part(len(chosen))
+            if part.start == part.stop:
+                self._window.draw(part.total, *self._parts["hold_out"][0].image_size, places)
+            else:
+                yield self._batch("hold_out", chosen, self._window, places, part)
 
     def _batch(
-        self, part: str, chosen: Tensor, augmentation: Augmentation, generator: torch.Generator
+        self,
+        split: str,
+        batch: Tensor,
+        augmentation: Augmentation,
+        generator: torch.Generator,
+        part: parallel.Part,
     ) -> Batch:
-        """Examples by number: of an image the truth, then its maps by each entry, if it has any."""
-        samples, offset = self._parts[part]
-        faked, images = self._faked[part], self._places[part]
+        """A part of a batch, by number: of an image the truth, then its maps by each entry."""
+        samples, offset = self._parts[split]
+        faked, images = self._faked[split], self._places[split]
+        chosen = batch[part.span]
         sets = len(self._buffer) + 1
         has_maps = chosen < faked * sets
         place = torch.where(has_maps, chosen // sets, chosen - faked * (sets - 1))
@@ -139,11 +163,11 @@ class LabelMapBatches:
                 ignored = truth[fake] == ignore
             labels[fake] = torch.where(ignored, truth[fake], maps)
         real = (~fake).float()
-        maps_in_all, fakes = self._maps(part), max(faked * (sets - 1), 1)
+        maps_in_all, fakes = self._maps(split), max(faked * (sets - 1), 1)
         weights = torch.where(fake, maps_in_all / (2 * fakes), maps_in_all / (2 * len(samples)))
         image = to_float(to_device(samples.images[image_index], self._device))
         label = to_device(labels, self._device).to(torch.int64)
-        image, label = augmentation(image, label, generator)
+        image, label = augmentation(image, label, generator, part)
         return image, label, to_device(real, self._device), to_device(weights.float(), self._device)
 
     def state_dict(self) -> dict[str, Any]:

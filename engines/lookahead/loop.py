@@ -139,9 +139,10 @@ class LookaheadLoop(Hooks):
         if self._written is None:
             self.buffer.open(values["label"], values["position"])
             self._written = 0
+        self.hold_out.agree()
         source, start = self._images(self._written)
         end = start + self.hold_out.batch_size
-        maps = self.hold_out.maps(self.stepper.module, source.images[start:end])
+        maps = self.hold_out.maps_of_parts(self.stepper.module, source.images[start:end])
         self.buffer.write(values["position"], self._written, maps)
         self._written += len(maps)
         if self._written < self.buffer.shape[0]:
@@ -179,7 +180,7 @@ class LookaheadLoop(Hooks):
         self.snapshots[values["slot"]].take({**about, "model": values["model"]})
         if engine._best is None:
             self._keep_best(engine)
-            if engine._recorder.directory is not None:
+            if engine._directory is not None:
                 state = {**engine.best_state_dict(), **self.start_state()}
                 engine._write(START, state)
 
@@ -257,7 +258,7 @@ class LookaheadLoop(Hooks):
         found = self._best_snapshot()
         if found is None or (engine._best and engine._best["value"] >= _about(found)["value"]):
             return
-        if engine._recorder.directory is not None:
+        if engine._directory is not None:
             engine._write(BEST, engine.best_state_dict())
         engine._best = dict(_about(found))
 

@@ -183,7 +183,8 @@ def _unknown_key(path: Path, settings: type[pydantic.BaseModel], values: Any) ->
     models = list(_models(settings, path[:-1], values))
     valid = list(dict.fromkeys(name for model in models for name in _keys(model)))
     near = difflib.get_close_matches(key, valid, n=1)
-    if near:
+    # A whole word of a longer key is another key, not a slip: encoder, where encoder_weights is.
+    if near and not near[0].startswith(f"{key}_"):
         return f"unknown key; did you mean '{'.'.join(map(str, (*path[:-1], near[0])))}'?"
     here = ".".join(map(str, path))
     elsewhere = [dotted for dotted in _all_keys(settings) if dotted.split(".")[-1] == key]

@@ -97,7 +97,8 @@ def _own(inside: Any, name: str, choices: Choices) -> Iterator[Key]:
     meanings = {**described(choices.things[name]), **described(schema)}
     for key, field in schema.model_fields.items():
         if key not in inside.model_fields and key != choices.key:
-            yield Key(key, _typed(field), _default(field), meanings.get(key, ""))
+            meaning = meanings.get(key) or field.description or ""
+            yield Key(key, _typed(field), _default(field), meaning)
 
 
 def printed(schema: type[pydantic.BaseModel]) -> Iterator[str]:

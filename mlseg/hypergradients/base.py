@@ -30,6 +30,7 @@ import torch
 from pydantic import SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor, nn
 
+from mlseg import parallel
 from mlseg.config import Settings
 from mlseg.config.components import Choices
 from mlseg.errors import UserError
@@ -139,6 +140,20 @@ class Again(Protocol):
 
     def fresh_loss(self) -> Tensor:
         """The loss of a batch in a stream apart from training's, with draws of its own."""
+
+    def redrawn(self, place: Any) -> Any:
+        """The batch that was drawn at a place of the trajectory's, drawn again without a trace."""
+
+    def step_of_optimizer(
+        self,
+        parameters: Vector,
+        gradients: Sequence[Tensor | None],
+        moments: Sequence[dict[str, Tensor]],
+        groups: Sequence[dict[str, Any] | None],
+    ) -> list[dict[str, Tensor]]:
+        """Step the parameters in place, by clipping and optimizer as training does, from these
+        moments and settings (see :class:`~mlseg.hypergradients.trajectory.Step`); returns the
+        moments after it. The optimizer is afterwards what it was."""
 
     def modules(self) -> list[nn.Module]:
         """Those of all problems, which the loss may compute with; the level's own first."""
@@ -296,9 +311,13 @@ class Hop:
         """
         if not hooked(self.parameters):
             return vector
+        return transposed(vector, self._gradient(), self.parameters)
+
+    def _gradient(self) -> Sequence[Tensor | None]:
+        """Of the whole loss by the level's parameters, at their present values."""
         with self.evaluation(whole=True) as loss:
             gradient = torch.autograd.grad(loss(), self.parameters, allow_unused=True)
-        return transposed(vector, gradient, self.parameters)
+        return parallel.average_some(gradient, self.parameters)
 
     def refuse_hooks(self, method: str) -> None:
         """Refuse hooks that change the level's gradient, in the name of a method.
@@ -308,9 +327,7 @@ class Hop:
         """
         if not hooked(self.parameters):
             return
-        with self.evaluation(whole=True) as loss:
-            gradient = torch.autograd.grad(loss(), self.parameters, allow_unused=True)
-        if change_something(gradient, self.parameters):
+        if change_something(self._gradient(), self.parameters):
             raise UserError(
                 f"problem {self.level.name!r}: hooks (register_hook) change the gradient by its "
                 f"parameters, and the hypergradient method {method} would leave that out; take "
@@ -351,7 +368,8 @@ class Hop:
         """Carry cotangents of ``inputs`` on to each source's trainable parameters.
 
         Through an interface this is the one backward pass over the networks behind it. Its graph is
-        freed.
+        freed. Until here cotangents are of each process's share of the batch: in several processes
+        the result is averaged, in one collective.
         """
         flat = self._flatten_sources()
         if self._interface is None:
@@ -368,7 +386,7 @@ class Hop:
             else:
                 grads = [None] * len(flat)
             self.level.interface = None
-        parts = iter(filled(grads, flat))
+        parts = iter(parallel.average(filled(grads, flat)))
         return [[next(parts) for _ in group] for group in self._source_parameters]
 
     def _flatten_sources(self) -> Vector:
@@ -418,6 +436,9 @@ class Method(Settings):
     """Beside the graph of the loss; ``w`` is a copy of the level's weights."""
     first_derivatives_alone: ClassVar[bool] = False
     """Whether it takes no derivative of a gradient."""
+    in_several: ClassVar[bool] = False
+    """Whether it knows of several processes: its cotangents are linear in what a share of the batch
+    gives, or that is averaged (:mod:`mlseg.parallel`) before anything else is done with it."""
     when_unsolved: ClassVar[str] = "minres, another damping, or more iterations"
     """What to try where its figures say that the hop's system isn't solved."""
     converged: ClassVar[Mapping[str, Any]] = {}

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
+from mlseg import parallel
 from mlseg.errors import RunError, UserError
 from mlseg.hypergradients.base import Level, Method
 from mlseg.hypergradients.second_order.refusals import check_differentiable
@@ -32,6 +33,12 @@ def check_level(
         UserError: with the mend.
     """
     name = level.name
+    if parallel.several() and not method.in_several:
+        raise UserError(
+            f"problem {name!r}: the hypergradient method {method.name} isn't known to work in "
+            f"{parallel.size()} processes; take another one, or where it averages over them set "
+            "in_several = True in its class"
+        )
     own = level.trainable_parameters() if parameters is None else parameters
     sources = [(s.name, p) for s in level.sources() for p in s.trainable_parameters()]
     for owner, p in [*((name, p) for p in own), *sources]:

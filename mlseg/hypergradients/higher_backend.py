@@ -13,6 +13,7 @@ from higher.optim import DifferentiableOptimizer
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from mlseg import parallel
 from mlseg.errors import UserError
 from mlseg.hypergradients.base import Cotangents, Level, Vector
 from mlseg.hypergradients.gradient_hooks import applied
@@ -73,7 +74,9 @@ def backward_through(replay: Replay, vector: Vector, fresh: bool) -> Cotangents:
                     value,
                     params=weights,
                     override=_rates(replay, step),
-                    grad_callback=lambda gradients: applied(gradients, replay.parameters),
+                    grad_callback=lambda gradients: applied(
+                        parallel.averaged(gradients), replay.parameters
+                    ),
                 )
             replay.hop.products += 1
     pairs = [

@@ -33,6 +33,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
+from mlseg import parallel
 from mlseg.hypergradients.base import (
     Cotangents,
     Diagnostics,
@@ -93,13 +94,13 @@ class Hessian:
         product = pull_through(
             self.gradient, unflatten(x, self.parameters), self.parameters, retain_graph=True
         )
-        result = flatten(filled(product, self.parameters))
+        (result,) = parallel.average([flatten(filled(product, self.parameters))])
         if self._decay is not None:
             result += self._decay * x
         return result
 
     def mixed(self, x: Tensor) -> Cotangents:
-        """``(d2l / d(inputs) dw) x``; the last product, which frees the graph."""
+        """``(d2l / d(inputs) dw) x`` of this process; the last product, which frees the graph."""
         self.hop.products += 1
         return pull_through(self.gradient, unflatten(x, self.parameters), self.hop.inputs)
 
@@ -147,6 +148,7 @@ class Implicit(Differentiating):
     damping: NonNegativeFloat = 0.0
 
     best_response: ClassVar = "the minimiser"
+    in_several: ClassVar = True
 
     def keeps(self, level: Level) -> Keeps:
         """The weights before the last step, to linearise there."""

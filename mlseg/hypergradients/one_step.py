@@ -24,6 +24,7 @@ class OneStep(Method):
     linearise: Point = "after_step"
 
     best_response: ClassVar = "one step of the optimizer"
+    in_several: ClassVar = True
 
     def keeps(self, level: Level) -> Keeps:
         """The weights before the last step, to linearise there."""

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from mlseg import parallel
 from mlseg.hypergradients.base import Hop
 from mlseg.hypergradients.gradient_hooks import applied, hooked
 from mlseg.hypergradients.optimizers import Moments, optimizer_of
@@ -70,7 +71,8 @@ class Replay:
         total: list[Tensor | None] = [None] * len(self.parameters)
         for loss in self.losses(step):
             part = torch.autograd.grad(loss(), self.parameters, allow_unused=True)
-            accumulate(total, applied(part, self.parameters))
+            shared = parallel.average_some(part, self.parameters)
+            accumulate(total, applied(shared, self.parameters))
         return total
 
     def map(

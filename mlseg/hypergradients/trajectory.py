@@ -27,6 +27,8 @@ class Keeps:
         graphs: of how many, the last ones before an upper level steps, the graph of that gradient,
             which the step builds for the purpose.
         second_order: by whose formulas that graph is differentiated.
+        states: of how many steps, spread over a whole window, weights and moments are kept, from
+            which the others are taken again (:mod:`mlseg.hypergradients.checkpoints`); 0 for all.
     """
 
     steps: int = 0
@@ -34,6 +36,7 @@ class Keeps:
     gradient: bool = False
     graphs: int = 0
     second_order: SecondOrder = "torch"
+    states: int = 0
 
 
 @dataclass
@@ -50,6 +53,9 @@ class Step:
         gradient: per parameter; None for one that had no gradient, which the optimizer then left as
             it was. Empty where it isn't kept.
         stepped: per parameter, whether it had a gradient.
+        places: per accumulated batch, by what it can be drawn again in place of that in ``seen``;
+            None where that is kept. Empty unless few states are stored.
+        losses: per accumulated batch, its share of the step's loss; likewise.
         leaves: in place of the parameters in ``graphs``.
         graphs: per accumulated batch, the gradient by ``leaves`` with its graph.
     """
@@ -60,6 +66,8 @@ class Step:
     seen: list[tuple[Any, RandomState | None]] = field(default_factory=list)
     gradient: list[Tensor | None] = field(default_factory=list)
     stepped: list[bool] = field(default_factory=list)
+    places: list[Any] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
     graphs: list[Sequence[Tensor | None]] = field(default_factory=list)
 
@@ -83,8 +91,14 @@ class Trajectory:
         """Whether a step has begun and not ended: gradients are being accumulated."""
         return self._open is not None
 
-    def begin(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
-        """A step starts: keep the weights, the moments and the settings that it starts from."""
+    def begin(
+        self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, left: int = 0
+    ) -> None:
+        """A step starts: keep the weights, the moments and the settings that it starts from.
+
+        Args:
+            left: how many steps follow it before the levels above may step.
+        """
         if self.steps and not self._are_of(parameters):
             self.steps.clear()  # parameters were frozen or thawed: another space
             self._spare = None
@@ -92,15 +106,27 @@ class Trajectory:
         old, self._spare = self._spare, None
         states = [optimizer.state.get(p, {}) for p in parameters] if self.keeps.moments else []
         self._open = Step(
-            weights=_copy([p.detach() for p in parameters], old.weights if old else None),
+            weights=copy_of([p.detach() for p in parameters], old.weights if old else None),
             moments=[
-                _copy_state(state, old.moments[i] if old else {}) for i, state in enumerate(states)
+                copy_of_state(state, old.moments[i] if old else {})
+                for i, state in enumerate(states)
             ],
             groups=group_settings(parameters, optimizer),
         )
 
-    def see(self, batch: Any, random_state: RandomState | None) -> None:
-        """A batch is being evaluated."""
+    def see(
+        self,
+        batch: Any,
+        random_state: RandomState | None,
+        loss: Tensor | None = None,
+        place: Any = None,
+    ) -> None:
+        """A batch has been evaluated.
+
+        Args:
+            loss: what it gave, divided by the number of accumulated batches.
+            place: by which it can be drawn again, where it can.
+        """
         assert self._open is not None
         self._open.seen.append((batch, random_state))
 
@@ -167,10 +193,13 @@ class Trajectory:
 
 
 _SAVED = ("weights", "moments", "groups", "seen", "gradient", "stepped")
+_SAVED_WITH_STATES = ("places", "losses")
+"""Where few states are stored."""
 
 
 def _step_state(step: Step) -> dict[str, Any]:
-    return {name: getattr(step, name) for name in _SAVED}
+    more = _SAVED_WITH_STATES if step.places else ()
+    return {name: getattr(step, name) for name in (*_SAVED, *more)}
 
 
 def _step_from(values: dict[str, Any], device: torch.device | str) -> Step:
@@ -186,17 +215,20 @@ def _step_from(values: dict[str, Any], device: torch.device | str) -> Step:
         for name in _SAVED
         if name not in ("seen", "moments")
     }
-    return Step(seen=seen, moments=moments, **rest)
+    more = {name: values[name] for name in _SAVED_WITH_STATES if name in values}
+    return Step(seen=seen, moments=moments, **rest, **more)
 
 
-def _copy(tensors: list[Tensor], into: list[Tensor] | None) -> list[Tensor]:
+def copy_of(tensors: list[Tensor], into: list[Tensor] | None) -> list[Tensor]:
+    """Copies, in the memory of ``into`` where that fits."""
     if into is None or len(into) != len(tensors):
         return [t.clone() for t in tensors]
     torch._foreach_copy_(into, tensors)
     return into
 
 
-def _copy_state(state: dict[str, Any], into: dict[str, Tensor]) -> dict[str, Tensor]:
+def copy_of_state(state: dict[str, Any], into: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the tensors of an optimizer's state, likewise."""
     tensors = {k: v.detach() for k, v in state.items() if isinstance(v, Tensor)}
     if into.keys() != tensors.keys():
         return {k: v.clone() for k, v in tensors.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from mlseg.errors import RunError, UserError
 from mlseg.hypergradients import Interface
 from mlseg.hypergradients.fitness import HooksMade
 from mlseg.multilevel.belongings import Belongings, belongings, of_problems
+from mlseg.multilevel.redrawing import Place
 
 if TYPE_CHECKING:
     from mlseg.multilevel.problem import Problem
@@ -37,7 +39,10 @@ class Again:
     Attributes:
         last_batch: the (last) batch of the last finished step.
         last_random_state: the generators' state at its start.
+        checks: whether steps are checked to repeat themselves at all.
     """
+
+    checks = True
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
@@ -122,6 +127,28 @@ class Again:
         """The loss of a batch from the same data, in a stream of which training takes no note."""
         return self._problem._full_loss(self._problem.fresh_batch())
 
+    def redrawn(self, place: Place) -> Any:
+        """The batch that was drawn at ``place``, drawn again, without a trace."""
+        redrawing = self._problem._redrawing
+        assert redrawing is not None
+        return redrawing.draw(place)
+
+    def step_of_optimizer(
+        self,
+        parameters: list[Tensor],
+        gradients: Sequence[Tensor | None],
+        moments: Sequence[dict[str, Tensor]],
+        groups: Sequence[dict[str, Any] | None],
+    ) -> list[dict[str, Tensor]]:
+        """Step the parameters in place, as training does; returns the moments after the step."""
+        problem = self._problem
+        with borrowed(problem.optimizer, parameters, moments, groups) as optimizer:
+            problem.set_grads(parameters, gradients)
+            if problem.gradient_clipping > 0.0:
+                problem.clip_grad()
+            optimizer.step()
+            return [dict(optimizer.state.get(p, {})) for p in parameters]
+
     def modules(self) -> list[nn.Module]:
         """Those of all problems of the engine, this one's first."""
         return [problem.module for problem in self._problem._everyone()]
@@ -136,7 +163,7 @@ class Again:
     @property
     def is_checked(self) -> bool:
         """Whether the present step is one of those that are checked to repeat themselves."""
-        return self._begins in _FIRST_CHECKS or self._begins % _CHECK_EVERY == 0
+        return self.checks and (self._begins in _FIRST_CHECKS or self._begins % _CHECK_EVERY == 0)
 
     def check(self, batch: Any, loss: Tensor) -> None:
         """Check that the step, evaluated again at its own weights, is what it was, bit for bit.
@@ -232,6 +259,39 @@ class Again:
         for path, state in states.items():
             if path in generators:
                 randomness.set_own_state(generators[path], state)
+
+
+@contextmanager
+def borrowed(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[Tensor],
+    moments: Sequence[dict[str, Tensor]],
+    groups: Sequence[dict[str, Any] | None],
+) -> Iterator[torch.optim.Optimizer]:
+    """Within this block the optimizer has these moments and settings, and no gradients."""
+    state, settings = optimizer.state, [dict(group) for group in optimizer.param_groups]
+    held = {id(p): p for p in parameters}
+    held |= {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    gradients = [p.grad for p in held.values()]
+    optimizer.state = defaultdict(
+        dict, {p: dict(m) for p, m in zip(parameters, moments, strict=True) if m}
+    )
+    for values in groups:
+        if values is not None:
+            optimizer.param_groups[values["index"]].update(
+                {k: v for k, v in values.items() if k != "index"}
+            )
+    for p in held.values():
+        p.grad = None
+    try:
+        yield optimizer
+    finally:
+        optimizer.state = state
+        for group, was in zip(optimizer.param_groups, settings, strict=True):
+            group.clear()
+            group.update(was)
+        for p, gradient in zip(held.values(), gradients, strict=True):
+            p.grad = gradient
 
 
 def _put_back(buffers: Buffers) -> None:

@@ -9,6 +9,7 @@ import torch
 from betty.problems import Problem as BettyProblem
 from torch import Tensor
 
+from mlseg import parallel
 from mlseg.errors import RunError, UserError
 from mlseg.hypergradients import Diagnostics, Hop, Vector
 from mlseg.hypergradients.vectors import filled, norm
@@ -26,7 +27,9 @@ class OuterGradient:
     Betty walks each path by itself: for E2EAug's two, A-W-A and A-W-G-A, that is two backward
     passes of the validation loss and the hop over W twice. Since a hop is linear in the vector that
     it carries, the vectors of all paths may be added up where they meet and each level's hop be
-    taken once, to all the problems that its loss depends on together.
+    taken once, to all the problems that its loss depends on together. In several processes the
+    direct gradients are averaged, all in one collective, so that the vectors that the hops carry
+    are the same in all of them.
 
     Args:
         upper: the problem whose gradient is wanted.
@@ -69,7 +72,7 @@ class OuterGradient:
                 f"problem {self.upper.name!r}: its loss doesn't use all of its own parameters, and "
                 "its config says allow_unused=False; leave it True for an upper level"
             )
-        parts = iter(filled(gradients, flat))
+        parts = iter(filled(parallel.average_some(gradients, flat), flat))
         total = [next(parts) for _ in params]
         vectors: dict[BettyProblem, Vector] = {
             level: [next(parts) for _ in group]

@@ -28,6 +28,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from mlseg import parallel
 from mlseg.config import Settings
 from mlseg.errors import UserError
 from mlseg.hypergradients import Vector, pointed_at
@@ -65,7 +66,8 @@ class PenaltyProblem(Problem):
     last batch, with the randomness of its last step.
 
     Cost per step: ``steps`` forward and backward passes of ``f`` and ``g``, one more of ``f`` and
-    two of ``g`` by ``x``. Memory: three copies of the lower level's weights.
+    two of ``g`` by ``x``. Memory: three copies of the lower level's weights. Collectives, in
+    several processes: ``2 steps + 3``.
 
     Attributes:
         lower: the lower problem's name.
@@ -146,4 +148,5 @@ class PenaltyProblem(Problem):
 
 
 def _gradient(loss: Tensor, parameters: Vector) -> Vector:
-    return filled(torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
+    found = filled(torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
+    return list(parallel.average(found))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from mlseg import randomness
+from mlseg import parallel, randomness
 from mlseg.errors import RunError, UserError
 from mlseg.hypergradients import Hop, Vector
 from mlseg.hypergradients.gradient_hooks import applied, silenced
@@ -28,6 +28,7 @@ from mlseg.multilevel.outer_gradient import OuterGradient
 from mlseg.multilevel.own_names import Shown
 from mlseg.multilevel.plain import regroup
 from mlseg.multilevel.revisiting import Revisitable
+from mlseg.multilevel.sharing import Buffers, own_share, shared_draws
 from mlseg.transfer import batch_to_device, state_to_device
 
 
@@ -102,12 +103,16 @@ class Problem(Revisitable):
 
     def one_step_descent(self, batch: Any = None) -> dict[str, Any]:
         """Draw a batch, take the (hyper)gradient, step the optimizer."""
+        self._place = None
         if batch is None:
             self.cur_batch = batch = self._next_batch()
         self._set_learning_rates()
         if self._is_differentiated:
             self._step_begins(batch)
+        buffers = Buffers(self.again.modules()) if parallel.several() else None
         metrics = self._take_gradient(batch)
+        if buffers is not None:
+            buffers.average_moved()
         if self._is_differentiated and self.again.is_checked:
             self.again.check(batch, metrics["loss"])
         if self.is_implemented("grad_callback"):
@@ -125,6 +130,8 @@ class Problem(Revisitable):
         return metrics
 
     def _next_batch(self) -> Any:
+        if self._redrawing is not None:
+            self._place = self._redrawing.place()
         try:
             return self.get_batch()
         except StopIteration as error:
@@ -162,7 +169,8 @@ class Problem(Revisitable):
                 check_none_left(self.name, left, "store to weights")
                 self.trajectory.add_graph(gradient)
             if keeps_graph and not self._paths:
-                total: list[Any] = [None if g is None else g.detach() for g in gradient]
+                detached = [None if g is None else g.detach() for g in gradient]
+                total: Sequence[Any] = parallel.average_some(detached, leaves)
             else:
                 report = self.backward(
                     loss=loss,
@@ -283,6 +291,9 @@ class Problem(Revisitable):
             the hypergradient's diagnostics: the norm over each hop and what its method reports.
         """
         if not paths or not self._config.first_order:
+            if parallel.several():
+                self._share_gradient(loss, params, create_graph, retain_graph)
+                return {}
             torch.autograd.backward(
                 loss, inputs=list(params), create_graph=create_graph, retain_graph=retain_graph
             )
@@ -298,6 +309,20 @@ class Problem(Revisitable):
             )
         self._accumulate(params, gradient)
         return diagnostics
+
+    def _share_gradient(
+        self, loss: Tensor, params: Sequence[Tensor], create_graph: bool, retain_graph: bool
+    ) -> None:
+        """The same in several processes: hooks see the gradient of the whole batch."""
+        with silenced(self.again.modules()):
+            found = torch.autograd.grad(
+                loss,
+                list(params),
+                create_graph=create_graph,
+                retain_graph=retain_graph,
+                allow_unused=True,
+            )
+        self._accumulate(params, parallel.average_some(found, params))
 
     def set_grads(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """Add to ``.grad``, in the memory layout of the parameters.
@@ -453,7 +478,11 @@ class Problem(Revisitable):
         """The next batch of loader ``idx``, counted so that a resumed run finds its place."""
         training = self._stream is self._fresh.training
         at_end = self.epoch_callback_exec if idx == 0 and training else None
-        batch = batch_to_device(self._stream.next(idx, at_end), self.device)
+        with shared_draws(training):
+            batch = self._stream.next(idx, at_end)
+        if parallel.several():
+            batch = own_share(batch, self._stream.places[idx].loader, self.name)
+        batch = batch_to_device(batch, self.device)
         return tuple(batch) if type(batch) is list else batch  # as Betty
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,10 +11,12 @@ from torch import Tensor
 from mlseg import randomness
 from mlseg.errors import UserError
 from mlseg.hypergradients import Interface, Keeps, Method, Stepping, Trajectory, Vector
+from mlseg.hypergradients.checkpoints import trajectory_of
 from mlseg.hypergradients.fitness import check_level
 from mlseg.multilevel import graph
 from mlseg.multilevel.again import Again
 from mlseg.multilevel.loaders import FreshBatches, Stream
+from mlseg.multilevel.redrawing import Place, Redrawing
 
 _HOOKS = ("grad_callback", "param_callback", "custom_optimizer_step")
 """Where a problem may change its steps."""
@@ -52,6 +54,8 @@ class Revisitable(graph.KnowsLevels, betty.problems.ImplicitProblem):
     trajectory: Trajectory
     hop_memory: dict[str, dict[str, Tensor]]
     _is_differentiated: bool
+    _redrawing: Redrawing | None
+    _place: Place | None
     _random_state: randomness.RandomState | None
     _stream: Stream
     _fresh: FreshBatches
@@ -61,6 +65,7 @@ class Revisitable(graph.KnowsLevels, betty.problems.ImplicitProblem):
         self.trajectory, self.hop_memory = Trajectory(Keeps()), {}
         self.again = Again(self)
         self._is_differentiated, self._random_state = False, None
+        self._redrawing, self._place = None, None
 
     @property
     def is_differentiated(self) -> bool:
@@ -114,7 +119,7 @@ class Revisitable(graph.KnowsLevels, betty.problems.ImplicitProblem):
         """Remember what a later evaluation of this step needs."""
         self._random_state = self.again.begin()
         if self.trajectory.keeps.graphs and not self.trajectory.is_open:
-            self.trajectory.begin(self.trainable_parameters(), self.optimizer)
+            self._open_step(self.trainable_parameters())
 
     def _loss_is_evaluated(
         self, batch: Any, loss: Tensor, parameters: Vector, leaves: Vector
@@ -128,14 +133,17 @@ class Revisitable(graph.KnowsLevels, betty.problems.ImplicitProblem):
             check_level(self, self.method, loss, leaves)
         if self.trajectory.keeps.steps:
             if not self.trajectory.is_open:
-                self.trajectory.begin(parameters, self.optimizer)
+                self._open_step(parameters)
             if not self.trajectory.is_of(parameters):
                 raise UserError(
                     f"problem {self.name!r}: its training_step freezes or thaws parameters "
                     "(requires_grad) within a step of several batches, or one whose graph is kept; "
                     "set accumulate to 1 and the hypergradient's store to weights, or do it before"
                 )
-            self.trajectory.see(batch, self._random_state)
+            self.trajectory.see(batch, self._random_state, loss.detach(), self._place)
+
+    def _open_step(self, parameters: Vector) -> None:
+        self.trajectory.begin(parameters, self.optimizer, self._steps_to_hop())
 
     def _steps_to_hop(self) -> int:
         """How many steps follow this one before the levels above may step."""
@@ -153,7 +161,8 @@ class Revisitable(graph.KnowsLevels, betty.problems.ImplicitProblem):
             self.method.check(self)
             check_level(self, self.method)
             keeps = self.method.keeps(self)
-        self.trajectory = Trajectory(keeps)
+        self.trajectory = trajectory_of(keeps)
+        self._redrawing = Redrawing(self) if keeps.states else None
         self.again.connect()
 
     # --------------------------------------------------- evaluating a step again

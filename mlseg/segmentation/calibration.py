@@ -99,7 +99,8 @@ def calibrated(ensemble: Ensemble, k: float | None, threshold: float | None) -> 
 def describe(ensemble: Ensemble) -> str:
     """How the ensemble decides, for a table's title."""
     ks = sorted({member.k for member in ensemble.members})
-    return f"k {', '.join(f'{k:.3g}' for k in ks)}, threshold {ensemble.threshold:g}"
+    flips = ", mean over flips and turns" if ensemble.flips else ""
+    return f"k {', '.join(f'{k:.3g}' for k in ks)}, threshold {ensemble.threshold:g}{flips}"
 
 
 def _read(run: Path) -> list[Choice]:

@@ -8,8 +8,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mlseg import parallel
 from mlseg.config.components import Component
 from mlseg.config.registry import Registry
+from mlseg.errors import UserError
 from mlseg.precision import full
 from mlseg.segmentation.distances import signed_distance
 
@@ -39,8 +41,18 @@ class LossSettings(Component):
 
 
 def build_loss(settings: LossSettings, ignore_index: int | None = None) -> Criterion:
-    """The loss that ``settings`` name."""
+    """The loss that ``settings`` name.
+
+    Raises:
+        UserError: there are several processes, and nothing says that it can be shared out.
+    """
     made: Criterion = settings.build(ignore_index)
+    if parallel.several() and not getattr(made, "in_several", False):
+        raise UserError(
+            f"loss.name: {settings.name!r} may see a batch as a whole, which {parallel.size()} "
+            "processes share out; take another one, or where it is a mean over the examples (or "
+            "puts its sums together by mlseg.parallel) let it have an attribute in_several = True"
+        )
     return made
 
 
@@ -87,7 +99,12 @@ class SegmentationLoss(nn.Module):
         false_positives, false_negatives: a and b, Tversky's weights of either.
         gamma: how much less a pixel counts in the focal term the better it is classified; 0 is
             cross-entropy.
+
+    In several processes all sums are over the whole batch: those of the terms over regions, and the
+    number of pixels where some are ignored, take a collective each time.
     """
+
+    in_several = True
 
     def __init__(
         self,
@@ -132,7 +149,7 @@ class SegmentationLoss(nn.Module):
                 ignore_index=-100 if self.ignore_index is None else self.ignore_index,
                 reduction="sum",
             )
-            loss = loss + self.cross_entropy * total / valid_BHW.sum().clamp_min(1)
+            loss = loss + self._mean(self.cross_entropy * total, valid_BHW)
         if self.dice or self.jaccard or self.tversky:
             loss = loss + self._overlap(logits_BKHW, target_BHW, valid_BHW)
         if self.focal:
@@ -141,19 +158,26 @@ class SegmentationLoss(nn.Module):
             loss = loss + self.boundary * self._boundary(logits_BKHW, target_BHW, valid_BHW)
         return loss
 
+    def _mean(self, total: Tensor, valid_BHW: Tensor) -> Tensor:
+        """Over the pixels that count."""
+        count = valid_BHW.sum()
+        if self.ignore_index is None:  # as many in every process's share
+            return total / count.clamp_min(1)
+        return parallel.ratio(total, count)
+
     def _focal(self, logits_BKHW: Tensor, target_BHW: Tensor, valid_BHW: Tensor) -> Tensor:
         label_B1HW = torch.where(valid_BHW, target_BHW, 0)[:, None]
         log_BHW = logits_BKHW.log_softmax(1).gather(1, label_B1HW)[:, 0]
         # Above 0 by a rounding, so that every derivative of the power is finite.
         missed_BHW = (-torch.expm1(log_BHW)).clamp_min(torch.finfo(log_BHW.dtype).eps)
-        return -(missed_BHW**self.gamma * log_BHW * valid_BHW).sum() / valid_BHW.sum().clamp_min(1)
+        return self._mean(-(missed_BHW**self.gamma * log_BHW * valid_BHW).sum(), valid_BHW)
 
     def _boundary(self, logits_BKHW: Tensor, target_BHW: Tensor, valid_BHW: Tensor) -> Tensor:
         classes = logits_BKHW.shape[1]
         distance_BKHW = signed_distance(torch.where(valid_BHW, target_BHW, -1), classes)
         first = 0 if self.background else 1
         product_BKHW = (distance_BKHW * logits_BKHW.softmax(1) * valid_BHW[:, None])[:, first:]
-        return product_BKHW.sum() / (classes - first) / valid_BHW.sum().clamp_min(1)
+        return self._mean(product_BKHW.sum() / (classes - first), valid_BHW)
 
     def _overlap(self, logits_BKHW: Tensor, target_BHW: Tensor, valid_BHW: Tensor) -> Tensor:
         classes = torch.arange(logits_BKHW.shape[1], device=logits_BKHW.device)
@@ -164,6 +188,9 @@ class SegmentationLoss(nn.Module):
         inside_K = (probability_BKHW * truth_BKHW).sum(pixels)
         predicted_K = probability_BKHW.sum(pixels)
         true_K = truth_BKHW.sum(pixels).to(inside_K.dtype)
+        if parallel.several():
+            sums = torch.stack([inside_K, predicted_K, true_K])
+            inside_K, predicted_K, true_K = parallel.summed(sums)
         present_K = true_K > 0
         if not self.background:
             present_K = present_K & (classes > 0)

@@ -11,8 +11,9 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from mlseg import parallel
 from mlseg.errors import UserError
-from mlseg.segmentation.hausdorff import class_hd95
+from mlseg.segmentation.surfaces import Apart, classes_apart
 
 SCORES = (
     "jaccard",
@@ -149,9 +150,9 @@ class SegmentationMetrics:
     0; the other scores follow the same rule (see `class_scores`), so none is ever NaN. Ignored
     pixels count nowhere; an image of nothing else has no score and is left out.
 
-    **Distances**, if wanted: the 95th percentile of the Hausdorff distance per image, in pixels of
-    the maps given; see `hausdorff` for its definition and the rule for empty masks. They are
-    computed on the host.
+    **Distances**, if wanted: of each image the 95th percentile of the Hausdorff distance and the
+    normalized surface Dice at two pixels, of the maps given; see `surfaces` for definitions and the
+    rule for empty masks. They are computed on the host.
 
     **Over images.** The mean, and the sample standard deviation (0 for a single image).
 
@@ -164,7 +165,7 @@ class SegmentationMetrics:
         num_classes: K, at least 2.
         ignore_index: label of pixels that don't count, or None.
         classes: K names, for the per-class keys; None names them 0 to K - 1.
-        distances: whether HD95 is computed too; `update` then waits for the device.
+        distances: whether HD95 and NSD are computed too; `update` then waits for the device.
     """
 
     def __init__(
@@ -189,7 +190,7 @@ class SegmentationMetrics:
         self._counts: list[Tensor] = []
         self._wrong: list[Tensor] = []
         self._ids: list[str] = []
-        self._distances: list[float] = []
+        self._distances: list[Apart] = []
 
     @torch.no_grad()
     def update(
@@ -223,9 +224,22 @@ class SegmentationMetrics:
         if self.distances:
             maps = (m.cpu().numpy() for m in (prediction_BHW, target_BHW))
             self._distances += [
-                class_hd95(predicted, true, self.num_classes, self.ignore_index)
+                classes_apart(predicted, true, self.num_classes, self.ignore_index)
                 for predicted, true in zip(*maps, strict=True)
             ]
+
+    def join(self) -> None:
+        """Put together what several processes have counted, in their order."""
+        if not parallel.several():
+            return
+        counts, wrong = ([t.cpu() for t in found] for found in (self._counts, self._wrong))
+        everybody = parallel.gather((counts, wrong, self._ids, self._distances))
+        self.reset()
+        for counts, wrong, ids, distances in everybody:
+            self._counts += counts
+            self._wrong += wrong
+            self._ids += ids
+            self._distances += distances
 
     def confusion(self) -> Tensor:
         """(N, K, K) int64 counts of every image so far, rows are the truth, on the CPU.
@@ -269,8 +283,17 @@ class SegmentationMetrics:
         confusion = confusion[scored]
         values = image_scores(confusion)
         if self.distances:
-            values["hd95"] = torch.tensor(self._distances, dtype=torch.float64)[scored]
+            apart = torch.tensor(self._distances, dtype=torch.float64)[scored]
+            values |= {"hd95": apart[:, 0], "nsd": apart[:, 1]}
         return ids, values, confusion
+
+    def counted(self) -> tuple[list[str], Tensor]:
+        """Ids of the images that have a score, and their (N, K, K) int64 counts, on the CPU.
+
+        UserError as of :meth:`confusion`, or if no image has one.
+        """
+        ids, _, confusion = self._scores()
+        return ids, confusion
 
     def per_image(self) -> dict[str, dict[str, float]]:
         """Scores of every image by id: {"ISIC_0000001": {"jaccard": 0.7, ...}, ...}."""
@@ -284,8 +307,8 @@ class SegmentationMetrics:
         """Every figure as a finite float in [0, 1], besides "images", their number, and "hd95".
 
         Keys: each of `SCORES` (mean over images) and with "_std"; "hd95" and "hd95_std" in pixels,
-            where wanted; "pooled_<score>"; "miou"; "iou_<class>" for each class of the pooled
-            confusion matrix (1 for a class that never occurs).
+            "nsd" and "nsd_std", where wanted; "pooled_<score>"; "miou"; "iou_<class>" for each
+            class of the pooled confusion matrix (1 for a class that never occurs).
         """
         _, values, confusion = self._scores()
         images = len(confusion)

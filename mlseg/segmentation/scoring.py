@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mlseg import parallel
 from mlseg.errors import RunError
 from mlseg.precision import full
 from mlseg.segmentation.data import Fit, Samples, placed, to_float
@@ -21,6 +22,9 @@ _AT_ONCE = 2**27
 
 Predict = Callable[[Tensor], Tensor]
 """(B, C, H, W) images in [-1, 1] to (B, K, H, W) class probabilities."""
+
+Seen = Callable[[Tensor, Tensor, Tensor], None]
+"""Told of (B, K, H, W) class probabilities, the (B, H, W) labels chosen by them, and the masks."""
 
 
 @torch.no_grad()
@@ -52,16 +56,23 @@ def predict_logits(
         return passed(image_BCHW)
     total: Tensor | None = None
     number = torch.zeros(height, width, device=image_BCHW.device)
-    for top in _starts(height, window[0]):
-        for left in _starts(width, window[1]):
-            rows, columns = slice(top, top + window[0]), slice(left, left + window[1])
-            logits = passed(image_BCHW[..., rows, columns])
-            if total is None:
-                total = logits.new_zeros(*logits.shape[:2], height, width)
-            total[..., rows, columns] += logits
-            number[rows, columns] += 1
+    for rows, columns in windows((height, width), window):
+        logits = passed(image_BCHW[..., rows, columns])
+        if total is None:
+            total = logits.new_zeros(*logits.shape[:2], height, width)
+        total[..., rows, columns] += logits
+        number[rows, columns] += 1
     assert total is not None
     return total / number
+
+
+def windows(size: tuple[int, int], window: tuple[int, int]) -> list[tuple[slice, slice]]:
+    """Rows and columns of the fewest windows that cover an image, evenly spaced."""
+    return [
+        (slice(top, top + window[0]), slice(left, left + window[1]))
+        for top in _starts(size[0], window[0])
+        for left in _starts(size[1], window[1])
+    ]
 
 
 def _starts(side: int, window: int) -> list[int]:
@@ -135,16 +146,19 @@ def predictions(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Class probabilities of all samples at their size, batch by batch, and which they are of.
 
+    Of several processes each has its part of the samples.
+
     Raises:
         RunError: after the last batch, some were NaN or infinite: a class is no answer to that.
     """
     total = torch.zeros((), device=device)
-    for start in range(0, len(samples), batch_size):
-        span = slice(start, start + batch_size)
+    own = parallel.part(len(samples))
+    for start in range(own.start, own.stop, batch_size):
+        span = slice(start, min(start + batch_size, own.stop))
         found = by(to_float(samples.images[span].to(device)))
         total = total + found.sum()
         yield span, found
-    if not total.isfinite():
+    if not all(parallel.gather(bool(total.isfinite()))):
         raise RunError(
             f"the network's class probabilities for images of {samples.spec.name} are not finite; "
             "try a lower learning rate, or precision: fp32"
@@ -161,8 +175,9 @@ def score(
     native: bool = False,
     distances: bool = False,
     batch_size: int = SCORING_BATCH,
+    seen: Seen | None = None,
 ) -> SegmentationMetrics:
-    """Count predictions over ``samples``.
+    """Count predictions over ``samples``; several processes share them out, and all get the whole.
 
     Args:
         by: what predicts.
@@ -171,18 +186,31 @@ def score(
         native: count at the size of each mask's file: probabilities are upsampled, then decided.
             Otherwise at the samples' size, against masks resized to it.
         distances: measure HD95 too, in pixels of the size that is counted at.
+        seen: told of everything that is counted, at that size.
     """
     device = torch.device(device)
     spec = samples.spec
     metrics = SegmentationMetrics(spec.num_classes, spec.ignore_index, spec.classes, distances)
-    masks = samples.native_masks() if native and samples.native_mask is not None else None
+    masks = None
+    if native and samples.native_mask is not None:
+        own = parallel.part(len(samples))
+        there = samples.subset(range(*own[:2])) if parallel.several() else samples
+        masks = there.native_masks()
+
+    def count(probabilities: Tensor, mask: Tensor, ids: list[str]) -> None:
+        labels = decide(probabilities, threshold)
+        metrics.update(labels, mask, ids)
+        if seen is not None:
+            seen(probabilities, labels, mask)
+
     for span, found in predictions(by, samples, device, batch_size):
         ids = samples.ids[span]
         if masks is None:
-            metrics.update(decide(found, threshold), samples.masks[span].to(device), ids)
+            count(found, samples.masks[span].to(device), ids)
             continue
         for name, own in zip(ids, found, strict=True):
             mask = next(masks).to(device)
             upsampled = at_native(own[None], (mask.shape[0], mask.shape[1]), samples.fit)
-            metrics.update(decide(upsampled, threshold), mask[None], [name])
+            count(upsampled, mask[None], [name])
+    metrics.join()
     return metrics

@@ -10,7 +10,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from mlseg import checkpoint
+from mlseg import checkpoint, config, threads
 from mlseg.config import Settings, Tree, parse
 from mlseg.errors import UserError
 from mlseg.segmentation.data import DatasetSpec, Fit
@@ -49,6 +49,7 @@ class Description(Settings):
     problem: str
     precision: Literal["fp32", "bf16"]
     threshold: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.5
+    temperature: Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)] | None = None
     window: Sides | None = None
     scoring: Literal["native", "trained"] = "native"
 
@@ -69,7 +70,7 @@ class Trained:
     """A trained segmentor and what is known of it.
 
     Attributes:
-        run: its run directory.
+        run: its run directory, or the file that it was exported to.
         module: (B, C, H, W) in [-1, 1] to (B, K, H, W) logits, in evaluation mode.
         spec: what its training data were.
         image_size: (H, W) it was trained at, pixels.
@@ -108,13 +109,18 @@ class Trained:
         """The temperature of :meth:`probabilities`: the one chosen, or else the network's own."""
         return self.own_k if self.temperature is None else self.temperature
 
-    def logits(self, image_BCHW: Tensor) -> Tensor:
-        """(B, K, H, W) float32, divided by the network's own temperature."""
-        return predict_logits(self.module, image_BCHW, self.window, self.autocast)
+    def logits(self, image_BCHW: Tensor, turned: bool = False) -> Tensor:
+        """(B, K, H, W) float32, divided by the network's own temperature.
 
-    def probabilities(self, image_BCHW: Tensor) -> Tensor:
+        Args:
+            turned: the images lie on their sides, and so do the windows.
+        """
+        window = self.window[::-1] if turned and self.window is not None else self.window
+        return predict_logits(self.module, image_BCHW, window, self.autocast)
+
+    def probabilities(self, image_BCHW: Tensor, turned: bool = False) -> Tensor:
         """Class probabilities of images in [-1, 1], at their size and the temperature :attr:`k`."""
-        logits = self.logits(image_BCHW)
+        logits = self.logits(image_BCHW, turned)
         if self.temperature is not None:
             logits = logits * (self.own_k / self.temperature)
         return class_probabilities(self.module, logits)
@@ -127,10 +133,12 @@ class Ensemble:
     Attributes:
         members: of one kind of data, one image size and one fit.
         threshold: of the mean probability.
+        flips: average over the eight flips and quarter turns of what the networks see, too.
     """
 
     members: tuple[Trained, ...]
     threshold: float
+    flips: bool = False
 
     @property
     def first(self) -> Trained:
@@ -142,7 +150,8 @@ class Ensemble:
         members = self.members
         if k is not None:
             members = tuple(replace(member, temperature=k) for member in members)
-        return Ensemble(members, self.threshold if threshold is None else threshold)
+        chosen = self.threshold if threshold is None else threshold
+        return replace(self, members=members, threshold=chosen)
 
     def __call__(self, image_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) images in [-1, 1] to (B, K, H, W) class probabilities."""
@@ -159,11 +168,27 @@ class Ensemble:
         Returns:
             (B, K, H', W').
         """
-        total = self.members[0].probabilities(image_BCHW)
-        for member in self.members[1:]:
-            total = total + member.probabilities(image_BCHW)
-        mean = total / len(self.members)
+        mean = self._flipped(image_BCHW) if self.flips else self._mean(image_BCHW)
         return mean if native is None else at_native(mean, native, self.first.fit)
+
+    def _mean(self, image_BCHW: Tensor, turned: bool = False) -> Tensor:
+        total = self.members[0].probabilities(image_BCHW, turned)
+        for member in self.members[1:]:
+            total = total + member.probabilities(image_BCHW, turned)
+        return total / len(self.members)
+
+    def _flipped(self, image_BCHW: Tensor) -> Tensor:
+        """The mean over four quarter turns, each as it is and mirrored; turned back, of course."""
+        total: Tensor | None = None
+        for quarters in range(4):
+            turned = image_BCHW.rot90(quarters, (-2, -1))
+            for mirrored in (False, True):
+                seen = turned.flip(-1) if mirrored else turned
+                found = self._mean(seen.contiguous(), turned=quarters % 2 == 1)
+                found = (found.flip(-1) if mirrored else found).rot90(-quarters, (-2, -1))
+                total = found if total is None else total + found
+        assert total is not None
+        return total / 8
 
 
 def load_runs(runs: Sequence[Path], device: torch.device, weights: str = "best") -> Ensemble:
@@ -195,18 +220,33 @@ def load_runs(runs: Sequence[Path], device: torch.device, weights: str = "best")
 
 
 def load_trained(run: Path, device: torch.device, weights: str = "best") -> Trained:
-    """The segmentor of a run directory.
+    """The segmentor of a run directory, or of a file that ``export --format torch`` has written.
 
     Args:
-        run: the directory.
-        weights: ``best`` (chosen on validation data), ``last``, or another checkpoint's name.
+        run: the directory, or the file.
+        weights: ``best`` (chosen on validation data), ``last`` or another checkpoint's name; of a
+            directory.
 
     Raises:
         UserError: no such run, no such checkpoint, or one of a run without a segmentor.
     """
+    return _trained(run, weights_of(run, weights), device)
+
+
+def weights_of(run: Path, weights: str = "best") -> Path:
+    """The file that holds the segmentor of a run directory; a file itself.
+
+    Raises:
+        UserError: there is nothing of that name.
+    """
+    if run.is_file():
+        return run
     if not run.is_dir():
         raise UserError(f"{run}: no such run directory")
-    path = run / "checkpoints" / f"{weights}.pt"
+    return run / "checkpoints" / f"{weights}.pt"
+
+
+def _trained(run: Path, path: Path, device: torch.device) -> Trained:
     state = checkpoint.load(path)
     if state.get("segmentor") is None:
         raise UserError(f"{path}: this run has no segmentor to load")
@@ -249,5 +289,24 @@ def load_trained(run: Path, device: torch.device, weights: str = "best") -> Trai
         threshold=found.threshold,
         scoring=found.scoring,
         digest=digest,
+        temperature=found.temperature,
         config=state.get("config"),
     )
+
+
+def begun_with(run: Path) -> int:
+    """The threads that a run began with; torch's own number for one that hasn't stored it."""
+    path = run / "config.yaml"
+    stored = config.load(path).values.get("threads") if path.is_file() else None
+    return stored if isinstance(stored, int) and stored > 0 else torch.get_num_threads()
+
+
+def run_threads(run: Path, asked: int | None = None) -> threads.Threads:
+    """As many as are asked for, or the environment says, or else as the run was trained with.
+
+    So figures are those that the run reported.
+    """
+    if asked is not None:
+        return threads.Threads(asked, "--threads")
+    own = threads.Threads(min(begun_with(run), threads.cores()), "run")
+    return threads.by_environment() or own

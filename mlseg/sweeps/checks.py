@@ -10,7 +10,7 @@ from typing import Any
 from mlseg.config import Tree
 from mlseg.config.explaining import quoted
 from mlseg.errors import UserError
-from mlseg.problems.reporting import FIGURES, SECTIONS
+from mlseg.problems.reporting import FIGURES, ILLUSTRATIONS, SECTIONS
 from mlseg.sweeps.settings import BESIDE_AXES, GridSettings, TableSettings, Where, file_stem
 
 
@@ -54,11 +54,28 @@ def check_report(tree: Tree, settings: GridSettings, axes: Mapping[str, Mapping[
         if picture.series is not None:
             check_name(tree, picture.series, dimensions, "axis", (*at, "series"))
         check_where(tree, (*at, "where"), picture.where, dimensions)
+    for name, sheet in report.sheets.items():
+        if sheet is None:
+            continue
+        place = ("report", "sheets", name)
+        check_name(tree, sheet.rows, axes, "axis", (*place, "rows"))
+        check_where(tree, (*place, "where"), sheet.where, axes)
+        for value, kind in sheet.besides.items():
+            spot = (*place, "besides", value)
+            check_name(tree, value, axes[sheet.rows], f"value of {sheet.rows}", spot)
+            try:
+                ILLUSTRATIONS.get(kind)
+            except UserError as error:
+                raise tree.error(spot, str(error)) from None
     for name, example in report.examples.items():
         if example is not None:
             check_where(tree, ("report", "examples", name, "where"), example.where, axes)
     files: dict[str, str] = {}
-    for kind, named in (("pictures", report.pictures), ("examples", report.examples)):
+    for kind, named in (
+        ("pictures", report.pictures),
+        ("sheets", report.sheets),
+        ("examples", report.examples),
+    ):
         for name, value in named.items():
             if value is None:
                 continue

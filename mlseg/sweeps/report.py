@@ -51,6 +51,7 @@ def write(grid: Grid, finished: Finished) -> str:
     from mlseg.sweeps import examples
     from mlseg.sweeps.pictures import draw
     from mlseg.sweeps.sections import run_section
+    from mlseg.sweeps.sheets import draw_sheets
 
     report, made = grid.settings.report, _Made()
     order = [*grid.axes, *BESIDE_AXES]
@@ -67,7 +68,9 @@ def write(grid: Grid, finished: Finished) -> str:
                 made.lines += markdown(block.head, block.rows) if block.head else []
     if any("minus this" in record["figure"] for record in made.records):
         made.lines += ["", _DIFFERENCES]
-    for name, path in {**draw(finished, grid.out), **examples.draw(finished, grid.out)}.items():
+    drawn = {**draw(finished, grid.out), **draw_sheets(finished, grid.out)}
+    drawn |= examples.draw(finished, grid.out)
+    for name, path in drawn.items():
         made.lines += ["", f"![{name}]({path.name})"]
     text = "\n".join(made.lines) + "\n"
     write_text(grid.out / "table.csv", _ordered(pd.DataFrame(made.records), order))

@@ -1,7 +1,8 @@
-"""Parts of a report that any system's runs can have: constant answers, calibration, ensembles."""
+"""What any system's runs can add to a report: constant answers, ensembles, calibration, memory."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,13 +11,14 @@ import torch
 from mlseg.calibrate import KS, THRESHOLDS, choose
 from mlseg.errors import UserError
 from mlseg.evaluate import own_data
-from mlseg.problems.reporting import SECTIONS, Block, FinishedRun
+from mlseg.problems.reporting import FIGURES, SECTIONS, Block, FinishedRun
 from mlseg.segmentation.calibration import Choice
 from mlseg.segmentation.data import DataSettings, Samples, SegmentationData, load_data
 from mlseg.segmentation.metrics import SegmentationMetrics
 from mlseg.segmentation.scoring import score
 from mlseg.segmentation.trained import Ensemble, load_runs
 from mlseg.sweeps.frame import spread
+from mlseg.sweeps.running import NOTE
 from mlseg.sweeps.showing import digits_of, plain, show
 
 CPU = torch.device("cpu")
@@ -33,8 +35,8 @@ def constant_answers(rows: Rows, metric: str | None = None) -> list[Block]:
     found: dict[str, dict[str, list[float]]] = {}
     by_data = {run.results["split_hash"]: run for runs in rows.values() for run in runs}
     for run in by_data.values():
-        data = load_data(DataSettings.model_validate(run.config["data"]))
-        if data.manifest["hash"] != run.results["split_hash"]:
+        data = load_data(DataSettings.model_validate(run.config["data"]), unlabelled=False)
+        if data.split_hash != run.results["split_hash"]:
             raise UserError(
                 f"{run.directory}: its images can't be found again; set MLSEG_DATA as for the runs"
             )
@@ -47,6 +49,20 @@ def constant_answers(rows: Rows, metric: str | None = None) -> list[Block]:
         for split, answers in found.items()
         for body in [[[n, str(len(v)), show(spread(v), 3)] for n, v in answers.items()]]
     ]
+
+
+@FIGURES.register("memory")
+def memory(run: FinishedRun) -> float | None:
+    """Peak of the run's process, or on its GPU, in MiB; None of a run that no sweep has made.
+
+    A run that was interrupted has that of its last process.
+    """
+    try:
+        note = json.loads((run.directory / NOTE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    found = note.get("memory_mib")
+    return None if found is None else float(found)
 
 
 def _of_constant(samples: Samples, index: int) -> dict[str, float]:

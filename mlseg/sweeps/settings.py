@@ -185,6 +185,25 @@ class ExamplesSettings(Settings):
     where: Where = {}
 
 
+class SheetSettings(Settings):
+    """Images in columns; in rows these, their masks, and what runs predict, those of one seed.
+
+    Attributes:
+        rows: name of an axis, whose values are the rows; for each value of the others a sheet.
+        images: of each split.
+        splits: None: all that ``{split}`` stands for.
+        where: cells that it is of, as for tables.
+        besides: by a value of that axis, what a system has registered to be shown of its run below,
+            such as the pairs that it has made.
+    """
+
+    rows: str
+    images: PositiveInt = 1
+    splits: list[str] | None = None
+    where: Where = {}
+    besides: dict[str, str] = {}
+
+
 class SectionSettings(Settings):
     """A part of the report that a function writes which has registered itself.
 
@@ -208,7 +227,7 @@ class ReportSettings(Settings):
         calibrated: whether the weights ``calibrated`` are scored too: those of ``best`` with k and
             threshold chosen on validation images; or with the ``threshold`` alone chosen, at the k
             that each network has been trained to.
-        figures, tables, pictures, examples, sections: by name.
+        figures, tables, pictures, sheets, examples, sections: by name.
     """
 
     splits: list[str] | None = None
@@ -222,6 +241,7 @@ class ReportSettings(Settings):
     }
     tables: dict[str, TableSettings | None] = {}
     pictures: dict[str, PictureSettings | None] = {}
+    sheets: dict[str, SheetSettings | None] = {}
     examples: dict[str, ExamplesSettings | None] = {}
     sections: dict[str, SectionSettings | None] = {}
 

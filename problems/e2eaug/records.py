@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from torch import nn
 
-from mlseg import checkpoint
+from mlseg import checkpoint, parallel
 from mlseg.engines.engine import Engine
 from mlseg.engines.hooks import Hooks
 from mlseg.engines.settings import Stage
@@ -18,13 +19,29 @@ from mlseg.errors import UserError
 from mlseg.files import reachable, write_json
 from mlseg.multilevel.problem import Problem
 from mlseg.problems.e2eaug.levels import encode
-from mlseg.problems.e2eaug.networks.cells import CANDIDATES
-from mlseg.problems.e2eaug.settings import E2EAugSettings
+from mlseg.problems.e2eaug.settings import (
+    DiscriminatorSettings,
+    E2EAugSettings,
+    GeneratorSettings,
+)
 from mlseg.segmentation.data import SegmentationData, to_uint8
 from mlseg.segmentation.pictures import Row, colour, legend, sheet, to_rgb
 
 PRETRAINING = "pretraining"
 PICTURED = 4
+
+
+_COMPONENTS = {"generator": GeneratorSettings, "discriminator": DiscriminatorSettings}
+
+
+def _alphas(settings: E2EAugSettings) -> str:
+    """Of what kind the alphas are that a GAN is pre-trained with."""
+    wanted = settings.architecture
+    if wanted.choice is not None:
+        return wanted.choice
+    if wanted.mode != "random":
+        return "uniform"
+    return "random" if wanted.draw is None else f"random draw {wanted.draw}"
 
 
 class Pretraining(Hooks):
@@ -67,7 +84,7 @@ class Pretraining(Hooks):
             "discriminator": settings.discriminator.model_dump(mode="json"),
             "image_size": settings.data.image_size,
             "channels": list(self._channels),
-            "alphas": "random" if settings.architecture.mode == "random" else "uniform",
+            "alphas": _alphas(settings),
             "selection": settings.architecture.selection,
         }
 
@@ -75,9 +92,12 @@ class Pretraining(Hooks):
         """End pre-training: write ``gan.pt``; the optimizers start afresh at their own rates."""
         if stage.name != PRETRAINING:
             return
-        if engine.recorder.directory is not None:
+        if engine.directory is not None:
             state = {name: part.module.state_dict() for name, part in self._parts.items()}
+            if "architecture" in state:  # lambda is no part of a GAN
+                state["architecture"] = {"alphas": state["architecture"]["alphas"]}
             engine._check_states({name: {"module": own} for name, own in state.items()})
+        if engine.recorder.directory is not None:
             checkpoint.save(engine.checkpoint_path("gan"), {**state, "shape": self._shape})
         for player in self._players:
             player.optimizer.state.clear()
@@ -98,6 +118,8 @@ class Pretraining(Hooks):
             for key, value in self._shape.items():
                 # A file without the key is from before there was a choice.
                 found = state["shape"].get(key, "softmax" if key == "selection" else value)
+                if key in _COMPONENTS:  # nor has one a name
+                    found = _COMPONENTS[key].model_validate(found).model_dump(mode="json")
                 if found != value:
                     raise UserError(
                         f"gan.pretrained: {path} has {key} {found}, this config {value}; use the "
@@ -151,14 +173,16 @@ class ArchitectureRecord(Hooks):
             return
         module = self._architecture.module
         with torch.no_grad():
-            self.history.append(
-                {
-                    "step": step,
-                    "alphas": module.alphas.tolist(),
-                    "weights": module().tolist(),
-                    "entropy": module.entropy().tolist(),
-                }
-            )
+            entry = {
+                "step": step,
+                "alphas": module.alphas.tolist(),
+                "weights": module().tolist(),
+                "entropy": module.entropy().tolist(),
+            }
+            weight = module.synthetic_weight()
+            if weight is not None:
+                entry["synthetic_weight"] = float(weight)
+            self.history.append(entry)
 
     def write(self, engine: Engine) -> None:
         """Write the file; does nothing for a run without directory."""
@@ -166,6 +190,7 @@ class ArchitectureRecord(Hooks):
         if directory is None:
             return
         first, last = self.history[0], self.history[-1]
+        candidates = list(self._architecture.module.candidates)
         moved = [
             [abs(a - b) for a, b in zip(new, old, strict=True)]
             for new, old in zip(last["weights"], first["weights"], strict=True)
@@ -174,10 +199,11 @@ class ArchitectureRecord(Hooks):
             directory / "architecture.json",
             {
                 "cells": self._generator.module.cell_names,
-                "candidates": list(CANDIDATES),
+                "candidates": candidates,
                 "choice": self._architecture.module.choices(),
                 "entropy": sum(last["entropy"]) / len(last["entropy"]),
-                "entropy_unit": f"nats, mean over cells; undecided is log 3 = {math.log(3):.4f}",
+                "entropy_unit": f"nats, mean over cells; undecided is log {len(candidates)} = "
+                f"{math.log(len(candidates)):.4f}",
                 "moved": moved,
                 "history": self.history,
             },
@@ -185,7 +211,8 @@ class ArchitectureRecord(Hooks):
 
     def summary(self, engine: Engine) -> Table:
         """The final weights, cell by cell."""
-        table = Table("cell", *CANDIDATES, "choice", title="Architecture: selection weights")
+        candidates = self._architecture.module.candidates
+        table = Table("cell", *candidates, "choice", title="Architecture: selection weights")
         weights = self.history[-1]["weights"]
         names = self._generator.module.cell_names
         for name, row, choice in zip(
@@ -213,7 +240,8 @@ class SyntheticPictures(Hooks):
             return
         masks = data.masks[:count].to(engine.device).long()
         draw = torch.Generator().manual_seed(0)  # the same augmentations in every picture
-        _, augmented = segmentor.mask_augmentation(None, masks, draw)
+        alone = parallel.Part(0, count, count)
+        _, augmented = segmentor.mask_augmentation(None, masks, draw, alone)
         with self._generator.again.untraced():
             made = self._generator(encode(augmented, spec.num_classes))
         palette = spec.palette
@@ -235,19 +263,40 @@ class SyntheticPictures(Hooks):
 
 
 class ExportedGenerator(Hooks):
-    """The generator, merged into plain operators, in ``checkpoints/generator.pt``."""
+    """The generator, merged into plain operators, in ``checkpoints/generator.pt``.
 
-    def __init__(self, generator: Problem) -> None:
+    Beside the weights stand what the class takes, and the generator's name in a config.
+    """
+
+    def __init__(self, generator: Problem, name: str) -> None:
         self._generator = generator
+        self._name = name
 
     def results(self, engine: Engine, report: Mapping[str, Any]) -> dict[str, Any]:
         """Write the file."""
         if engine.recorder.directory is not None:
             plain = self._generator.export()
-            names = ("in_channels", "out_channels", "levels", "channels", "dropout", "kernels")
-            shape = {name: getattr(plain, name) for name in names}
             checkpoint.save(
                 engine.checkpoint_path("generator"),
-                {"settings": shape, "module": plain.state_dict()},
+                {"name": self._name, "settings": plain.settings(), "module": plain.state_dict()},
             )
         return {}
+
+
+def perceptual_path(out: Path) -> Path:
+    """Where a run keeps the network of its perceptual loss."""
+    return out / "checkpoints" / "perceptual.pt"
+
+
+class PerceptualRecord(Hooks):
+    """The network of the perceptual loss, in ``checkpoints/perceptual.pt``, from the start."""
+
+    def __init__(self, features: nn.Module) -> None:
+        self._features = features
+
+    def start(self, engine: Engine) -> None:
+        """Write the file, unless the run has it."""
+        directory = engine.recorder.directory
+        if directory is not None and not perceptual_path(directory).exists():
+            state = {"module": self._features.state_dict()}
+            checkpoint.save(perceptual_path(directory), state)

@@ -1,13 +1,41 @@
-"""What E2EAug adds to the tables of a sweep."""
+"""What E2EAug adds to the tables of a sweep, and to the page of a run."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
+from mlseg import checkpoint
+from mlseg.errors import UserError
+from mlseg.problems.e2eaug.levels import encode
+from mlseg.problems.e2eaug.networks.pix2pix import Generator
 from mlseg.problems.e2eaug.settings import GanSettings
-from mlseg.problems.reporting import FIGURES, SECTIONS, Block, FinishedRun
+from mlseg.problems.reporting import (
+    FIGURES,
+    ILLUSTRATIONS,
+    PAGES,
+    SECTIONS,
+    Block,
+    Chart,
+    FinishedRun,
+    Picture,
+    Piece,
+    RecordedRun,
+    Series,
+)
+from mlseg.randomness import derived, seeded
+from mlseg.segmentation.data import (
+    Augmentation,
+    AugmentationSettings,
+    SegmentationData,
+    to_uint8,
+)
+from mlseg.segmentation.pictures import Picture as Pixels
+from mlseg.segmentation.pictures import colour, to_rgb
 
 
 @FIGURES.register("e2eaug.selected_step")
@@ -36,6 +64,58 @@ def largest_move(run: FinishedRun) -> float | None:
     return None if record is None else float(max(max(cell) for cell in record["moved"]))
 
 
+@FIGURES.register("e2eaug.direct_path")
+def direct_path(run: FinishedRun) -> float | None:
+    """Norm of the alphas' gradient over the segmentor alone, mean over the logged steps."""
+    return _mean_of(run, "hypergradient/via_segmentor")
+
+
+@FIGURES.register("e2eaug.path_through_generator")
+def path_through_generator(run: FinishedRun) -> float | None:
+    """Norm of the alphas' gradient over segmentor and generator, mean over the logged steps."""
+    return _mean_of(run, "hypergradient/via_generator")
+
+
+@FIGURES.register("e2eaug.hypergradient_seconds")
+def hypergradient_seconds(run: FinishedRun) -> float | None:
+    """Of both hops of a step of the alphas, mean over the logged steps."""
+    parts = [
+        _mean_of(run, f"hypergradient/{level}_seconds") for level in ("segmentor", "generator")
+    ]
+    known = [part for part in parts if part is not None]
+    return sum(known) if known else None
+
+
+@ILLUSTRATIONS.register("e2eaug.pairs")
+def illustrated(
+    run: FinishedRun, data: SegmentationData, count: int
+) -> list[tuple[str, Sequence[Pixels]]]:
+    """Augmented masks of training images, and the images that the finished generator makes of them.
+
+    Both by draws of the run's seed; in training mode, as the segmentor was given them.
+    """
+    path = run.directory / "checkpoints" / "generator.pt"
+    if not path.exists() or not run.config.get("synthetic_weight"):
+        return []
+    state = checkpoint.load(path)
+    if (kind := state.get("name", "pix2pix")) != "pix2pix":
+        raise UserError(f"{path}: pairs are made by pix2pix generators, this one is {kind!r}")
+    with checkpoint.taking(f"{path}: its generator", "put the file back"):
+        generator = Generator(**state["settings"])
+        checkpoint.load_module(generator, state["module"])
+    settings = AugmentationSettings.model_validate(run.config["mask_augmentation"])
+    chosen = data.train.masks[[index % len(data.train) for index in range(count)]].long()
+    with seeded(run.seed, "pairs"), torch.no_grad():
+        draw = torch.Generator().manual_seed(derived(run.seed, "masks"))
+        _, masks = Augmentation(settings, data.spec.ignore_index)(None, chosen, draw)
+        images = to_uint8(generator.train()(encode(masks, data.spec.num_classes)))
+    maps = masks.to(torch.uint8).numpy()
+    return [
+        ("masks, augmented", [colour(mask, data.spec.palette) for mask in maps]),
+        ("images made of them", [to_rgb(image) for image in images]),
+    ]
+
+
 @SECTIONS.register("e2eaug.choices")
 def choices(rows: Mapping[str, Sequence[FinishedRun]]) -> list[Block]:
     """Of each run that learns alphas, the operator that every cell would be given."""
@@ -48,7 +128,48 @@ def choices(rows: Mapping[str, Sequence[FinishedRun]]) -> list[Block]:
     return [Block("Operators chosen", ["row", "seed", "cells"], body)] if body else []
 
 
-def _record(run: FinishedRun) -> dict[str, Any] | None:
+@PAGES.register("e2eaug.pairs")
+def pairs(run: RecordedRun) -> list[Piece]:
+    """Augmented masks and the images made of them: at first, half-way, at last."""
+    found = sorted((run.directory / "samples").glob("synthetic_*.png"))
+    chosen = dict.fromkeys(found[place] for place in (0, len(found) // 2, -1)) if found else ()
+    words = "rows of a real image, its mask, the mask augmented, and the image made of that"
+    return [
+        Picture(f"Synthetic pairs at step {int(path.stem.rpartition('_')[2])}", path, words)
+        for path in chosen
+    ]
+
+
+@PAGES.register("e2eaug.architecture")
+def architecture(run: RecordedRun) -> list[Piece]:
+    """The alphas over time, cell by cell, and what would be chosen in the end."""
+    record = _record(run)
+    if record is None:
+        return []
+    names, candidates = record["cells"], record["candidates"]
+    history = record["history"]
+    steps = [entry["step"] for entry in history]
+    last = history[-1]["weights"]
+    rows = [
+        [name, *(f"{weight:.3f}" for weight in weights), choice]
+        for name, weights, choice in zip(names, last, record["choice"], strict=True)
+    ]
+    entropy = [sum(entry["entropy"]) / len(entry["entropy"]) for entry in history]
+    pieces: list[Piece] = [
+        Block("Selection weights in the end", ["cell", *candidates, "choice"], rows),
+        Block(f"Entropy: {record['entropy_unit']}."),
+        Chart("Entropy of the alphas", {"mean over cells": Series(steps, entropy)}),
+    ]
+    for place, name in enumerate(names):
+        lines = {
+            candidate: Series(steps, [entry["weights"][place][index] for entry in history])
+            for index, candidate in enumerate(candidates)
+        }
+        pieces.append(Chart(f"Selection weights of {name}", lines))
+    return pieces
+
+
+def _record(run: FinishedRun | RecordedRun) -> dict[str, Any] | None:
     """``architecture.json`` of a run that learns its alphas."""
     learned = run.config.get("architecture", {}).get("mode") == "learned"
     path = run.directory / "architecture.json"
@@ -56,3 +177,13 @@ def _record(run: FinishedRun) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def _mean_of(run: FinishedRun, key: str) -> float | None:
+    """A figure of the architecture's steps, mean over the logged ones; None where it has none."""
+    path = run.directory / "metrics.jsonl"
+    if not path.exists():
+        return None
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    values = [line[key] for line in lines if line["problem"] == "architecture" and key in line]
+    return statistics.fmean(values) if values else None

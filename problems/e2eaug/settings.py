@@ -5,44 +5,44 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
 from mlseg.config import Settings
+from mlseg.config.components import Component
 from mlseg.multilevel.settings import ProblemSettings
+from mlseg.problems.e2eaug.losses import Adversarial
 from mlseg.problems.e2eaug.networks.architecture import Selection
-from mlseg.problems.systems import RunSettings
+from mlseg.problems.e2eaug.networks.discriminator import DISCRIMINATORS
+from mlseg.problems.e2eaug.networks.generator import GENERATORS
+from mlseg.problems.systems import RunSettings, merged
 from mlseg.segmentation.data import AugmentationSettings, DataSettings
 from mlseg.segmentation.losses import LossSettings
 from mlseg.segmentation.nets import SegmentorSettings
 
 
-class GeneratorSettings(Settings):
-    """The network that makes an image of a mask.
+class GeneratorSettings(Component):
+    """A mask-to-image generator by name, with the settings that it takes.
 
-    Attributes:
-        channels: of its first layer; deeper ones have up to eight times as many.
-        levels: how often it halves the image; null: as often as it can.
-        dropout: probability, on the three decoder levels after the innermost.
-        search: which cells have candidates: those of encoder and decoder (``both``), of the
-            ``decoder`` only, or ``none``.
+    ``pix2pix``, ``spade`` or ``asapnet``. ``search`` says where its cells are: ``none`` is the
+    network as published; pix2pix has them in encoder and decoder (``both``), or ``decoder`` only.
     """
 
-    channels: PositiveInt = 64
-    levels: PositiveInt | None = None
-    dropout: NonNegativeFloat = 0.5
-    search: Literal["both", "decoder", "none"] = "both"
+    registry = GENERATORS
+    given = 3
+
+    name: str = "pix2pix"
 
 
-class DiscriminatorSettings(Settings):
-    """PatchGAN.
+class DiscriminatorSettings(Component):
+    """A discriminator by name: ``patchgan``, whose 3 layers see 70 by 70 pixels, or ``multiscale``.
 
-    Attributes:
-        channels: of its first layer.
-        layers: that halve the image; with 3 each of its outputs sees 70 by 70 pixels.
+    Where the config names none, ``spade`` and ``asapnet`` bring the latter.
     """
 
-    channels: PositiveInt = 64
-    layers: PositiveInt = 3
+    registry = DISCRIMINATORS
+    given = 1
+
+    name: str = "patchgan"
 
 
 class EpochsSettings(Settings):
@@ -65,7 +65,13 @@ class GanSettings(Settings):
             1e-5; its public code has 2e-5.
         pretrained: a ``checkpoints/gan.pt`` of another run, in place of pre-training.
         frozen: generator and alphas are not trained further (rows GAN and Separate).
+        adversarial: ``vanilla`` (pix2pix) or ``hinge`` (SPADE).
         l1: weight of the reconstruction loss.
+        feature_matching: weight of the distance between the discriminator's features of fake and
+            real images; the discriminator has to be ``multiscale``.
+        perceptual: features of VGG-19 between which fake and real images are compared: ``none``,
+            ``random`` weights, or a file, torchvision's state dict of it. The run keeps them.
+        perceptual_weight: of that.
         augmentation: of the real pairs that the GAN learns from.
     """
 
@@ -73,7 +79,11 @@ class GanSettings(Settings):
     pretrain_lr: PositiveFloat = 1e-5
     pretrained: str | None = None
     frozen: bool = False
+    adversarial: Adversarial = "vanilla"
     l1: NonNegativeFloat = 100.0
+    feature_matching: NonNegativeFloat = 0.0
+    perceptual: str = "none"
+    perceptual_weight: NonNegativeFloat = 10.0
     augmentation: AugmentationSettings = AugmentationSettings.off()
 
     def pretraining(self, images: int, batch_size: int) -> int:
@@ -91,11 +101,35 @@ class ArchitectureSettings(Settings):
             paper follows); ``sigmoid``, each in [0, 1] by itself (the paper's section 3.2).
         mode: ``learned``; or a control: ``frozen`` at uniform weights, or ``random`` and frozen.
         spread: standard deviation of random alphas.
+        draw: number of the draw of random alphas, the same whatever the seed is; None: the seed's.
+        choice: with ``frozen``, the candidate that every cell has alone, such as ``4-2-1``.
     """
 
     selection: Selection = "softmax"
     mode: Literal["learned", "frozen", "random"] = "learned"
     spread: PositiveFloat = 1.0
+    draw: NonNegativeInt | None = None
+    choice: str | None = None
+
+
+class LevelThreeSettings(Settings):
+    """What level three is besides the alphas; nothing of it is the paper's.
+
+    Attributes:
+        synthetic_weight: lambda is learned too, from the config's on, by the same hypergradient.
+        guidance: the generator also steps along what the segmentor's validation loss asks of it,
+            at this size relative to its own gradient.
+    """
+
+    synthetic_weight: bool = False
+    guidance: NonNegativeFloat = 0.0
+
+    @property
+    def is_on(self) -> str | None:
+        """The first setting that asks for something."""
+        return (
+            "synthetic_weight" if self.synthetic_weight else "guidance" if self.guidance else None
+        )
 
 
 class LevelSettings(Settings):
@@ -112,11 +146,13 @@ class E2EAugSettings(RunSettings):
 
     Attributes:
         preset: ``paper``, or ``genseg`` for what the method's public code does differently; either
-            fills in what the config doesn't set.
+            fills in what the config doesn't set. The generators ``spade`` and ``asapnet`` fill in
+            their own discriminator and losses.
         loss: L_seg, of the real half, the synthetic half and the validation loss alike.
         augmentation: of real pairs, image and mask together; the paper's method has none.
         mask_augmentation: of the masks that synthetic images are made of.
         synthetic_weight: lambda.
+        level3: what is learned beside the alphas.
     """
 
     preset: Literal["paper", "genseg"] = "paper"
@@ -130,6 +166,7 @@ class E2EAugSettings(RunSettings):
     augmentation: AugmentationSettings = AugmentationSettings.off()
     mask_augmentation: AugmentationSettings = AugmentationSettings.preset("paper")
     synthetic_weight: NonNegativeFloat = 1.0
+    level3: LevelThreeSettings = LevelThreeSettings()
     problems: LevelSettings
 
     @model_validator(mode="before")
@@ -137,7 +174,11 @@ class E2EAugSettings(RunSettings):
     def _fill_in_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return merged(PRESETS.get(values.get("preset", "paper"), PRESETS["paper"]), values)
+        defaults = PRESETS.get(values.get("preset", "paper"), PRESETS["paper"])
+        generator = values.get("generator")
+        if isinstance(generator, dict) and generator.get("name") in ("spade", "asapnet"):
+            defaults = merged(defaults, _SPADE)
+        return merged(defaults, values)
 
     @model_validator(mode="after")
     def _check(self) -> E2EAugSettings:
@@ -145,10 +186,28 @@ class E2EAugSettings(RunSettings):
             if getattr(self.problems, name).scheduler is not None:
                 raise ValueError(f"problems.{name}.scheduler: the GAN's rate is not scheduled")
         learned = self.architecture.mode == "learned" and not self.gan.frozen
-        if learned and self.generator.search == "none" and self.synthetic_weight:
+        search = getattr(self.generator, "search", None)
+        if learned and search == "none" and self.synthetic_weight:
             raise ValueError(
                 "generator.search: none leaves no architecture to learn; search decoder or both, "
                 "or set architecture.mode to frozen"
+            )
+        if self.level3.is_on and not (learned and self.synthetic_weight):
+            why = (
+                "synthetic_weight 0 makes no synthetic pairs"
+                if learned
+                else "with gan.frozen or alphas that aren't learned there is no level three"
+            )
+            raise ValueError(f"level3.{self.level3.is_on}: {why}; drop it")
+        if self.architecture.choice is not None and self.architecture.mode != "frozen":
+            raise ValueError("architecture.choice: goes with architecture.mode: frozen")
+        if self.architecture.draw is not None and self.architecture.mode != "random":
+            raise ValueError("architecture.draw: goes with architecture.mode: random")
+        critic = DISCRIMINATORS.get(self.discriminator.name)
+        if self.gan.feature_matching and not critic.has_features:
+            raise ValueError(
+                f"gan.feature_matching: {self.discriminator.name} gives no features to match; set "
+                "discriminator.name to multiscale, or gan.feature_matching to 0"
             )
         parts = (self.augmentation, self.mask_augmentation, self.gan.augmentation)
         if any(part.window is not None for part in parts):
@@ -179,7 +238,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": _PAPER,
     "genseg": {
         **_PAPER,
-        "generator": {"search": "decoder"},
+        "generator": {"name": "pix2pix", "search": "decoder"},
         "gan": {"pretrain_lr": 2e-5},
         "mask_augmentation": "genseg",
         "loss": {"name": "weighted_sum", "cross_entropy": 1.0, "jaccard": 1.0},
@@ -190,19 +249,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-
-def merged(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """``values`` over ``defaults``; a mapping that names another component replaces the default."""
-    result = dict(defaults)
-    for key, value in values.items():
-        default = result.get(key)
-        if isinstance(value, dict) and isinstance(default, dict) and _same(default, value):
-            result[key] = merged(default, value)
-        else:
-            result[key] = value
-    return result
-
-
-def _same(default: dict[str, Any], value: dict[str, Any]) -> bool:
-    """Whether both are settings of one component."""
-    return all(value.get(key, default.get(key)) == default.get(key) for key in ("name", "method"))
+# SPADE, section 3 and appendix A; ASAP-Net, section 4, trains by the same.
+_SPADE: dict[str, Any] = {
+    "discriminator": {"name": "multiscale"},
+    "gan": {"adversarial": "hinge", "feature_matching": 10.0, "l1": 0.0},
+}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlseg import checkpoint
 from mlseg.engines.engine import Engine
 from mlseg.engines.hooks import Hooks
 from mlseg.engines.segmentation import Segmentation, require_validation
@@ -13,6 +15,7 @@ from mlseg.errors import UserError
 from mlseg.multilevel.problem import Problem
 from mlseg.problems.building import Builder
 from mlseg.problems.e2eaug import records
+from mlseg.problems.e2eaug.guidance import GuidedGenerator
 from mlseg.problems.e2eaug.levels import (
     Architecture,
     Discriminator,
@@ -21,8 +24,13 @@ from mlseg.problems.e2eaug.levels import (
     label_channels,
 )
 from mlseg.problems.e2eaug.networks.architecture import Architecture as ArchitectureModule
-from mlseg.problems.e2eaug.networks.patchgan import PatchGAN
-from mlseg.problems.e2eaug.networks.pix2pix import SearchableGenerator
+from mlseg.problems.e2eaug.networks.discriminator import PairCritic
+from mlseg.problems.e2eaug.networks.generator import MaskToImage
+from mlseg.problems.e2eaug.networks.perceptual import (
+    SMALLEST_SIDE,
+    PerceptualFeatures,
+    load_weights,
+)
 from mlseg.problems.e2eaug.settings import E2EAugSettings
 from mlseg.problems.systems import system
 from mlseg.randomness import derived, seeded
@@ -30,22 +38,39 @@ from mlseg.segmentation.data import Augmentation, SegmentationData, load_data
 from mlseg.segmentation.losses import build_loss
 
 
-@system("e2eaug", E2EAugSettings, "three levels: mask-to-image GAN, segmentor, its architecture")
+@system(
+    "e2eaug",
+    E2EAugSettings,
+    "three levels: mask-to-image GAN, segmentor, its architecture",
+    in_several=True,
+)
 def build(settings: E2EAugSettings, out: Path | None) -> Engine:
     """Data, networks, the four problems, and the engine with its stages."""
     data = load_data(settings.data)
     require_validation(data)
     make, levels, spec = Builder(settings, data.spec, out), settings.problems, data.spec
     maker, critic, alphas = networks(settings, data)
+    features = perceptual_features(settings, data, out)
+    if features is not None:
+        features.to(make.device)
     criterion = build_loss(settings.loss, spec.ignore_index)
 
     loader = make.loader("generator", levels.generator, data.train, settings.gan.augmentation)
-    generator = Generator(
+    level3 = settings.level3
+    kind = partial(GuidedGenerator, guidance=level3.guidance) if level3.guidance else Generator
+    generator = kind(
         make.level("generator", levels.generator, maker, loader),
         l1=settings.gan.l1,
         num_classes=spec.num_classes,
+        adversarial=settings.gan.adversarial,
+        feature_matching=settings.gan.feature_matching,
+        perceptual=features,
+        perceptual_weight=settings.gan.perceptual_weight,
     )
-    discriminator = Discriminator(make.level("discriminator", levels.discriminator, critic))
+    discriminator = Discriminator(
+        make.level("discriminator", levels.discriminator, critic),
+        adversarial=settings.gan.adversarial,
+    )
     loader = make.loader("segmentor", levels.segmentor, data.train, settings.augmentation)
     segmentor = Segmentor(
         make.level("segmentor", levels.segmentor, make.segmentor(), loader),
@@ -55,6 +80,7 @@ def build(settings: E2EAugSettings, out: Path | None) -> Engine:
         mask_augmentation=Augmentation(settings.mask_augmentation, spec.ignore_index),
         mask_seed=derived(settings.seed, "masks"),
         frozen_generator=settings.gan.frozen,
+        learns_weight=level3.synthetic_weight,
     )
     problems: list[Problem] = [generator, discriminator, segmentor]
     architecture = None
@@ -70,6 +96,8 @@ def build(settings: E2EAugSettings, out: Path | None) -> Engine:
         records.Pretraining(settings, generator, discriminator, architecture, out),
         records.SyntheticPictures(data, generator, segmentor),
     ]
+    if features is not None:
+        hooks.append(records.PerceptualRecord(features))
     if architecture is not None:
         hooks.append(records.ArchitectureRecord(generator, architecture))
     return Engine(
@@ -80,13 +108,17 @@ def build(settings: E2EAugSettings, out: Path | None) -> Engine:
         ),
         device=make.device,
         out=out,
-        hooks=[*hooks, records.ExportedGenerator(generator), *make.hooks()],
+        hooks=[
+            *hooks,
+            records.ExportedGenerator(generator, settings.generator.name),
+            *make.hooks(),
+        ],
     )
 
 
 def networks(
     settings: E2EAugSettings, data: SegmentationData
-) -> tuple[SearchableGenerator, PatchGAN, ArchitectureModule | None]:
+) -> tuple[MaskToImage, PairCritic, ArchitectureModule | None]:
     """Generator, discriminator and, if the generator has cells, their alphas; each from its seed.
 
     Raises:
@@ -95,23 +127,60 @@ def networks(
     size, spec, seed = data.train.image_size, data.spec, settings.seed
     channels = label_channels(spec.num_classes)
     with seeded(seed, "generator"):
-        generator = SearchableGenerator(
-            channels, spec.channels, size, **settings.generator.model_dump()
-        )
+        generator: MaskToImage = settings.generator.build(channels, spec.channels, size)
     with seeded(seed, "discriminator"):
-        discriminator = PatchGAN(channels + spec.channels, **settings.discriminator.model_dump())
+        discriminator: PairCritic = settings.discriminator.build(channels + spec.channels)
     if min(size) < discriminator.smallest_side:
+        limit = discriminator.limit
         raise UserError(
-            f"discriminator.layers: {discriminator.layers} need images of "
+            f"discriminator.{limit}: {getattr(discriminator, limit)} need images of "
             f"{discriminator.smallest_side} pixels, data.image_size is {min(size)}; lower the "
-            "layers"
+            f"{limit}"
         )
     if not generator.num_cells:
         return generator, discriminator, None
-    spread = settings.architecture.spread if settings.architecture.mode == "random" else 1e-3
-    with seeded(seed, "architecture"):
-        alphas = ArchitectureModule(generator.num_cells, spread, settings.architecture.selection)
+    wanted = settings.architecture
+    spread = wanted.spread if wanted.mode == "random" else 1e-3
+    with seeded(seed if wanted.draw is None else wanted.draw, "architecture"):
+        alphas = ArchitectureModule(
+            generator.num_cells,
+            spread,
+            wanted.selection,
+            candidates=generator.candidates,
+            synthetic_weight=settings.synthetic_weight
+            if settings.level3.synthetic_weight
+            else None,
+        )
+    if wanted.choice is not None:
+        alphas.choose(wanted.choice)
     return generator, discriminator, alphas
+
+
+def perceptual_features(
+    settings: E2EAugSettings, data: SegmentationData, out: Path | None
+) -> PerceptualFeatures | None:
+    """The network of the perceptual loss; a resumed run has the weights that it has kept.
+
+    Raises:
+        UserError: the images are too small for it, or the file isn't what it should be.
+    """
+    wanted, size = settings.gan.perceptual, data.train.image_size
+    if wanted == "none":
+        return None
+    if min(size) < SMALLEST_SIDE:
+        raise UserError(
+            f"gan.perceptual: VGG-19 needs images of {SMALLEST_SIDE} pixels, data.image_size is "
+            f"{min(size)}; set it to none"
+        )
+    with seeded(settings.seed, "perceptual"):
+        features = PerceptualFeatures()
+    kept = None if out is None else records.perceptual_path(out)
+    if kept is not None and kept.exists():
+        with checkpoint.taking(f"gan.perceptual: {kept}"):
+            checkpoint.load_module(features, checkpoint.load(kept)["module"])
+    elif wanted != "random":
+        load_weights(features, wanted, "gan.perceptual")
+    return features
 
 
 def _stages(

@@ -31,8 +31,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mlseg import parallel
 from mlseg.engines.lookahead.label_maps import Batch, LabelMapBatches
 from mlseg.multilevel.problem import Problem
+from mlseg.precision import full
 from mlseg.problems.building import Setup
 from mlseg.problems.load.losses import balanced_cross_entropy, fooling_loss, pixelwise, relax
 from mlseg.problems.load.networks import one_hot
@@ -70,9 +72,9 @@ class Pretraining(Problem):
         if self.count <= self.weighted_steps:
             return balanced_cross_entropy(logits, mask, self.mean_pixels, self.ignore_index)
         ignore = -100 if self.ignore_index is None else self.ignore_index
-        loss = functional.cross_entropy(logits.float(), mask, ignore_index=ignore, reduction="sum")
+        loss = functional.cross_entropy(full(logits), mask, ignore_index=ignore, reduction="sum")
         # A batch of windows may lie in the padding, whole.
-        return loss / (mask != ignore).sum().clamp_min(1)
+        return parallel.ratio(loss, (mask != ignore).sum())
 
 
 class Generator(Problem):
@@ -105,7 +107,7 @@ class Generator(Problem):
         losses = own.weight * fooling_loss(logits, own.loss == "saturating")
         if own.cross_entropy:
             losses = losses + own.cross_entropy * pixelwise(scores, mask, self.ignore_index)
-        loss = losses.sum() if own.reduction == "sum" else losses.mean()
+        loss = parallel.as_mean(losses.sum()) if own.reduction == "sum" else losses.mean()
         return {"loss": loss, "fooled": (logits > 0).float().mean()}
 
 
@@ -139,13 +141,14 @@ class Discriminator(Problem):
         """Logits and the sum of the loss, in evaluation mode."""
         self.module.eval()
         logits, loss = self._in_precision(self._cross_entropy, batch)
-        return logits.float(), loss
+        return full(logits), loss
 
     def _cross_entropy(self, batch: Batch) -> tuple[Tensor, Tensor]:
         image, label, real, weight = batch
         logits = self(image, one_hot(label, self.num_classes))
+        wide = full(logits)
         loss = functional.binary_cross_entropy_with_logits(
-            logits.float(), real, weight, reduction="sum"
+            wide, real.to(wide.dtype), weight, reduction="sum"
         )
         return logits, loss
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mlseg import parallel
 from mlseg.precision import full
 
 Relaxation = Literal["softmax", "gumbel", "straight_through"]
@@ -85,4 +86,4 @@ def balanced_cross_entropy(
     counts.scatter_add_(1, known_BN, torch.ones_like(known_BN, dtype=counts.dtype))
     weight_BK = mean_pixels_K.to(counts.dtype) / counts[:, :classes].clamp_min(1)
     weight_BN = functional.pad(weight_BK, (0, 1)).gather(1, known_BN)
-    return (pixels.flatten(1) * weight_BN).sum() / valid_BHW.sum().clamp_min(1)
+    return parallel.ratio((pixels.flatten(1) * weight_BN).sum(), valid_BHW.sum())

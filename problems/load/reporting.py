@@ -1,4 +1,4 @@
-"""What LoAd adds to the tables of a sweep: how its cycles ended, and which classes gained."""
+"""What LoAd adds to sweeps' tables and runs' pages: how its cycles ended, which classes gained."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlseg.problems.load.records import read_events
-from mlseg.problems.reporting import SECTIONS, Block, FinishedRun, mean_and_deviation
+from mlseg.problems.reporting import (
+    PAGES,
+    SECTIONS,
+    Block,
+    Chart,
+    FinishedRun,
+    Picture,
+    Piece,
+    RecordedRun,
+    Series,
+    mean_and_deviation,
+)
 
 Rows = Mapping[str, Sequence[FinishedRun]]
 
@@ -60,7 +71,56 @@ def classes(rows: Rows, splits: Sequence[str] = ("test", "val_rest")) -> list[Bl
     return blocks
 
 
-def _changes(run: FinishedRun) -> dict[str, Any]:
+@PAGES.register("load.convergence")
+def convergence(run: RecordedRun) -> list[Piece]:
+    """mIoU on the hold-out over updates, roll-backs, peaks, and how the cycles ended."""
+    updates = [e for e in run.events if e["event"] in ("start", "update")]
+    if run.config.get("system") != "load" or not updates:
+        return []
+    steps = [float(e.get("update", 0)) for e in updates]
+    line = Series(steps, [100 * e["miou"] for e in updates])
+    peaks = {float(e["update"]): "peak" for e in run.events if e["event"] == "peak"}
+    title = "mIoU on the hold-out, per cent"
+    pieces: list[Piece] = [Chart(title, {title: line}, x="update", marks=peaks)]
+    ends = [e for e in run.events if e["event"] == "cycle_end"]
+    body = [
+        [str(e["cycle"]), str(e["update"]), str(e["reason"]), "yes" if e["peak"] else "no"]
+        for e in ends
+    ]
+    if body:
+        pieces.append(Block("Cycles", ["cycle", "ended at update", "reason", "had a peak"], body))
+    drawn = run.directory / "convergence.png"
+    if drawn.is_file():
+        words = "mIoU over updates with cycles, peaks and roll-backs; the buffer of label maps"
+        pieces.append(Picture("Convergence", drawn, words))
+    changed = run.directory / "samples" / "changed.png"
+    if changed.is_file():
+        words = "validation images with truth and label maps before and after"
+        pieces.append(Picture("Label maps that changed most", changed, words))
+    return pieces
+
+
+@PAGES.register("load.classes")
+def changed_classes(run: RecordedRun) -> list[Piece]:
+    """IoU of every class before and after."""
+    if not (run.directory / "classes.json").is_file():
+        return []
+    pieces: list[Piece] = []
+    for split, change in _changes(run).items():
+        body = [
+            [
+                name,
+                *(f"{100 * iou:.2f}" for iou in (before, after)),
+                f"{100 * (after - before):+.2f}",
+            ]
+            for name, (before, after) in change["classes"].items()
+        ]
+        title = f"IoU by class before and after, {split}, per cent"
+        pieces.append(Block(title, ["class", "start", "best", "gain"], body))
+    return pieces
+
+
+def _changes(run: FinishedRun | RecordedRun) -> dict[str, Any]:
     path = run.directory / "classes.json"
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlseg import parallel
 from mlseg.engines.engine import Engine
 from mlseg.engines.hooks import Hooks
 from mlseg.engines.lookahead.controller import Controller, Lookahead, StraightAhead
@@ -19,6 +20,7 @@ from mlseg.engines.lookahead.loop import LOOKAHEAD, LookaheadLoop
 from mlseg.engines.lookahead.map_buffer import MapBuffer
 from mlseg.engines.segmentation import Segmentation, require_validation
 from mlseg.engines.settings import Stage
+from mlseg.errors import UserError
 from mlseg.files import reachable
 from mlseg.multilevel.problem import Problem
 from mlseg.problems.building import Builder
@@ -45,7 +47,12 @@ from mlseg.segmentation.data import (
 )
 
 
-@system("load", LoadSettings, "a segmentor against a discriminator, with lookahead and rollback")
+@system(
+    "load",
+    LoadSettings,
+    "a segmentor against a discriminator, with lookahead and rollback",
+    in_several=True,
+)
 def build(settings: LoadSettings, out: Path | None) -> Engine:
     """The engine of a config; its run directory is ``out``."""
     data = load_data(settings.data)
@@ -74,6 +81,12 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
             None if out is None else out / "buffer",
             settings.buffer_limit_mib,
         )
+        if buffer.mapped and parallel.several():
+            raise UserError(
+                f"buffer_limit_mib: {settings.buffer_limit_mib:g} makes files of the label maps, "
+                f"which {parallel.size()} processes don't share; raise it, so that they stay in "
+                "memory"
+            )
         batches = LabelMapBatches(
             data.train,
             held,

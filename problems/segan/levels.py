@@ -188,15 +188,21 @@ class Segmentor(Problem):
         """The loss, C fixed, with the Dice term if one is wanted."""
         image, label, counted = batch
         if self.in_warmup:
-            return {"loss": dice_of_maps(self.maps(image, counted), label)}
+            return {"loss": dice_of_maps(self.maps(image, counted), label), **self._k()}
         maps = self._kept if self._kept is not None else self.maps(image, counted)
         self._kept = None
         fixed = not self.critic.is_differentiated
         distance = self.critic.distance(image, maps, label, critic_fixed=fixed)
         if not self.dice_weight:
-            return {"loss": distance}
+            return {"loss": distance, **self._k()}
         dice = dice_of_maps(maps, label)
-        return {"loss": distance + self.dice_weight * dice, "distance": distance, "dice": dice}
+        loss = distance + self.dice_weight * dice
+        return {"loss": loss, "distance": distance, "dice": dice, **self._k()}
+
+    def _k(self) -> dict[str, Tensor]:
+        """The present k of the network's logistic, for the records, if it has one."""
+        annealed = getattr(self.module, "logistic", None)
+        return {} if annealed is None else {"k": annealed.k}
 
     def maps(self, image: Tensor, counted: Tensor | None) -> Tensor:
         """(B, M, H, W) label maps f(z) of an image; 0 where pixels don't count."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mlseg import parallel
 from mlseg.precision import full
 
 Reduction = Literal["layer_mean", "concat", "sum"]
@@ -62,6 +63,8 @@ def conventional_gan(predicted: Tensor, true: Tensor) -> Tensor:
 def dice_of_maps(maps_BMHW: Tensor, label_BMHW: Tensor, smooth: float = 1.0) -> Tensor:
     """1 minus the soft Dice of label maps, pooled over the batch, mean over the maps.
 
+    In several processes pooled over the whole batch, by a collective.
+
     Args:
         maps_BMHW: predicted, in [0, 1].
         label_BMHW: true, of the same shape.
@@ -70,4 +73,6 @@ def dice_of_maps(maps_BMHW: Tensor, label_BMHW: Tensor, smooth: float = 1.0) -> 
     pixels = (0, 2, 3)
     inside_M = (maps_BMHW * label_BMHW).sum(pixels)
     both_M = maps_BMHW.sum(pixels) + label_BMHW.sum(pixels)
+    if parallel.several():
+        inside_M, both_M = parallel.summed(torch.stack([inside_M, both_M]))
     return (1 - (2 * inside_M + smooth) / (both_M + smooth)).mean()

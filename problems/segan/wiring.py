@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mlseg import parallel
 from mlseg.engines.engine import Engine
 from mlseg.engines.segmentation import Segmentation, require_validation
 from mlseg.engines.settings import Stage
@@ -22,14 +23,25 @@ from mlseg.randomness import seeded
 from mlseg.segmentation.data import BatchLoader, SegmentationData, load_data
 
 
-@system("segan", SegANSettings, "two levels: segmentor against critic, one multi-scale loss")
+@system(
+    "segan",
+    SegANSettings,
+    "two levels: segmentor against critic, one multi-scale loss",
+    in_several=True,
+)
 def build(settings: SegANSettings, out: Path | None) -> Engine:
     """Data, networks, the two players, and the engine with its stages."""
     data = load_data(settings.data)
     require_validation(data)
     make, levels, spec = Builder(settings, data.spec, out), settings.problems, data.spec
     network = make.segmentor()
-    loader = make.loader("segmentor", levels.critic, data.train, settings.augmentation)
+    loader = make.loader(
+        "segmentor",
+        levels.critic,
+        data.train,
+        settings.augmentation,
+        key="problems.critic.batch_size",
+    )
     window = check_input(settings, data, network, loader)
     own = settings.critic
     with seeded(settings.seed, "critic"):
@@ -105,9 +117,10 @@ def check_input(
             f"critic.layers: {layers} need images of {2**layers} pixels a side, they have "
             f"{min(size)}; lower the layers"
         )
-    if loader.batch_size < 2:
+    if loader.batch_size < 2 * parallel.size():
         what = "problems.critic.batch_size" if len(data.train) > 1 else "data.train"
-        raise UserError(f"{what}: 1 image a batch; BatchNorm's statistics need at least 2")
+        each = ", in each process" if parallel.several() else ""
+        raise UserError(f"{what}: 1 image a batch{each}; BatchNorm's statistics need at least 2")
     labels = set(torch.unique(torch.as_tensor(data.train.masks)).tolist())
     strange = labels - {*range(data.spec.num_classes), data.spec.ignore_index}
     if strange:

@@ -91,6 +91,13 @@ def test_e2eaug_iteration(script: Script, tmp_path: Path) -> None:
     assert parts <= {row[0] for row in rows(shown)}
 
 
+def test_checks(script: Script, tmp_path: Path) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug")
+    shown = script("checks", "--config", config, "--iterations", 2)
+    kinds = ["an iteration", "all checks", "notes in every", "both, over"]
+    assert all(row[0].startswith(kind) for row, kind in zip(rows(shown), kinds, strict=True))
+
+
 def test_segan_iteration(script: Script, tmp_path: Path) -> None:
     config = tiny.write_config(tmp_path / "tiny.yaml", "segan")
     shown = script("segan_iteration", "--config", config, "--iterations", 1)

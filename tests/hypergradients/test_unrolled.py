@@ -20,7 +20,7 @@ from unrolling import (
     upper_loss,
 )
 
-from mlseg.errors import UserError
+from mlseg.errors import RunError, UserError
 from mlseg.testing.exact import distance
 from mlseg.testing.programs import Optimizers, sgd
 
@@ -36,6 +36,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "graphs": {"method": "unrolled", "store": "graphs"},
     "last graphs": {"method": "unrolled", "store": {"graphs": 2}},
     "forward over reverse": {"method": "unrolled", "mode": "forward_over_reverse"},
+    "difference": {"method": "unrolled", "mode": "difference", "epsilon": 1e-5},
+    "few states": {"method": "unrolled", "store": {"states": 2}},
     "forward": {"method": "forward"},
     # Pairs in every direction: a central difference of the whole run.
     "evolution": {
@@ -52,10 +54,11 @@ def allowed(method: str) -> float:
 
     Exact methods and references do the same sums in another order: some hundred operations a
     step, whose derivatives divide by ``unrolling.EPS`` = 1e-3 at most once, 1e-11 for three steps.
-    A difference of step sigma = 1e-5 errs by sigma^2 = 1e-10 times a third derivative over a first,
-    below 10 for these losses, and by the hundred roundings of its values over sigma, 1e-9.
+    A difference of step sigma = 1e-5 (or epsilon, of the weights' norm) errs by sigma^2 = 1e-10
+    times a third derivative over a first, below 10 for these losses, and by the hundred roundings
+    of its values over sigma, 1e-9.
     """
-    return 1e-6 if method == "evolution" else 1e-9
+    return 1e-6 if method in ("evolution", "difference") else 1e-9
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -95,7 +98,7 @@ def test_on_a_gpu_the_same_without_waiting(optimizer: str, method: str) -> None:
             found[device] = run(engine, 2)
     # Both round; a difference divides by its step, and Adagrad rounding errors by themselves.
     differences = 5e-3 if optimizer == "adagrad" else 1e-4
-    divides = method in ("evolution", "sama")
+    divides = method in ("evolution", "sama", "difference")
     assert distance(found["cuda"].cpu(), found["cpu"]) < (differences if divides else 1e-6)
 
 
@@ -200,6 +203,26 @@ def test_memory_of_one_graph_and_not_of_all() -> None:
     assert "graphs" not in str(engine.low.trajectory.state_dict().keys())
 
 
+def test_a_difference_that_is_off_ends_the_run() -> None:
+    """Against one exact product per hop; each step has its turn."""
+
+    engine = program(METHODS["difference"], sgd(), plain=True)
+    errors = []
+    for uppers in range(1, 4):
+        run(engine, uppers)
+        errors.append(float(engine.top.metrics["hypergradient/low_difference_error"]))
+    assert all(error < 1e-6 for error in errors)
+    assert len(set(errors)) == 3
+    assert engine.top.metrics["hypergradient/low_products"] == 1
+    # Per step two at its sides; one more for the exact product.
+    assert engine.top.metrics["hypergradient/low_evaluations"] == 2 * 3 + 1
+    engine = program({**METHODS["difference"], "epsilon": 0.5}, sgd(), plain=True)
+    with pytest.raises(RunError, match=r"off by .* more than the tolerance 0\.05: .*set the"):
+        run(engine, 1)
+    engine = program({**METHODS["difference"], "epsilon": 0.5, "tolerance": 1e3}, sgd(), plain=True)
+    run(engine, 1)
+
+
 # --------------------------------------------------------------- other people's libraries
 
 
@@ -262,6 +285,8 @@ PLAIN: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             {},
             "set store to weights, or mode",
         ),
+        ({"store": "graphs", "mode": "difference"}, sgd(), {}, "set store to weights, or mode"),
+        ({"backend": "higher", "mode": "difference"}, sgd(), {}, "set backend to mlseg"),
         ({"backend": "higher"}, lambda p: torch.optim.NAdam(p), {}, "doesn't know NAdam"),
         ({"backend": "higher"}, sgd(maximize=True), {}, "doesn't know maximize"),
         ({"backend": "higher"}, sgd(), {"gradient_clipping": 1.0}, "unclipped"),

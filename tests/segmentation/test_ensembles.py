@@ -21,6 +21,7 @@ from mlseg.errors import UserError
 from mlseg.run import parse_run
 from mlseg.segmentation import calibration
 from mlseg.segmentation.data import DataSettings, load_data, to_float
+from mlseg.segmentation.data.given import resized
 from mlseg.segmentation.metrics import SegmentationMetrics
 from mlseg.segmentation.scoring import predict_logits, score
 from mlseg.segmentation.trained import Ensemble, load_runs
@@ -103,8 +104,8 @@ def test_predict_by_an_ensemble(fresh: list[Path], tmp_path: Path) -> None:
     assert mask.shape == (41, 50)
     ensemble = load_runs(fresh, CPU)
     array = np.asarray(Image.open(image)).transpose(2, 0, 1)
-    resized = torch.from_numpy(predict._resized(array, (32, 32)))[None]
-    expected = ensemble.probabilities(to_float(resized), (41, 50))[0, 1] > 0.5
+    small = torch.from_numpy(resized(array, (32, 32)))[None]
+    expected = ensemble.probabilities(to_float(small), (41, 50))[0, 1] > 0.5
     assert np.array_equal(mask > 0, expected.numpy())
 
 

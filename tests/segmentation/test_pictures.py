@@ -13,10 +13,12 @@ from mlseg.segmentation.pictures import (
     GAP,
     LINE,
     SIDE,
+    TRUTH,
     TWO_CLASSES,
     colour,
     comparison,
     enlarged,
+    heat,
     ignored_colour,
     overlay,
 )
@@ -76,6 +78,54 @@ def test_contours_grow_with_the_picture() -> None:
         assert edge[:, 5].sum() == edge[:, side // 2].sum()
         widths.append(edge[:, 5].sum() / 2)  # an edge above and one below
     assert widths == [1, 2, 8]
+
+
+TWO = DatasetSpec("own", 3, ("background", "lesion"), None)
+
+
+@pytest.mark.parametrize("spec", [TWO, THREE], ids=["two classes", "three"])
+def test_probabilities_stand_beside_the_masks_with_their_scale(spec: DatasetSpec) -> None:
+    images = torch.full((1, 3, SIDE, SIDE), 200, dtype=torch.uint8)
+    truths = torch.zeros(1, SIDE, SIDE, dtype=torch.uint8)
+    found = torch.zeros(1, spec.num_classes, SIDE, SIDE)
+    found[:, 0], found[:, 1] = 0.8, 0.2
+    found[0, :2, : SIDE // 2] = torch.tensor([0.1, 0.9])[:, None, None]
+    labels = found.argmax(1).to(torch.uint8)
+    plain = comparison(images, truths, labels, spec)
+    sheet = comparison(images, truths, labels, spec, probabilities=found)
+    assert sheet.shape[1] == plain.shape[1] + SIDE + GAP
+    top, left = LINE + 2 * GAP, GAP + 3 * (SIDE + GAP)
+    panel = sheet[top : top + SIDE, left : left + SIDE]
+    low = 0.2 if spec.num_classes == 2 else 0.8  # the foreground's, or that of the class chosen
+    assert (panel[: SIDE // 2] == heat(np.full((1, 1), 0.9))).all()
+    assert (panel[SIDE // 2 :] == heat(np.full((1, 1), low))).all()
+    shown = {tuple(pixel) for pixel in sheet[top + SIDE :].reshape(-1, 3)}
+    assert {tuple(heat(np.full((1, 1), end))[0, 0]) for end in (0.0, 1.0)} <= shown
+
+
+def test_heat_is_even_in_lightness_and_that_of_its_source() -> None:
+    colormaps = pytest.importorskip("matplotlib").colormaps
+    places = np.linspace(0, 1, 17)  # between them it is linear
+    theirs = (colormaps["cividis"](places)[:, :3] * 255).round()
+    # The nearest of 256 steps: off by half of one, in which no channel moves by more than 2.
+    assert np.abs(heat(places[None])[0] - theirs).max() <= 2
+    own = heat(np.linspace(0, 1, 256)[None])[0]
+    for eyes in ("trichromat", *DICHROMATS):
+        lightness = [seen(tuple(rgb), eyes)[0] for rgb in own[::16]]
+        assert np.diff(lightness).min() > 1, eyes
+    assert (heat(np.array([[-1.0, 2.0]])) == heat(np.array([[0.0, 1.0]]))).all()
+
+
+def test_of_two_classes_the_truth_is_outlined_too() -> None:
+    image = np.zeros((60, 60, 3), np.uint8)
+    truth, predicted = np.zeros((2, 60, 60), np.uint8)
+    truth[10:30, 10:30] = 1
+    predicted[40:50, 40:50] = 1
+    over = overlay(image, predicted, TWO.palette, truth)
+    assert (over[20, 9:11] == TRUTH).all(-1).any()
+    assert not (over[15:25, 15:25] == TRUTH).all(-1).any(), "an outline alone"
+    assert (over[44, 39:42] == TWO_CLASSES).all(-1).any()
+    assert not (overlay(image, predicted, TWO.palette) == TRUTH).all(-1).any()
 
 
 def test_one_pixel_is_seen() -> None:

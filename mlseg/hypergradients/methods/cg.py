@@ -33,6 +33,8 @@ class ConjugateGradients(Krylov):
     Cost per hop: 1 forward and 1 backward pass, a Hessian-vector product per iteration (and one for
     a warm start), 1 mixed product. Memory: the graph of the gradient, 4 vectors.
 
+    Collectives per hop, in several processes: ``K + 1``, with ``K`` iterations.
+
     Source: Hestenes and Stiefel, 1952; for hypergradients Pedregosa: Hyperparameter optimization
     with approximate gradient, ICML 2016; Rajeswaran et al.: Meta-learning with implicit gradients,
     NeurIPS 2019.

@@ -38,6 +38,9 @@ class Evolution(Method):
     Cost per hop: 2 n T forward and backward passes, to the level's weights only. Memory: ``T``
     copies of weights and moments; with ``orthogonal`` directions n copies of the sources.
 
+    Collectives per hop, in several processes: ``2 P T + 1``, with ``P`` pairs; ``T`` more for a
+    level with lower ones or a callback.
+
     Source: Salimans et al.: Evolution strategies as a scalable alternative to reinforcement
     learning, 2017, section 2; for unrolled steps Metz et al.: Understanding and correcting
     pathologies in the training of learned optimizers, ICML 2019; orthogonal directions:
@@ -64,6 +67,7 @@ class Evolution(Method):
     through_interface: ClassVar[bool] = False  # it is the sources that are perturbed
 
     best_response = "the last steps, as they were taken"
+    in_several = True
     situation = (
         "the loss can't be differentiated by the upper level's variables (thresholds, "
         "sampling, lookup)"

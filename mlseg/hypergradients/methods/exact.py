@@ -22,6 +22,8 @@ class Exact(Implicit):
     Cost per hop: 1 forward and 1 backward pass, as many Hessian-vector products as the level has
     parameters, about 10 n^3 operations, 1 mixed product. Memory: 3 n^2 numbers.
 
+    Collectives per hop, in several processes: ``N + 1``, with ``N`` parameters of the level.
+
     Diagnostics: ``residual`` relative to ``v``; ``curvature``, the smallest eigenvalue;
     ``condition``, the ratio of the largest modulus of an eigenvalue to the smallest.
 

@@ -36,6 +36,8 @@ class FiniteDifference(Scaled):
     take 1e-5. ``benchmarks/secant_check.py`` measures what a trained network wants. ``detach()``
     inside the loss is respected with regard to ``s`` but not to ``w``.
 
+    Collectives per hop, in several processes: ``1``.
+
     Source: Liu, Simonyan, Yang: DARTS, ICLR 2019, section 2.3, equations 7 and 8; Choe et al.:
     Betty, 2022, section 3 for hops of any graph.
 

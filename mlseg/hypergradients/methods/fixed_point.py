@@ -6,6 +6,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
+from mlseg import parallel
 from mlseg.hypergradients.base import Cotangents, Diagnostics, Differentiating, Hop, Level, Vector
 from mlseg.hypergradients.gradient_hooks import applied, transposed
 from mlseg.hypergradients.implicit import finished
@@ -40,6 +41,8 @@ class FixedPoint(Differentiating):
     Cost per hop: 1 forward and 1 backward pass, a Hessian-vector product per iteration, 1 mixed
     product. Memory: the graph of the gradient, and twice weights and moments.
 
+    Collectives per hop, in several processes: ``K + 2``, with ``K`` iterations.
+
     Source: Grazzi et al.: On the iteration complexity of hypergradient computation, ICML 2020,
     section 3 (the fixed-point method); momentum: Ghadimi, Feyzmahdavian, Johansson: Global
     convergence of the heavy-ball method for convex optimization, 2015.
@@ -57,6 +60,7 @@ class FixedPoint(Differentiating):
     tolerance: NonNegativeFloat = 1e-10
 
     best_response = "the fixed point of the optimizer's map"
+    in_several = True
     situation = (
         "the level is near its minimum, ill-conditioned, and its optimizer has momentum or adapts"
     )
@@ -84,8 +88,9 @@ class FixedPoint(Differentiating):
         with hop.evaluation(whole=True) as loss:
             gradient = torch.autograd.grad(loss(), parameters, create_graph=True, allow_unused=True)
             step = present(parameters, level.stepping.optimizer)
-            step.stepped = [g is not None for g in gradient]
-            raw = [None if g is None else g.detach() for g in gradient]
+            found = [None if g is None else g.detach() for g in gradient]
+            raw = parallel.average_some(found, parameters)
+            step.stepped = [g is not None for g in raw]
             taken = StepMap(optimizer_of(level), step, applied(raw, parameters), hold=True)
             now = (start, taken.zero_moments())
             best, size = now, norm(start)
@@ -100,7 +105,8 @@ class FixedPoint(Differentiating):
                 hop.products += 1
                 along = transposed(along, raw, parameters)
                 product = pull_through(gradient, along, parameters, retain_graph=True)
-                terms = zip(before, filled(product, parameters), start, strict=True)
+                shared = parallel.average(filled(product, parameters))
+                terms = zip(before, shared, start, strict=True)
                 weights = [b + q + s for b, q, s in terms]
                 moved = norm(torch._foreach_sub(weights, now[0]))
                 change = torch.where(active, moved, change)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from mlseg import parallel
 from mlseg.errors import UserError
 from mlseg.hypergradients.base import Cotangents, Diagnostics, Differentiating, Hop, Level, Vector
 from mlseg.hypergradients.gradient_hooks import applied, pushed
@@ -37,6 +38,8 @@ class Forward(Differentiating):
     Cost per hop: per step 1 forward and 1 backward pass, and ``n`` Hessian-vector products. Memory:
     ``T`` copies of weights and moments, the graph of one gradient, ``n`` tangents.
 
+    Collectives per hop, in several processes: ``2 T + 1``.
+
     Source: Franceschi et al.: Forward and reverse gradient-based hyperparameter optimization, ICML
     2017, section 3.2 (Forward-HG).
 
@@ -53,6 +56,7 @@ class Forward(Differentiating):
     through_interface: ClassVar[bool] = False  # the sources' own numbers are what counts
 
     best_response = "the last steps, as they were taken"
+    in_several = True
     situation = (
         "few hyperparameters (up to some dozens), many inner steps; learning rates are learned"
     )
@@ -112,18 +116,29 @@ class Forward(Differentiating):
                     loss(), [*parameters, *inputs], create_graph=True, allow_unused=True
                 )
                 by_weights, by_inputs = gradient[: len(parameters)], gradient[len(parameters) :]
-                own = [None if g is None else g.detach() for g in by_weights]
+                found = [None if g is None else g.detach() for g in by_weights]
+                own = parallel.average_some(found, parameters)
                 if not step.gradient:
                     values = applied(own, parameters)
-                for tangent, total in zip(tangents, along, strict=True):
-                    replay.hop.products += 1
-                    change = tangent.product(by_weights, by_inputs)
+                replay.hop.products += len(tangents)
+                changes: Iterable[list[Tensor]] = (
+                    t.product(by_weights, by_inputs) for t in tangents
+                )
+                if parallel.several():
+                    changes = _shared(list(changes))
+                for change, total in zip(changes, along, strict=True):
                     torch._foreach_add_(total, pushed(change, own, parameters))
         taken = replay.map(step, values)
         for tangent, change in zip(tangents, along, strict=True):
             tangent.weights, tangent.moments = taken.push_forward(
                 tangent.weights, change, tangent.moments, tangent.rates
             )
+
+
+def _shared(vectors: list[list[Tensor]]) -> list[list[Tensor]]:
+    """Several vectors, averaged over all processes in one collective."""
+    parts = iter(parallel.average([t for vector in vectors for t in vector]))
+    return [[next(parts) for _ in vector] for vector in vectors]
 
 
 class _Tangent:

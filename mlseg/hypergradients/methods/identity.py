@@ -22,6 +22,8 @@ class Identity(Differentiating, Scaled):
     well as that of the loss; ``forward_over_reverse``: twice the latter. Assumes what
     ``finite_difference`` assumes, but for ``detach()``, which is respected everywhere.
 
+    Collectives per hop, in several processes: ``1``.
+
     Source: Luketina et al.: Scalable gradient-based tuning of continuous regularization
     hyperparameters, ICML 2016, section 2 (the T1-T2 method). Forward over reverse: Pearlmutter:
     Fast exact multiplication by the Hessian, Neural Computation 6, 1994.

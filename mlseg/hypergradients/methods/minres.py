@@ -21,6 +21,8 @@ class MinimalResidual(Krylov):
     Cost per hop: 1 forward and 1 backward pass, a Hessian-vector product per iteration (and one for
     a warm start), 1 mixed product. Memory: the graph of the gradient, 7 vectors.
 
+    Collectives per hop, in several processes: ``K + 1``, with ``K`` iterations.
+
     Source: Paige and Saunders: Solution of sparse indefinite systems of linear equations, SIAM
     Journal on Numerical Analysis 12, 1975, section 6.
 

@@ -36,6 +36,9 @@ class Neumann(Implicit):
     where ``cg`` takes 11. Memory: the graph of the
     gradient, 3 vectors.
 
+    Collectives per hop, in several processes: ``K + P + 1``, with ``K`` terms and ``P`` power
+    iterations.
+
     Source: Lorraine, Vicol, Duvenaud: Optimizing millions of hyperparameters by implicit
     differentiation, AISTATS 2020, section 4.
 

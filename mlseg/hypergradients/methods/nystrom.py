@@ -32,6 +32,8 @@ class Nystrom(Implicit):
     Cost per hop: 1 forward and 1 backward pass, ``rank`` Hessian-vector products, 1 mixed product.
     Memory: the graph of the gradient, ``rank`` vectors.
 
+    Collectives per hop, in several processes: ``R + 2``, with ``R`` the rank.
+
     Source: Hataya and Yamada: Nyström method for accurate and scalable implicit differentiation,
     AISTATS 2023, section 3; Gaussian sketches: Frangella, Tropp, Udell: Randomized Nyström
     preconditioning, SIAM Journal on Matrix Analysis 44, 2023.

@@ -8,6 +8,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from mlseg import parallel
 from mlseg.errors import UserError
 from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Level, Method, Vector
 from mlseg.hypergradients.optimizers import objective
@@ -38,6 +39,8 @@ class Penalty(Method):
     Cost per hop: a forward and a backward pass per iteration and one more, and 2 forward and
     backward passes to ``s``. Memory: 3 copies of the level's weights.
 
+    Collectives per hop, in several processes: ``K + 2``, with ``K`` iterations.
+
     Source: Kwon et al.: A fully first-order method for stochastic bilevel optimization, ICML 2023
     (F2SA), section 3; Liu et al.: BOME! Bilevel optimization made easy, NeurIPS 2022.
 
@@ -65,6 +68,7 @@ class Penalty(Method):
     cost_note = "2 of them to ``s``"
     memory = "3 w"
     first_derivatives_alone = True
+    in_several = True
 
     when_unsolved = "more iterations, or a larger step_size"
 
@@ -141,4 +145,5 @@ def _descent(
     moved = weights if shift is None else torch._foreach_add(weights, shift)
     with pointed_at(parameters, moved):
         gradient = torch.autograd.grad(loss(), parameters, allow_unused=True)
-    return [sign * g for sign, g in zip(signs, filled(gradient, parameters), strict=True)]
+    shared = parallel.average(filled(gradient, parameters))
+    return [sign * g for sign, g in zip(signs, shared, strict=True)]

@@ -37,6 +37,8 @@ class Sama(OneStep):
     Betty's ``sama`` has this for SGD and Adam without their learning rate; here SGD (momentum,
     dampening, Nesterov), Adam, AdamW, AMSGrad, RMSprop and Adagrad, the learning rate included.
 
+    Collectives per hop, in several processes: ``1``.
+
     Source: Choe et al.: Making scalable meta learning practical, NeurIPS 2023, section 3.2.
 
     Attributes:

@@ -37,6 +37,9 @@ class Stochastic(Implicit):
     and 1 backward pass and 1 mixed product on the level's own batch; ``power_iterations`` products
     at the first hop where the step size isn't given. Memory: the graph of two gradients, 2 vectors.
 
+    Collectives per hop, in several processes: ``K + 1``, with ``K`` iterations; ``P`` more where
+    the step size is found.
+
     Source: Ji, Yang, Liang: Bilevel optimization: convergence analysis and enhanced design, ICML
     2021 (stocBiO, a fresh batch per factor); Arbel and Mairal: Amortized implicit differentiation
     for stochastic bilevel optimization, ICLR 2022 (AmIGO, warm start); Dagréou et al.: A framework

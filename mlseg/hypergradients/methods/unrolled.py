@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from mlseg import parallel
 from mlseg.config import Settings
 from mlseg.errors import UserError
 from mlseg.hypergradients.base import Cotangents, Diagnostics, Differentiating, Hop, Level, Vector
+from mlseg.hypergradients.checkpoints import backwards, check_replays
 from mlseg.hypergradients.gradient_hooks import applied, transposed
 from mlseg.hypergradients.optimizers import Moments, optimizer_of
 from mlseg.hypergradients.registry import register
 from mlseg.hypergradients.replay import Replay
+from mlseg.hypergradients.second_order.differences import (
+    central,
+    refuse_above,
+    relative_error,
+)
 from mlseg.hypergradients.second_order.fused import SecondOrder
 from mlseg.hypergradients.second_order.products import Mode, directional, pull_through
 from mlseg.hypergradients.trajectory import Keeps, Step
 from mlseg.hypergradients.vectors import accumulate
+
+
+class FewStates(Settings):
+    """To store few of the states that steps started from.
+
+    Attributes:
+        states: how many at a time, the working one apart.
+    """
+
+    states: PositiveInt
 
 
 class LastGraphs(Settings):
@@ -55,24 +72,41 @@ class Unrolled(Differentiating):
     rates. With ``store: weights`` each is evaluated again at its own weights, one at a time, from
     the last to the first: the graphs of no two steps exist together. ``store: graphs`` keeps each
     step's graph from training itself, so that nothing is evaluated twice; ``store: {graphs: k}``
-    keeps those of the last ``k`` steps, and the others are evaluated again.
+    keeps those of the last ``k`` steps, and the others are evaluated again. ``store: {states: c}``
+    is for long windows: weights and moments of ``c`` steps at a time, from which the level's own
+    optimizer takes the others again, bit for bit; batches are drawn again from their places in the
+    loader where it knows them (``BatchLoader``), and kept where not. The answer is the same.
+
+    ``mode: difference`` takes a step's product by a central difference of gradients. One product
+    per hop, of a step that changes from hop to hop, is taken exactly as well, and more than
+    ``tolerance`` between the two ends the run: a difference sees the kinks of a ReLU that it steps
+    over, which no exact derivative has.
 
     Cost per hop: per step 1 forward, 1 backward pass and 1 Hessian-vector product, which gives the
     share of ``s`` as well; with ``store: graphs`` the product alone, and a slower training step.
     Memory: ``T`` copies of weights and moments and the graph of one gradient; of ``T`` gradients
-    with ``store: graphs``. ``mode: forward_over_reverse`` needs neither second graph.
+    with ``store: graphs``. ``mode: forward_over_reverse`` needs neither second graph. With ``store:
+    {states: c}`` ``c + 1`` copies of weights and moments, and with the smallest ``r``
+    for which ``C(c + r, c) >= T`` further ``(r - 1) T - C(c + r, c + 1) + 1`` steps (1000 steps, 20
+    states: 1748).
+    ``mode: difference``: per step 2 evaluations, and the exact product.
 
     A level with levels of its own below counts what their hypergradient added to its gradient as
     constant. Its weights and gradients are those that training visited, so that whatever else
     changed them (``param_callback``, ``grad_callback``) is taken as it was, though it isn't
     differentiated.
 
+    Collectives per hop, in several processes: ``2 T``; ``T`` where training keeps the gradients.
+
     Source: Maclaurin, Duvenaud, Adams: Gradient-based hyperparameter optimization through
     reversible learning, ICML 2015; Franceschi et al.: Forward and reverse gradient-based
     hyperparameter optimization, ICML 2017, section 3.1; truncation: Shaban et al.: Truncated
     back-propagation for bilevel optimization, AISTATS 2019.
 
-    Diagnostics: ``steps`` differentiated.
+    Checkpoints: Griewank and Walther: Algorithm 799: revolve, ACM Transactions on Mathematical
+    Software 26, 2000.
+
+    Diagnostics: ``steps`` differentiated; ``difference_error`` of the product that was checked.
 
     Attributes:
         steps: ``T``; None: the level's ``unroll_steps``.
@@ -80,42 +114,56 @@ class Unrolled(Differentiating):
         optimizer_state: ``carried``: moments are those that the first of the steps started from.
             ``fresh``: the derivative is that of an optimizer that starts anew at the first step,
             along the same weights and gradients.
-        mode: order of differentiation, see :data:`mlseg.hypergradients.second_order.products.Mode`.
+        mode: order of differentiation, see :data:`mlseg.hypergradients.second_order.products.Mode`,
+            or ``difference``.
+        epsilon: step of ``mode: difference``, relative to the norm of the level's parameters.
+        tolerance: largest error of a difference, relative to the exact product.
         backend: ``mlseg``, or ``higher``, which takes the steps again from the first on and keeps
             all their graphs: a cross-check, and for optimizers that only it can differentiate
             (Adadelta, Adamax, ASGD, Rprop).
     """
 
     steps: PositiveInt | None = None
-    store: Literal["weights", "graphs"] | LastGraphs = "weights"
+    store: Literal["weights", "graphs"] | LastGraphs | FewStates = "weights"
     optimizer_state: Literal["carried", "fresh"] = "carried"
-    mode: Mode = "double_backward"
+    mode: Mode | Literal["difference"] = "double_backward"
+    epsilon: PositiveFloat = 1e-3
+    tolerance: PositiveFloat = 0.05
     backend: Literal["mlseg", "higher"] = "mlseg"
 
     through_interface: ClassVar[bool] = False  # each step has a graph of its own behind its loss
 
     best_response = "the last steps, as they were taken"
+    in_several = True
     situation = (
         "a few inner steps from a fresh or changing start (meta-learning, dataset distillation)"
     )
     because = "exact for what the level did, whether it has converged or not"
     cost = "T E + T H"
     cost_note = (
-        "``store: graphs``: T H, and training steps that build graphs; ``{graphs: k}``: k of them"
+        "``store: graphs``: T H, and training steps that build graphs; ``{graphs: k}``: k of them; "
+        "``{states: c}``: steps taken again; ``mode: difference``: (2 T + 1) E + 1 H"
     )
-    memory = "T weights and moments, graph of one gradient; ``graphs``: of T"
+    memory = (
+        "T weights and moments, graph of one gradient; ``graphs``: of T; ``{states: c}``: c + 1 of "
+        "the former"
+    )
 
     def keeps(self, level: Level) -> Keeps:
         """``T`` steps; gradients where they can't be had as the last graph's value."""
         gradient = (
             level.stepping.changes_its_gradient
             or self.optimizer_state == "fresh"
-            or self.mode == "forward_over_reverse"
+            or self.mode != "double_backward"
         )
+        few = isinstance(self.store, FewStates)
         return Keeps(
             steps=self.steps or level.unroll_steps,
             moments=self.optimizer_state == "carried",
-            gradient=gradient and self.backend == "mlseg",
+            gradient=gradient and self.backend == "mlseg" and not few,
+            states=min(self.store.states, self.steps or level.unroll_steps)
+            if isinstance(self.store, FewStates)
+            else 0,
             graphs=self._graphs(level),
             second_order=self.formulas(),
         )
@@ -141,17 +189,41 @@ class Unrolled(Differentiating):
             from mlseg.hypergradients import higher_backend
 
             higher_backend.check_differentiable(level, self.store != "weights")
+            if self.mode == "difference":
+                raise UserError(
+                    f"problem {level.name!r}: the backend higher takes no differences: set backend "
+                    "to mlseg, or mode to double_backward"
+                )
             return
         optimizer_of(level)
+        if isinstance(self.store, FewStates):
+            self._check_states(level)
+            return
         if self.store != "weights" and level.precision == "bf16":
             raise UserError(
                 f"problem {level.name!r}: store: graphs would keep graphs in bfloat16, too coarse "
                 "for second derivatives; set store to weights, or precision to fp32"
             )
-        if self.store != "weights" and self.mode == "forward_over_reverse":
+        if self.store != "weights" and self.mode != "double_backward":
             raise UserError(
-                f"problem {level.name!r}: forward_over_reverse keeps no graphs; set store to "
-                "weights, or mode to double_backward"
+                f"problem {level.name!r}: mode {self.mode} keeps no graphs; set store to weights, "
+                "or mode to double_backward"
+            )
+
+    def _check_states(self, level: Level) -> None:
+        """Refuse windows that aren't one after the other, and steps that can't be taken again."""
+        stepping = level.stepping
+        check_replays(level.name, stepping.hooks, stepping.below, level.precision)
+        if (self.steps or 1) > level.unroll_steps:
+            raise UserError(
+                f"problem {level.name!r}: store: states is for windows one after the other: the "
+                f"hypergradient's steps {self.steps} are more than the level's unroll_steps "
+                f"{level.unroll_steps}; set them to at most that, or store to weights"
+            )
+        if self.optimizer_state == "fresh":
+            raise UserError(
+                f"problem {level.name!r}: optimizer_state: fresh needs the gradients of all steps; "
+                "set the hypergradient's store to weights"
             )
 
     def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
@@ -163,21 +235,26 @@ class Unrolled(Differentiating):
             fresh = self.optimizer_state == "fresh"
             through = higher_backend.backward_through(replay, vector, fresh)
             return through, {"steps": len(replay.steps)}
-        moments = self._moments(replay)
+        fresh_moments = self._fresh_moments(replay) if self.optimizer_state == "fresh" else []
+        checked = hop.level.count // hop.level.unroll_steps % len(replay.steps)
+        error: Tensor | None = None
         weights_bar = hop.spread(vector)
         moments_bar: list[Moments] = [{} for _ in weights_bar]
         total: list[Tensor | None] = [None] * len(hop.inputs)
         with hop.level.again.untraced():
-            for index in reversed(range(len(replay.steps))):
-                step = replay.steps[index]
-                back = _Back(replay, step, moments[index], self.mode)
+            for index, step in backwards(replay):
+                moments = fresh_moments[index] if fresh_moments else step.moments
+                back = _Back(replay, step, moments, self)
+                back.is_checked = self.mode == "difference" and index == checked
                 weights_bar, moments_bar = back(weights_bar, moments_bar, total, index == 0)
-        return total, {"steps": len(replay.steps)}
+                error = back.error if back.is_checked else error
+        if error is None:
+            return total, {"steps": len(replay.steps)}
+        refuse_above(self.tolerance, error, hop.level, "mode to double_backward")
+        return total, {"steps": len(replay.steps), "difference_error": error}
 
-    def _moments(self, replay: Replay) -> list[list[Moments]]:
-        """Per step the moments that it starts from."""
-        if self.optimizer_state == "carried":
-            return [step.moments for step in replay.steps]
+    def _fresh_moments(self, replay: Replay) -> list[list[Moments]]:
+        """Per step the moments of an optimizer that starts anew at the first."""
         moments: list[Moments] = [{} for _ in replay.parameters]
         before = []
         for step in replay.steps:
@@ -189,8 +266,12 @@ class Unrolled(Differentiating):
 class _Back:
     """One step backwards."""
 
-    def __init__(self, replay: Replay, step: Step, moments: list[Moments], mode: Mode) -> None:
-        self.replay, self.step, self.moments, self.mode = replay, step, moments, mode
+    def __init__(
+        self, replay: Replay, step: Step, moments: list[Moments], method: Unrolled
+    ) -> None:
+        self.replay, self.step, self.moments, self.method = replay, step, moments, method
+        self.is_checked = False  # whether a difference is held against an exact product
+        self.error: Tensor | None = None
 
     def __call__(
         self,
@@ -206,30 +287,63 @@ class _Back:
             graphs: list[Sequence[Tensor | None]] = list(step.graphs) if kept else []
             leaves = step.leaves if kept else replay.parameters
             losses = replay.losses(step)
+            mode = self.method.mode
+            if not step.gradient and (mode != "double_backward" or len(losses) > 1):
+                step.gradient = self._as_training_had_it()
             if not graphs and not step.gradient:
                 (loss,) = losses
                 graphs = [torch.autograd.grad(loss(), leaves, create_graph=True, allow_unused=True)]
-            values = step.gradient or _detached(applied(_detached(graphs[0]), replay.parameters))
+            values = step.gradient or _detached(applied(self._shared(graphs[0]), replay.parameters))
             taken = replay.map(step, values, moments=self.moments)
             before, along, moments_before, rates_bar = taken.pull_back(weights_bar, moments_bar)
             # The weights that the first step started from depend on nothing any more.
             targets = [*([] if first else leaves), *inputs]
+            # Of each process's share; averaged at the end of the step.
+            back: list[Any] = [None] * len(leaves) if parallel.several() else before
             for index, loss in enumerate(losses):
-                replay.hop.products += 1
                 graph = graphs[index] if graphs else None
+                replay.hop.products += mode != "difference" or self.is_checked
                 towards = self._before_hooks(along, loss, graph) if replay.hooked else along
                 if graph is not None:
                     share = _through_kept(replay, graph, towards, targets, kept)
+                elif mode == "difference":
+                    share = self._by_difference(loss, towards, targets)
                 else:
                     share = directional(
-                        loss, replay.level, replay.parameters, towards, targets, self.mode
+                        loss, replay.level, replay.parameters, towards, targets, mode
                     )
                 if not first:
-                    accumulate(before, share[: len(leaves)])
+                    accumulate(back, share[: len(leaves)])
                 accumulate(total, share[len(targets) - len(inputs) :])
+            if back is not before and not first:
+                accumulate(before, parallel.average_some(back, replay.parameters))
         if rates_bar and replay.rates is not None:
             accumulate(total, _by_rates(replay.rates, rates_bar, inputs))
         return before, moments_before
+
+    def _as_training_had_it(self) -> list[Tensor | None]:
+        """The step's gradient, by torch's own formulas."""
+        hop = self.replay.hop
+        kept, hop.second_order = hop.second_order, "torch"
+        try:
+            return self.replay.gradient(self.step)
+        finally:
+            hop.second_order = kept
+
+    def _by_difference(
+        self, loss: Callable[[], Tensor], along: list[Tensor], targets: list[Tensor]
+    ) -> Sequence[Tensor | None]:
+        replay = self.replay
+        share = central(loss, replay.parameters, along, targets, self.method.epsilon)
+        if self.is_checked:
+            replay.hop.second_order = self.method.second_order
+            exact = directional(
+                loss, replay.level, replay.parameters, along, targets, "double_backward"
+            )
+            replay.hop.second_order = self.method.formulas()
+            error = relative_error(share, exact, targets)
+            self.error = error if self.error is None else torch.maximum(self.error, error)
+        return share
 
     def _before_hooks(
         self, along: list[Tensor], loss: Callable[[], Tensor], graph: Sequence[Tensor | None] | None
@@ -238,7 +352,11 @@ class _Back:
         parameters = self.replay.parameters
         if graph is None:
             graph = torch.autograd.grad(loss(), parameters, allow_unused=True)
-        return transposed(along, graph, parameters)
+        return transposed(along, self._shared(graph), parameters)
+
+    def _shared(self, graph: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradient itself, of all processes' shares."""
+        return parallel.average_some(_detached(graph), self.replay.parameters)
 
 
 def _detached(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mlseg.errors import UserError, one_line
+from mlseg.errors import RunError, UserError, one_line
 
 _FIRST = "take finite_difference, which needs first derivatives alone"
 _ATTENTION = (
@@ -110,7 +110,7 @@ def explained(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
+    except (UserError, RunError):
         raise
     except (RuntimeError, NotImplementedError) as error:
         for pattern, tell in _KNOWN:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlseg import parallel
 from mlseg.config import Settings
 from mlseg.errors import UserError
 from mlseg.transfer import to_device
@@ -161,6 +162,12 @@ class Draw:
     colour: Tensor | None
     windows: list[tuple[int, int, int, int]] | None = None
 
+    def of(self, span: slice) -> "Draw":
+        """Of some samples."""
+        theta = None if self.theta is None else self.theta[span]
+        colour = None if self.colour is None else self.colour[span]
+        return Draw(theta, colour, None if self.windows is None else self.windows[span])
+
 
 class Augmentation:
     """Augments batches as `settings` say.
@@ -175,20 +182,28 @@ class Augmentation:
         self.mask_fill = 0 if ignore_index is None else ignore_index
 
     def __call__(
-        self, image: ImageT, mask: Tensor, generator: torch.Generator
+        self,
+        image: ImageT,
+        mask: Tensor,
+        generator: torch.Generator,
+        part: parallel.Part | None = None,
     ) -> tuple[ImageT, Tensor]:
         """Draw once and apply to both.
 
         Args:
             image: (B, C, H, W) float in [-1, 1], or None to augment masks alone.
             mask: (B, H, W) class indices of any integer type, or float.
-            generator: on the CPU; the only source of randomness.
+            generator: on the CPU; the only source of randomness. Several processes draw for the
+                whole batch, so that each example's draw is the same however it is shared out.
+            part: which part of the whole batch these are; None: an equal share of each process.
 
         Returns:
             image and mask of the same types and device, of the same shapes but for a window.
         """
         batch, height, width = mask.shape
-        return self.apply(image, mask, self.draw(batch, height, width, generator))
+        place = parallel.part_of_share(batch) if part is None else part
+        draw = self.draw(place.total, height, width, generator)
+        return self.apply(image, mask, draw if place.total == batch else draw.of(place.span))
 
     def draw(self, batch: int, height: int, width: int, generator: torch.Generator) -> Draw:
         """Draw for a batch; takes the same random numbers whatever the image's size."""

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,11 +68,20 @@ def read_image(
     Raises:
         UserError: the file isn't a readable image, or has too many pixels.
     """
-    image = labels.converted(_open_image(path, raw), "L" if channels == 1 else "RGB", path)
-    if size is not None and image.size != size[::-1]:
-        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
-    array = np.asarray(image, dtype=np.uint8)
-    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+    return as_array(_open_image(path, raw), channels, path, size)
+
+
+def to_8_bits(values: NDArray[Any], name: str | Path) -> NDArray[np.uint8]:
+    """Whole numbers, scaled by the smallest of 8, 10, 12, 14 and 16 bits that holds them.
+
+    Raises:
+        UserError: one is below 0.
+    """
+    lowest, highest = int(values.min(initial=0)), int(values.max(initial=0))
+    if lowest < 0:
+        raise UserError(f"{name}: values below 0 ({lowest}); scale them to 8 or 16 bits")
+    top = next((2**bits - 1 for bits in (8, 10, 12, 14, 16) if highest < 2**bits), highest)
+    return np.rint(values * (255 / top)).astype(np.uint8)
 
 
 def read_mask(
@@ -136,7 +146,7 @@ def image_size(path: Path, raw: RawFormat | None = None) -> tuple[int, int]:
         width, height = _load_text(path).size
         return height, width
     with _opened(path) as image:
-        width, height = _stored_size(image)
+        width, height = stored_size(image)
         turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
 
@@ -184,7 +194,9 @@ def decode(
 def _read_masks(
     example: Example, entry: Entry, spec: DatasetSpec, size: tuple[int, int] | None
 ) -> NDArray[np.uint8]:
-    """The union of an example's masks, at `size` or their own."""
+    """The union of an example's masks, at `size` or their own; background where it has none."""
+    if not example.masks:
+        return np.zeros(size or _native_size(example, entry), np.uint8)
     parts = [
         read_mask(path, entry.masks, spec.num_classes, spec.ignore_index, size, entry.remap)
         for path in example.masks
@@ -284,15 +296,31 @@ def _open_image(path: Path, raw: RawFormat | None) -> Image.Image:
         assert raw is not None
         return Image.fromarray(_read_raw(path, raw))
     image, _ = _load(path)
+    return eight_bits(image, path)
+
+
+def eight_bits(image: Image.Image, path: Path) -> Image.Image:
+    """Upright, of 8 bits a channel."""
     if image.mode == "F":
         raise UserError(f"{path}: an image of floating-point values; 8 or 16 bits are expected")
     image = _upright(image, path)
     if image.mode.startswith("I"):
-        return Image.fromarray(_to_8_bits(np.asarray(image).astype(np.int64), path))
+        return Image.fromarray(to_8_bits(np.asarray(image).astype(np.int64), path))
     return image
 
 
-def _stored_size(image: Image.Image) -> tuple[int, int]:
+def as_array(
+    image: Image.Image, channels: int, path: Path, size: tuple[int, int] | None = None
+) -> NDArray[np.uint8]:
+    """(channels, H, W), at another size if one is given."""
+    image = labels.converted(image, "L" if channels == 1 else "RGB", path)
+    if size is not None and image.size != size[::-1]:
+        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+    array = np.asarray(image, dtype=np.uint8)
+    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
     """(W, H) of a file's rows and columns, of which Pillow's size of a TIFF may be the turned."""
     tags: Mapping[int, int] = getattr(image, "tag_v2", {})
     return tags.get(256, image.width), tags.get(257, image.height)
@@ -309,31 +337,52 @@ def _upright(image: Image.Image, path: Path) -> Image.Image:
 def _load(path: Path) -> tuple[Image.Image, labels.Storage]:
     """The one picture of a file, as it lies there, and how its numbers are stored."""
     with _opened(path) as image:
-        number = labels.pictures(image)
-        if number > 1:
-            raise UserError(
-                f"{path}: {number} pictures in one file (a stack or an animation); save each as a "
-                "file"
-            )
+        require_one(image, path)
         how = labels.storage(image, path)
         # Pillow unpacks a TIFF without compression by the size that it will be turned to.
-        image._size = _stored_size(image)
+        image._size = stored_size(image)
         image.load()
-    if how.white_is_zero and image.mode.startswith("I"):
-        raise UserError(f"{path}: 16 bits of grey whose zero is white; save it with black as zero")
+    require_black_zero(image, how.white_is_zero, path)
     return image, how
+
+
+def require_one(image: Image.Image, path: Path) -> None:
+    """Raise UserError for one of several pictures in its file."""
+    number = labels.pictures(image)
+    if number > 1:
+        raise UserError(
+            f"{path}: {number} pictures in one file (a stack or an animation); save each as a file"
+        )
+
+
+def require_black_zero(image: Image.Image, white_is_zero: bool, path: Path) -> None:
+    """Raise UserError for wide greys that Pillow doesn't invert."""
+    if white_is_zero and image.mode.startswith("I"):
+        raise UserError(f"{path}: 16 bits of grey whose zero is white; save it with black as zero")
+
+
+def require_few_pixels(image: Image.Image) -> None:
+    """Raise what :func:`decoding` tells, beyond the limit of :func:`limit_pixels`."""
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and image.width * image.height > most:
+        raise Image.DecompressionBombError
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """An image of which only the head is read; what fails in the block is the file's fault."""
-    try:
+    with decoding(path):
         require_file(path)
         with Image.open(path, formats=FORMATS) as image:
-            most = Image.MAX_IMAGE_PIXELS
-            if most is not None and image.width * image.height > most:
-                raise Image.DecompressionBombError
+            require_few_pixels(image)
             yield image
+
+
+@contextmanager
+def decoding(path: Path) -> Iterator[None]:
+    """Within this block a file is decoded; whatever fails is one line about it."""
+    try:
+        yield
     except UserError:
         raise
     except Image.DecompressionBombError:
@@ -384,11 +433,3 @@ def _read_raw(path: Path, raw: RawFormat) -> NDArray[np.uint8]:
     top = 2**raw.bits - 1
     grey = np.minimum(values.reshape(raw.height, raw.width), top).astype(np.float64) / top
     return np.rint(255 * (1 - grey if raw.white_is_zero else grey)).astype(np.uint8)
-
-
-def _to_8_bits(values: NDArray[np.int64], path: Path) -> NDArray[np.uint8]:
-    lowest, highest = int(values.min(initial=0)), int(values.max(initial=0))
-    if lowest < 0:
-        raise UserError(f"{path}: values below 0 ({lowest}); scale them to 8 or 16 bits")
-    top = next((2**bits - 1 for bits in (8, 10, 12, 14, 16) if highest < 2**bits), highest)
-    return np.rint(values * (255 / top)).astype(np.uint8)

@@ -256,11 +256,12 @@ class _Remote:
     def members(self) -> list[zipfile.ZipInfo]:
         found = self._try(lambda archive: archive.infolist())
         assert isinstance(found, list)
-        # Hidden files are what macOS adds to a zip.
+        # Hidden files are what macOS adds to a zip. A name may be empty: its first letter was NUL.
         return [
             info
             for info in found
-            if not info.is_dir() and not PurePosixPath(info.filename).name.startswith(".")
+            if info.filename[-1:] not in ("", "/")
+            and not PurePosixPath(info.filename).name.startswith(".")
         ]
 
     def read(self, info: zipfile.ZipInfo) -> bytes:

@@ -53,13 +53,18 @@ def storage(image: Image.Image, path: Path) -> Storage:
     highest: int | None = {"L;2": 3, "L;4": 15}.get(raw[:3])
     if decoder.startswith("ppm") and image.mode in ("L", "I"):
         highest = int(more[-1])
-    tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
     return Storage(
         highest=highest,
-        white_is_zero=tags.get(_PHOTOMETRIC) == 0 or (image.format == "PPM" and raw == "1;I"),
+        white_is_zero=white_is_zero(image) or (image.format == "PPM" and raw == "1;I"),
         wide=";16" in raw and image.mode in ("LA", "RGB", "RGBA", "RGBX", "CMYK"),
         lossy=_is_lossy(image, path),
     )
+
+
+def white_is_zero(image: Image.Image) -> bool:
+    """Whether a TIFF's 0 stands for white."""
+    tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
+    return tags.get(_PHOTOMETRIC) == 0
 
 
 def _is_lossy(image: Image.Image, path: Path) -> bool:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path, PurePosixPath
+from unicodedata import normalize
 
 from mlseg.errors import UserError
 from mlseg.files import reachable, require_file
@@ -132,12 +133,15 @@ def _lies_in(folder: str, other: str) -> bool:
     return os.path.commonpath([folder, other]) == other
 
 
-def find_examples(entry: Entry, root: Path, most: int = MAX_FILES) -> dict[str, list[Example]]:
+def find_examples(
+    entry: Entry, root: Path, most: int = MAX_FILES, unmasked: bool = False
+) -> dict[str, list[Example]]:
     """All examples of a data set by part ("all", or "train", "val", "test"), sorted by id.
 
     Args:
         entry: of the data set. For "pairs", `root` is a CSV file or a folder with pairs.csv.
         most: files and folders in `root`.
+        unmasked: images without a mask are examples too.
 
     Raises:
         UserError: nothing in `root` fits a layout; an image without its mask, a mask without its
@@ -145,7 +149,7 @@ def find_examples(entry: Entry, root: Path, most: int = MAX_FILES) -> dict[str, 
             many files.
     """
     if entry.examples is not None:
-        return _own(entry, root)
+        return _own(entry, root, unmasked)
     files = list_files(root, most)
     layout = choose_layout(entry, files)
     if layout is None:
@@ -165,16 +169,16 @@ def find_examples(entry: Entry, root: Path, most: int = MAX_FILES) -> dict[str, 
                     f"{root}: {absent[0]} is listed for the part {name}, but there is no {expected}"
                 )
         if images or any(masks):
-            found[name] = _paired(entry, part, root, images, masks)
+            found[name] = _paired(entry, part, root, images, masks, unmasked)
     return found
 
 
-def _own(entry: Entry, root: Path) -> dict[str, list[Example]]:
+def _own(entry: Entry, root: Path, unmasked: bool) -> dict[str, list[Example]]:
     """What an entry's own function finds."""
     assert entry.examples is not None
-    found = {
-        part: sorted(e, key=lambda example: example.id) for part, e in entry.examples(root).items()
-    }
+    own = entry.examples
+    examples = read_pairs(root, unmasked) if own is read_pairs else own(root)
+    found = {part: sorted(e, key=lambda example: example.id) for part, e in examples.items()}
     if not any(found.values()):
         raise UserError(f"{root}: no image of {entry.spec.name} found")
     strange = sorted(found.keys() - {"all", "train", "val", "test"})
@@ -217,7 +221,22 @@ def match(part: Part, files: Iterable[str], ids: str) -> tuple[Matches, list[Mat
                 is_mask = True
         if not is_mask and (hit := image_pattern.fullmatch(path)):
             images.setdefault(hit["id"], []).append(path)
+    for found in masks:
+        _spell_alike(found, images)
     return images, masks
+
+
+def _spell_alike(masks: Matches, images: Matches) -> None:
+    """Give masks their images' ids where only the code points of a letter differ.
+
+    macOS takes apart what other systems write as one: "e" and its accent.
+    """
+    alone = [name for name in masks if name not in images]
+    spelled = {normalize("NFC", name): name for name in images} if alone else {}
+    for name in alone:
+        image = spelled.get(normalize("NFC", name))
+        if image is not None:
+            masks.setdefault(image, []).extend(masks.pop(name))
 
 
 def _read_list(root: Path, part: Part, files: Iterable[str]) -> list[str]:
@@ -240,7 +259,12 @@ def _only(names: Iterable[str], matches: Matches) -> Matches:
 
 
 def _paired(
-    entry: Entry, part: Part, root: Path, images: Matches, masks: list[Matches]
+    entry: Entry,
+    part: Part,
+    root: Path,
+    images: Matches,
+    masks: list[Matches],
+    unmasked: bool,
 ) -> list[Example]:
     own = entry.spec.name == "folder"
     unite = "; to unite several, write * in data.mask_pattern" if own else ""
@@ -265,7 +289,9 @@ def _paired(
         missing = [
             expected for expected, found in zip(part.masks, masks, strict=True) if name not in found
         ]
-        if missing and entry.unmasked_images and len(missing) == len(masks):
+        if len(missing) == len(masks) and (unmasked or entry.unmasked_images):
+            if unmasked:
+                examples.append(Example(name, root / paths[0], ()))
             continue
         if missing:
             expected = missing[0].replace("**/", "").replace("{id}", name)
@@ -280,11 +306,14 @@ def _paired(
     return examples
 
 
-def read_pairs(root: Path) -> dict[str, list[Example]]:
+def read_pairs(root: Path, unmasked: bool = False) -> dict[str, list[Example]]:
     """The pairs of a CSV file, or of the pairs.csv in a folder, by part.
 
     Commas, semicolons or tabs part its columns, as its first line says. Empty lines, and lines that
     begin with # and no file's name, are left out.
+
+    Args:
+        unmasked: the column mask may be empty.
     """
     path = root if root.suffix.lower() == ".csv" else root / "pairs.csv"
     rows = _read_rows(path)
@@ -306,10 +335,11 @@ def read_pairs(root: Path) -> dict[str, list[Example]]:
                 "hold the separator in quotes"
             )
         row = dict(zip(columns, cells, strict=False))
-        if not row.get("image") or not row.get("mask"):
+        if not row.get("image") or not (unmasked or row.get("mask")):
             raise UserError(f"{path}:{line}: a pair needs an image and a mask")
-        image, mask = (path.parent / row[column] for column in ("image", "mask"))
-        for named in (image, mask):
+        named_files = [row[column] for column in ("image", "mask") if row.get(column)]
+        image, *masks = (path.parent / named for named in named_files)
+        for named in (image, *masks):
             try:
                 there = reachable(named).is_file()
             except UserError as error:
@@ -326,7 +356,7 @@ def read_pairs(root: Path) -> dict[str, list[Example]]:
                 f"be in one split only, and once (a column id tells files of one name apart)"
             )
         seen[name] = line
-        found.setdefault(part, []).append(Example(name, image, (mask,)))
+        found.setdefault(part, []).append(Example(name, image, tuple(masks)))
     if not seen:
         raise UserError(f"{path}: no pairs below the first line")
     if "all" in found and len(found) > 1:

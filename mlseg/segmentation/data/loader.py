@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlseg import parallel
 from mlseg.checkpoint import require_form
 from mlseg.errors import UserError
 from mlseg.segmentation.data.augmentation import Augmentation
@@ -26,6 +27,9 @@ class BatchLoader:
     device, and independent of what else draws random numbers. `state_dict` after the k-th batch of
     an epoch and `load_state_dict` into a new loader give batch k + 1 and all later ones exactly.
 
+    Several processes draw the same order and the same augmentation, and each gives its share of
+    every batch: `batch_size` is that of all of them.
+
     Each ``iter()`` starts a new epoch and ends the one before, except the first after
     `load_state_dict`, which goes on where the state was taken (after an epoch's last batch: it ends
     at once, as the iterator of the saved run would have done next).
@@ -41,8 +45,11 @@ class BatchLoader:
             training, where a batch of one upsets batch statistics), never in evaluation.
 
     Raises:
-        UserError: no examples; a batch size below 1.
+        UserError: no examples; a batch size below 1; batches that several processes can't share
+            equally.
     """
+
+    shared_out = True
 
     def __init__(
         self,
@@ -64,6 +71,10 @@ class BatchLoader:
         self.shuffle = shuffle
         self.augmentation = augmentation
         self.drop_last = shuffle if drop_last is None else drop_last
+        parallel.require_equal_parts(self.batch_size, f"{samples.spec.name}: the batch size")
+        if not self.drop_last:
+            rest = len(samples) % self.batch_size
+            parallel.require_equal_parts(rest, f"{samples.spec.name}: the last batch")
         self.generator = torch.Generator().manual_seed(seed)
         self.epoch = 0  # of the running pass, counted from 1
         self._order = torch.arange(len(samples))
@@ -103,6 +114,8 @@ class BatchLoader:
             yield self._batch(indices)
 
     def _batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        part = parallel.part(len(indices))
+        indices = indices[part.span]
         if self.samples.mapped:
             image = to_device(self.samples.images[indices], self.device)
             mask = to_device(self.samples.masks[indices], self.device)
@@ -112,7 +125,7 @@ class BatchLoader:
             image, mask = images[on_device], masks[on_device]
         image, mask = to_float(image), mask.to(torch.int64)
         if self.augmentation is not None:
-            image, mask = self.augmentation(image, mask, self.generator)
+            image, mask = self.augmentation(image, mask, self.generator, part)
         return image, mask
 
     def state_dict(self) -> dict[str, Any]:

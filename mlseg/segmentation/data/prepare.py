@@ -1,8 +1,7 @@
 """From settings to data: find or replace, split, decode."""
 
-import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,15 +18,10 @@ from mlseg.segmentation.data.layout import MAX_FILES, find_examples
 from mlseg.segmentation.data.placement import Fit
 from mlseg.segmentation.data.presence import classes_missing, held_values, require_two_classes
 from mlseg.segmentation.data.samples import DatasetSpec, Samples, blank, wants_shapes_alone
-from mlseg.segmentation.data.scenes import synthetic_scenes
 from mlseg.segmentation.data.settings import OWN_DATA, DataSettings, check_fit, resolve_root
-from mlseg.segmentation.data.synthetic import synthetic_lesions
+from mlseg.segmentation.data.standins import COUNTS, POOL, draw_synthetic, shifted, synthetic_ids
 
 Provenance = Literal["real", "synthetic"]
-
-# Synthetic examples are drawn, as others are, from a set of ids: the same for every run.
-SYNTHETIC_POOL = 10_000
-SYNTHETIC_COUNTS = {"train": 160, "val": 40, "test": 200}
 
 
 @dataclass(frozen=True)
@@ -36,6 +30,8 @@ class SegmentationData:
 
     Attributes:
         train, val, test: disjoint; val and test may be empty.
+        unlabelled: images beside them whose masks haven't been read: background everywhere, or the
+            ignore index in padding; None where none were asked for.
         out_of_distribution: test-only sets by name.
         spec: of train, val and test.
         provenance: "real", or "synthetic" for stand-ins.
@@ -55,6 +51,12 @@ class SegmentationData:
     notice: str | None = None
     files: contents.Files = field(default_factory=dict, repr=False)
     digests: contents.How = "sample"
+    unlabelled: Samples | None = None
+
+    @property
+    def split_hash(self) -> str:
+        """Over which example trains, validates and tests; images without masks don't matter."""
+        return str(self.manifest.get("labelled_hash", self.manifest["hash"]))
 
     def contents(self) -> dict[str, Any]:
         """Digests of all files, for ``splits.json``."""
@@ -65,8 +67,12 @@ class SegmentationData:
         return contents.changed(self.files, stored)
 
 
-def load_data(settings: DataSettings) -> SegmentationData:
+def load_data(settings: DataSettings, unlabelled: bool = True) -> SegmentationData:
     """Load, or make, the data that `settings` name.
+
+    Args:
+        unlabelled: whether images without masks are decoded too, if `settings` want any; scoring
+            has no use for them. Their ids belong to the manifest in any case.
 
     Raises:
         UserError: data are missing, bad, or fewer than asked for; one line that names the file.
@@ -76,16 +82,23 @@ def load_data(settings: DataSettings) -> SegmentationData:
     root = resolve_root(entry.spec.name, settings.root)
     limit_pixels(settings.max_megapixels)
     if entry.synthetic or not _available(entry, root, settings):
-        return _synthetic(entry, root, settings)
+        return _synthetic(entry, root, settings, unlabelled)
 
-    parts = find_examples(entry, root, settings.max_files)
+    own_unlabelled = settings.unlabelled > 0 and settings.unlabelled_from is None
+    everything = find_examples(entry, root, settings.max_files, unmasked=own_unlabelled)
+    parts = {name: [e for e in found if e.masks] for name, found in everything.items()}
     split, how = _split(entry, parts, settings, root)
     chosen = {(e.id): e for examples in _of(parts, how).values() for e in examples}
     others, left_out = _others(entry, split, settings)
+    tested = [e.image for _, examples in others.values() for e in examples]
+    used = {path.resolve() for path in [*tested, *(chosen[id].image for id in split.ids)]}
+    source, without = _unlabelled(entry, everything, how, split, settings, root, used)
     wanted: dict[str, tuple[Entry, list[Example]]] = {
         name: (entry, [chosen[id] for id in ids]) for name, ids in split.as_dict().items()
     }
     wanted |= {f"other {name}": found for name, found in others.items()}
+    if without and unlabelled:
+        wanted["unlabelled"] = source, without
     number = sum(len(examples) for _, examples in wanted.values())
     height, width = settings.size
     mib = number * (entry.spec.channels + 1) * height * width / 2**20
@@ -113,13 +126,16 @@ def load_data(settings: DataSettings) -> SegmentationData:
             seed=settings.split_seed,
             provenance="real",
             out_of_distribution={n: [e.id for e in found] for n, (_, found) in others.items()},
+            unlabelled=[e.id for e in without],
         ),
         notice=" ".join(notices) or None,
         files={
             "data": {id: _paths(chosen[id]) for ids in split.as_dict().values() for id in ids},
             **{name: {e.id: _paths(e) for e in found} for name, (_, found) in others.items()},
+            **({"unlabelled images": {e.id: _paths(e) for e in without}} if without else {}),
         },
         digests=settings.digests,
+        unlabelled=decoded("unlabelled") if "unlabelled" in wanted else None,
     )
 
 
@@ -160,8 +176,8 @@ def load_examples(
         raise UserError(str(error)) from None
     folder = resolve_root(entry.spec.name, root)
     if entry.synthetic:
-        ids = _synthetic_ids(SYNTHETIC_COUNTS["test"])
-        return _draw_synthetic(entry.spec, ids, size, fit, 0)
+        ids = synthetic_ids(COUNTS["test"])
+        return draw_synthetic(entry.spec, ids, size, fit, 0)
     if _absent(folder):
         raise _missing(entry, folder)
     examples = _whole(entry, find_examples(entry, folder, max_files))
@@ -273,6 +289,51 @@ def _others(
     return found, left_out
 
 
+def _unlabelled(
+    entry: Entry,
+    parts: Mapping[str, list[Example]],
+    how: str,
+    split: splits.Split,
+    settings: DataSettings,
+    root: Path,
+    used: Collection[Path],
+) -> tuple[Entry, list[Example]]:
+    """Images that no split uses, without their masks, and the set that they are of.
+
+    Args:
+        parts: examples of ``entry``, also those without a mask.
+        used: files of images that train, validate or test, under whatever id.
+    """
+    if not settings.unlabelled:
+        return entry, []
+    if settings.unlabelled_from is not None:
+        other = data_set(settings.unlabelled_from)
+        source = replace(other, spec=replace(entry.spec, name=other.spec.name))
+        root = resolve_root(source.spec.name, settings.unlabelled_root)
+        if source.synthetic or not _available(source, root, settings):
+            # Drawn stand-ins would teach a model of real images what isn't there.
+            raise UserError(
+                f"data.unlabelled_from: no images of {other.spec.name} in {root}; get them from "
+                f"{other.source}, or set data.unlabelled_root"
+            )
+        found = find_examples(source, root, settings.max_files, unmasked=True)
+        parts, how = found, "drawn" if "all" in found else "official"
+    else:
+        source = entry
+    left_alone = ("test",) if how.startswith("official") else ()
+    pool = {
+        e.id: replace(e, masks=())
+        for part, examples in (parts if left_alone else _of(dict(parts), how)).items()
+        if part not in left_alone
+        for e in examples
+        if e.image.resolve() not in used
+    }
+    ids = splits.draw_unlabelled(
+        list(pool), split, settings.unlabelled, settings.split_seed, f"{source.spec.name} in {root}"
+    )
+    return source, [pool[id] for id in ids]
+
+
 def _whole(entry: Entry, parts: dict[str, list[Example]]) -> list[Example]:
     order = ("val", "train") if entry.withheld_test else ("all", "test", "train", "val")
     return next(parts[part] for part in order if part in parts)
@@ -306,24 +367,34 @@ def _cache(settings: DataSettings, mib: float) -> Path | None:
     return Path(base) / "mlseg"
 
 
-def _synthetic(entry: Entry, root: Path, settings: DataSettings) -> SegmentationData:
+def _synthetic(
+    entry: Entry, root: Path, settings: DataSettings, unlabelled: bool
+) -> SegmentationData:
     """A stand-in, or a synthetic set asked for by its name."""
-    counts = {key: getattr(settings, key) for key in SYNTHETIC_COUNTS}
-    counts = {k: SYNTHETIC_COUNTS[k] if v is None else v for k, v in counts.items()}
+    counts = {key: getattr(settings, key) for key in COUNTS}
+    counts = {k: COUNTS[k] if v is None else v for k, v in counts.items()}
     name = entry.spec.name
     split = splits.draw(
-        _synthetic_ids(SYNTHETIC_POOL), **counts, seed=settings.split_seed, name=f"synthetic {name}"
+        synthetic_ids(POOL), **counts, seed=settings.split_seed, name=f"synthetic {name}"
     )
     train, val, test = (
-        _draw_synthetic(entry.spec, ids, settings.size, settings.fit, 0)
+        draw_synthetic(entry.spec, ids, settings.size, settings.fit, 0)
         for ids in split.as_dict().values()
     )
+    pool = synthetic_ids(POOL)
+    ids_without = splits.draw_unlabelled(
+        pool, split, settings.unlabelled, settings.split_seed, f"synthetic {name}"
+    )
+    without = None
+    if ids_without and unlabelled:
+        drawn = draw_synthetic(entry.spec, ids_without, settings.size, settings.fit, 0)
+        without = replace(drawn, masks=torch.zeros_like(drawn.masks[:1]).expand_as(drawn.masks))
     others = {}
     for number, other in enumerate(settings.out_of_distribution, 1):
         spec = _fitting(data_set(other), entry.spec).spec
-        ids = _synthetic_ids(SYNTHETIC_COUNTS["test"])
-        drawn = _draw_synthetic(spec, ids, settings.size, settings.fit, number)
-        others[other] = _shifted(drawn)
+        ids = synthetic_ids(COUNTS["test"])
+        drawn = draw_synthetic(spec, ids, settings.size, settings.fit, number)
+        others[other] = shifted(drawn)
     if entry.synthetic:
         notice = f"SYNTHETIC DATA: {name} is drawn by mlseg"
     else:
@@ -345,35 +416,8 @@ def _synthetic(entry: Entry, root: Path, settings: DataSettings) -> Segmentation
             seed=settings.split_seed,
             provenance="synthetic",
             out_of_distribution={name: samples.ids for name, samples in others.items()},
+            unlabelled=ids_without,
         ),
         notice + ". Its figures can't be compared with published ones.",
+        unlabelled=without,
     )
-
-
-def _synthetic_ids(number: int) -> list[str]:
-    return [f"synthetic-{index:05d}" for index in range(number)]
-
-
-def _draw_synthetic(
-    spec: DatasetSpec, ids: Sequence[str], size: tuple[int, int], fit: Fit, seed: int
-) -> Samples:
-    """Lesions for two classes, scenes for more, with the channels of `spec`."""
-    if wants_shapes_alone():
-        return blank(ids, spec, size, fit)
-    numbers = [int(name.rpartition("-")[2]) for name in ids]
-    if spec.num_classes == 2 and spec.ignore_index is None:
-        images, masks = synthetic_lesions(numbers, size, seed, spec.channels)
-    else:
-        images, masks = synthetic_scenes(
-            numbers, size, spec.classes, spec.ignore_index, seed, spec.channels
-        )
-    return Samples(list(ids), images, masks, spec, fit=fit)
-
-
-def _shifted(samples: Samples) -> Samples:
-    """A cast and a contrast of its own, so that a stand-in is another distribution."""
-    digest = hashlib.sha256(samples.spec.name.encode()).digest()
-    gain = torch.tensor([0.75 + digest[c] / 1024 for c in range(samples.spec.channels)])
-    images = 20 + samples.images.float() * gain[:, None, None]
-    images = images.round().clamp(0, 255).to(torch.uint8)
-    return replace(samples, images=images)

@@ -39,6 +39,12 @@ class DataSettings(Settings):
             in the masks, ignored. Only for sets with an ignore index; drawn images have the size
             already.
         train, val, test: number of examples; not given: see `mlseg.segmentation.data.splits`.
+        unlabelled: number of further images whose masks, if they have any, aren't read, for
+            systems that learn from such too: drawn from those that no split uses. With a split of
+            its own the data set's test part isn't drawn from.
+        unlabelled_from: another data set that they are drawn from, by name; it can't be tested on.
+            Of "folder" the images alone are needed.
+        unlabelled_root: its folder, where that isn't data/<name>.
         split_seed: another seed, another draw of the examples.
         splits: "official" takes the split that the set comes with, "drawn" draws from its
             examples (from its training part where it comes split); "official_test" tests on the
@@ -75,6 +81,9 @@ class DataSettings(Settings):
     train: Annotated[int, pydantic.Field(ge=1)] | None = None
     val: Count | None = None
     test: Count | None = None
+    unlabelled: Count = 0
+    unlabelled_from: str | None = None
+    unlabelled_root: str | None = None
     split_seed: int = 0
     splits: Literal["drawn", "official", "official_test"] | None = None
     out_of_distribution: list[str] = []
@@ -115,6 +124,29 @@ class DataSettings(Settings):
         if len(set(names)) < len(names):
             raise ValueError("a data set is named twice")
         return names
+
+    @pydantic.field_validator("unlabelled_from")
+    @classmethod
+    def _known_source(cls, name: str | None) -> str | None:
+        if name is not None:
+            DATA_SETS.get(name)
+        return name
+
+    @pydantic.model_validator(mode="after")
+    def _source_of_its_own(self) -> "DataSettings":
+        source = self.unlabelled_from
+        if source is None and self.unlabelled_root is not None:
+            raise ValueError("unlabelled_root: is the folder of unlabelled_from; name it too")
+        if source is not None and not self.unlabelled:
+            raise ValueError("unlabelled_from: say by unlabelled how many images are wanted of it")
+        if source is not None and source == self.name and source not in OWN_DATA:
+            raise ValueError("unlabelled_from: leave it out to draw from the data set itself")
+        if source in self.out_of_distribution:
+            raise ValueError(
+                f"unlabelled_from: {source!r} is tested on; drop it from out_of_distribution, or "
+                "take another set"
+            )
+        return self
 
     @pydantic.field_validator("image_size")
     @classmethod

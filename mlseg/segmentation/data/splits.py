@@ -7,7 +7,8 @@ reshuffle the others. From that order
 
 - the test set is the first `test` ids,
 - the training set is the next `train` ids, counted from the front of what is left,
-- the validation set is the last `val` ids, counted from the back of what is left.
+- the validation set is the last `val` ids, counted from the back of what is left,
+- images without masks are drawn from those in between, in an order of their own.
 
 With the same seed, the same ids and the same test size, a smaller training set is therefore part of
 every larger one, a smaller validation set part of every larger one, and so the 40 examples of a
@@ -44,11 +45,16 @@ class Split:
                 f"an example may be in one split only, and once ({len(repeated)} such ids)"
             )
 
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """All of them."""
+        return self.train + self.val + self.test
+
     def as_dict(self) -> dict[str, tuple[str, ...]]:
         return {name: getattr(self, name) for name in SPLITS}
 
 
-def seeded_order(ids: Sequence[str], seed: int) -> list[str]:
+def seeded_order(ids: Sequence[str], seed: int | str) -> list[str]:
     """The ids in the order described above; the order in which they come doesn't matter."""
 
     def digest(name: str) -> tuple[bytes, str]:
@@ -140,6 +146,30 @@ def _first(ids: Sequence[str], wanted: int | None, seed: int, name: str) -> tupl
     return tuple(seeded_order(ids, seed)[:wanted])
 
 
+def draw_unlabelled(
+    ids: Sequence[str], used: Split, number: int, seed: int, name: str
+) -> list[str]:
+    """Images that are to be seen without their masks: a smaller number is part of a larger one.
+
+    Args:
+        ids: all that may be drawn.
+        used: no id of its sets is drawn.
+        name: where they are drawn from, for errors.
+
+    Raises:
+        UserError: more are asked for than are left.
+    """
+    taken = set(used.ids)
+    left = [id for id in ids if id not in taken]
+    if number > len(left):
+        raise UserError(
+            f"data.unlabelled: {number} images are asked for, and {name} has {len(left)} that no "
+            f"split uses; {f'set it to {len(left)} at most' if left else 'make the splits smaller'}"
+            ", or name another set by data.unlabelled_from"
+        )
+    return seeded_order(left, f"{seed}:unlabelled")[:number]
+
+
 def fingerprint(sets: Mapping[str, Sequence[str]]) -> str:
     """SHA-256 over which id is in which set: not over paths, order, sizes or the machine."""
     digest = hashlib.sha256()
@@ -157,17 +187,24 @@ def manifest(
     seed: int,
     provenance: str,
     out_of_distribution: Mapping[str, Sequence[str]] | None = None,
+    unlabelled: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What ``splits.json`` holds: ids per split, how they were drawn, a hash over the ids."""
+    """What ``splits.json`` holds: ids per split, how they were drawn, a hash over the ids.
+
+    Images without masks are a set beside the splits where there are any: the hash covers them, and
+    ``labelled_hash`` is what it would be without them.
+    """
     others = out_of_distribution or {}
+    sets = {**split.as_dict(), **({"unlabelled": unlabelled} if unlabelled else {})}
     return {
         "format": 1,
         "dataset": dataset,
         "provenance": provenance,
         "how": how,
         "split_seed": seed,
-        "hash": fingerprint(split.as_dict()),
-        **{name: list(ids) for name, ids in split.as_dict().items()},
+        "hash": fingerprint(sets),
+        **({"labelled_hash": fingerprint(split.as_dict())} if unlabelled else {}),
+        **{name: list(ids) for name, ids in sets.items()},
         "out_of_distribution": {
             name: {"hash": fingerprint({"test": ids}), "test": list(ids)}
             for name, ids in others.items()

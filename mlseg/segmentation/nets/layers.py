@@ -144,4 +144,4 @@ def normalise(network: nn.Module, pixels: str, in_channels: int) -> None:
 
 def _rescaled(network: nn.Module, given: tuple[Tensor]) -> Tensor:
     (image_BCHW,) = given
-    return image_BCHW * network.pixel_scale + network.pixel_shift
+    return image_BCHW * network.get_buffer("pixel_scale") + network.get_buffer("pixel_shift")

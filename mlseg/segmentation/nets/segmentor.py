@@ -24,8 +24,11 @@ SEGMENTORS: Registry[Callable[..., nn.Module]] = Registry(
 )
 
 
-def _beside(annotation: Any) -> tuple[Any, Any]:
-    return annotation | None, None
+_Text = Annotated[str, Field(min_length=1)]
+
+
+def _beside(annotation: Any, meaning: str) -> tuple[Any, Any]:
+    return annotation | None, Field(default=None, description=meaning)
 
 
 class SegmentorSettings(Component):
@@ -36,25 +39,31 @@ class SegmentorSettings(Component):
     ``smp_deeplabv3``), with the settings ``encoder`` (``resnet34``, ``mit_b0``, ...) and
     ``options``, keywords of the architecture.
 
-    Every network that has no keywords of these names takes besides, for
-    :mod:`mlseg.segmentation.nets.starting`:
-
-    * ``weights``: a file (or a run) with the weights of a whole segmentor to start from.
-    * ``weights_classes``: names of the classes in that file, in their order.
-    * ``encoder_weights``: weights of the encoder alone: a file, or a name, such as ``imagenet``,
-      under which the library that knows the encoder downloads them.
-    * ``normalise``: what the network sees of pixels, which are in [-1, 1] at first: ``none``,
-      ``unit`` ([0, 1]), or ``imagenet`` (without ImageNet's mean and divided by its standard
-      deviation), the default where weights are named.
+    Every network that has no keywords of these names takes besides what ``beside`` lists, for
+    :mod:`mlseg.segmentation.nets.starting`.
     """
 
     registry = SEGMENTORS
     given = 2
     beside: ClassVar = {
-        "weights": _beside(Annotated[str, Field(min_length=1)]),
-        "weights_classes": _beside(Annotated[list[str], Field(min_length=1)]),
-        "encoder_weights": _beside(Annotated[str, Field(min_length=1)]),
-        "normalise": _beside(Literal["none", "unit", "imagenet"]),
+        "weights": _beside(
+            _Text, "a file (or a run) with the weights of a whole segmentor to start from"
+        ),
+        "weights_classes": _beside(
+            Annotated[list[str], Field(min_length=1)],
+            "names of the classes in that file, in their order",
+        ),
+        "encoder_weights": _beside(
+            _Text,
+            "weights of the encoder alone: a file, or a name, such as imagenet, under which the "
+            "library that knows the encoder downloads them",
+        ),
+        "normalise": _beside(
+            Literal["none", "unit", "imagenet"],
+            "what the network sees of pixels: none, [-1, 1]; unit, [0, 1]; imagenet, without "
+            "ImageNet's mean and divided by its standard deviation, the default where weights are "
+            "named",
+        ),
     }
 
     name: str = "unet"

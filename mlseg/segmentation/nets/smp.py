@@ -227,7 +227,7 @@ def _pixels(found: Mapping[str, Any]) -> str | None:
     ]:
         return None
     mean, std = (tuple(float(x) for x in found.get(key) or ()) for key in ("mean", "std"))
-    known = {
+    known: dict[tuple[tuple[float, ...], tuple[float, ...]], str] = {
         (IMAGENET_MEAN, IMAGENET_STD): "imagenet",
         ((0.5,) * 3, (0.5,) * 3): "none",
         ((0.0,) * 3, (1.0,) * 3): "unit",

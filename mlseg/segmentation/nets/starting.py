@@ -292,7 +292,7 @@ def take(network: nn.Module, weights: Weights, key: str, outputs: Outputs | None
         if own[name].shape == weights.tensors[its].shape
     }
     notes = [
-        outputs and _match_classes(own, names, weights, outputs, taken),
+        None if outputs is None else _match_classes(own, names, weights, outputs, taken),
         _match_channels(own, names, weights, taken),
     ]
     counted = [name for name in own if not name.endswith("num_batches_tracked")]

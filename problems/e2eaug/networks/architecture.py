@@ -1,12 +1,18 @@
 """The architecture A of E2EAug: the alphas, as a module of their own."""
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mlseg.errors import UserError
 from mlseg.problems.e2eaug.networks.cells import CANDIDATES
+
+_DECIDED = 40.0
+"""Of an alpha: e^-80 is far below any unit of rounding, e^-40 too."""
 
 Selection = Literal["softmax", "sigmoid"]
 
@@ -17,12 +23,15 @@ class Architecture(nn.Module):
     Args:
         num_cells: number of cells, `SearchableGenerator.num_cells`.
         scale: standard deviation of the initial alphas. The default 1e-3 (the public code's) starts
-            every candidate at 1/3; larger values draw a random architecture.
+            every candidate at 1/K; larger values draw a random architecture.
         selection: "softmax", a cell's weights sum to 1 (Liu, Simonyan, Yang: DARTS, ICLR 2019,
             equation 2); "sigmoid", each lies in [0, 1] by itself (E2EAug, section 3.2).
         generator: random generator for the initial alphas.
+        candidates: names of the K operators of a cell.
+        synthetic_weight: initial value of lambda, where that is learned with the alphas.
 
-    `alphas` (num_cells, 3) is its only parameter, so this problem's optimizer holds nothing else.
+    `alphas` (num_cells, K) is its only parameter, but for `log_synthetic_weight` where that is
+    asked for, so this problem's optimizer holds nothing else.
     """
 
     def __init__(
@@ -31,18 +40,43 @@ class Architecture(nn.Module):
         scale: float = 1e-3,
         selection: Selection = "softmax",
         generator: torch.Generator | None = None,
+        candidates: Sequence[str] = CANDIDATES,
+        synthetic_weight: float | None = None,
     ) -> None:
         super().__init__()
         self.selection = selection
-        alphas = scale * torch.randn(num_cells, len(CANDIDATES), generator=generator)
+        self.candidates = tuple(candidates)
+        alphas = scale * torch.randn(num_cells, len(self.candidates), generator=generator)
         self.alphas = nn.Parameter(alphas)
+        self.log_synthetic_weight: nn.Parameter | None = None
+        if synthetic_weight is not None:
+            self.log_synthetic_weight = nn.Parameter(torch.tensor(math.log(synthetic_weight)))
 
     def forward(self) -> Tensor:
-        """(cells, 3) selection weights in [0, 1]; by softmax each row sums to 1."""
+        """(cells, K) selection weights in [0, 1]; by softmax each row sums to 1."""
         return self.alphas.sigmoid() if self.selection == "sigmoid" else self.alphas.softmax(1)
 
+    def synthetic_weight(self) -> Tensor | None:
+        """Lambda, above zero whatever its parameter is; None where it isn't learned."""
+        return None if self.log_synthetic_weight is None else self.log_synthetic_weight.exp()
+
+    @torch.no_grad()
+    def choose(self, candidate: str) -> None:
+        """Give every cell one candidate alone: the others' weights are below any rounding.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        if candidate not in self.candidates:
+            raise UserError(
+                f"architecture.choice: no candidate {candidate!r}; there are "
+                f"{', '.join(self.candidates)}"
+            )
+        self.alphas.fill_(-_DECIDED)
+        self.alphas[:, self.candidates.index(candidate)] = _DECIDED
+
     def entropy(self) -> Tensor:
-        """(cells,) entropy of each cell's weights in nats: log 3 if undecided, 0 if decided.
+        """(cells,) entropy of each cell's weights in nats: log K if undecided, 0 if decided.
 
         Weights that don't sum to 1 are taken relative to their sum.
         """
@@ -53,8 +87,8 @@ class Architecture(nn.Module):
         return -(log_weights.exp() * log_weights).sum(1)
 
     def choices(self) -> list[str]:
-        """The strongest candidate of each cell by name ("4-2-1", "6-2-2", "8-2-3").
+        """The strongest candidate of each cell by name, such as "4-2-1".
 
         Reads from the device; not for use inside a training step.
         """
-        return [CANDIDATES[index] for index in self.alphas.argmax(1).tolist()]
+        return [self.candidates[index] for index in self.alphas.argmax(1).tolist()]

@@ -1,12 +1,15 @@
 """PatchGAN, the discriminator of pix2pix (Isola et al., CVPR 2017, section 3.2.2)."""
 
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from mlseg.errors import UserError
+from mlseg.problems.e2eaug.networks.discriminator import DISCRIMINATORS, PairCritic
 from mlseg.segmentation.nets.layers import BatchNorm
 
 
-class PatchGAN(nn.Module):
+@DISCRIMINATORS.register("patchgan")
+class PatchGAN(PairCritic):
     """Judges every patch of a (label map, image) pair as real or fake.
 
     4x4 convolutions, `layers` of them with stride 2 and widths C, 2C, 4C, 8C, then two with stride
@@ -20,7 +23,9 @@ class PatchGAN(nn.Module):
         layers: number of stride-2 layers; fewer for small images.
     """
 
-    def __init__(self, in_channels: int, channels: int = 64, layers: int = 3) -> None:
+    def __init__(
+        self, in_channels: int, channels: PositiveInt = 64, layers: PositiveInt = 3
+    ) -> None:
         super().__init__()
         if layers < 1:
             raise UserError(f"a discriminator needs at least 1 layer, not {layers}")

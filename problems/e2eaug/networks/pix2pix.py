@@ -10,24 +10,28 @@ Convolutions N(0, 0.02), BatchNorm scale N(1, 0.02).
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mlseg.errors import UserError
 from mlseg.problems.e2eaug.networks.cells import Cell, plain
+from mlseg.problems.e2eaug.networks.generator import (
+    GENERATORS,
+    OPERATORS,
+    AnyCell,
+    Candidates,
+    Fixed,
+    MaskToImage,
+    cell,
+    sides,
+)
 from mlseg.segmentation.nets.layers import BatchNorm, pad_to_multiple
 
 Search = Literal["both", "decoder", "none"]
-
-
-def _sides(image_size: int | Sequence[int]) -> tuple[int, int]:
-    if isinstance(image_size, int):
-        return image_size, image_size
-    height, width = image_size
-    return int(height), int(width)
 
 
 def count_levels(image_size: int | Sequence[int], levels: int | None = None) -> int:
@@ -35,7 +39,7 @@ def count_levels(image_size: int | Sequence[int], levels: int | None = None) -> 
 
     Raises UserError where the image is too small for `levels`, or for two levels.
     """
-    smaller = min(_sides(image_size))
+    smaller = min(sides(image_size))
     most = max(smaller, 1).bit_length() - 1
     if levels is None:
         levels = most
@@ -153,6 +157,11 @@ class Generator(_Body):
             )
         )
 
+    def settings(self) -> dict[str, Any]:
+        """What the class has to be called with to make another of this shape."""
+        names = ("in_channels", "out_channels", "levels", "channels", "dropout", "kernels")
+        return {name: getattr(self, name) for name in names}
+
     def _encode(self, level: int, x: Tensor, weights: Tensor | None) -> Tensor:
         return self.encoder[level](x)
 
@@ -164,20 +173,20 @@ class Generator(_Body):
         return self._generate(label_BCHW, None)
 
 
-class SearchableGenerator(_Body):
+@GENERATORS.register("pix2pix")
+class SearchableGenerator(_Body, MaskToImage):
     """pix2pix's generator with cells for its strided convolutions (E2EAug, section 3.2).
-
-    The selection weights are an input of `forward`, not parameters: they belong to a problem of
-    their own (see `Architecture`), and gradients flow through them.
 
     Args:
         in_channels, out_channels: channels of label map and image.
         image_size: side, or height and width, of the images in pixels; decides the number of
-            levels. channels: width C of the first level. levels: number of halvings; None is as
-            many as the smaller side allows (8 at 256, 6 at 64). dropout: probability on the three
-            decoder levels after the innermost. search: where cells stand: "both" encoder and
-            decoder (the paper), "decoder" (GenSeg's public
-            code), "none" (vanilla pix2pix).
+            levels.
+        channels: width C of the first level; deeper ones have up to eight times as many.
+        levels: number of halvings; None is as many as the smaller side allows (8 at 256, 6 at 64).
+        dropout: probability on the three decoder levels after the innermost.
+        search: where cells stand: "both" encoder and decoder (the paper), "decoder" (GenSeg's
+            public code), "none" (vanilla pix2pix).
+        candidates: operators of a cell, "aligned" (the paper's) or "rich".
 
     Parameters at 256x256 with 3 channels: 54.4 M with "none", 272.4 M with "decoder", 394.4 M with
     "both"; as in pix2pix's public code, only the last operator has a bias, one per candidate.
@@ -194,26 +203,38 @@ class SearchableGenerator(_Body):
         in_channels: int,
         out_channels: int,
         image_size: int | Sequence[int],
-        channels: int = 64,
-        levels: int | None = None,
-        dropout: float = 0.5,
+        channels: PositiveInt = 64,
+        levels: PositiveInt | None = None,
+        dropout: NonNegativeFloat = 0.5,
         search: Search = "both",
+        candidates: Candidates = "aligned",
     ) -> None:
         levels = count_levels(image_size, levels)
         super().__init__(in_channels, out_channels, levels, channels, dropout)
         if search not in ("both", "decoder", "none"):
             raise UserError(f"generator search {search!r}: valid are both, decoder, none")
         self.search = search
+        self.kind, self.candidates = candidates, OPERATORS[candidates]
         self.encoder = nn.ModuleList(
-            Cell(*shape, transposed=False) if search == "both" else plain(*shape, 4, False)
+            cell(candidates, *shape, False) if search == "both" else plain(*shape, 4, False)
             for shape in self.encoder_shapes
         )
         self.decoder = nn.ModuleList(
-            Cell(*shape, True, step == levels - 1)
+            cell(candidates, *shape, True, step == levels - 1)
             if search != "none"
             else plain(*shape, 4, True, step == levels - 1)
             for step, shape in enumerate(self.decoder_shapes)
         )
+        self._made_with = {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "image_size": list(sides(image_size)),
+            "channels": channels,
+            "levels": levels,
+            "dropout": dropout,
+            "search": search,
+            "candidates": candidates,
+        }
         self._first_decoder_cell = levels if search == "both" else 0
 
     @property
@@ -223,46 +244,37 @@ class SearchableGenerator(_Body):
         decoder = [f"decoder.{level}" for level in range(self.levels - 1, -1, -1)]
         return {"both": encoder + decoder, "decoder": decoder, "none": []}[self.search]
 
-    @property
-    def num_cells(self) -> int:
-        """Number of cells: rows of `weights`."""
-        return len(self.cell_names)
-
     def _encode(self, level: int, x: Tensor, weights: Tensor | None) -> Tensor:
         operator = self.encoder[level]
-        if weights is None or not isinstance(operator, Cell):
+        if weights is None or not isinstance(operator, AnyCell):
             return operator(x)
         return operator(x, weights[level])
 
     def _decode(self, step: int, x: Tensor, weights: Tensor | None) -> Tensor:
         operator = self.decoder[step]
-        if weights is None or not isinstance(operator, Cell):
+        if weights is None or not isinstance(operator, AnyCell):
             return operator(x)
         return operator(x, weights[self._first_decoder_cell + step])
-
-    def _check(self, weights: Tensor | None) -> None:
-        if self.search == "none":
-            return
-        if weights is None or tuple(weights.shape) != (self.num_cells, 3):
-            shape = None if weights is None else tuple(weights.shape)
-            raise ValueError(f"selection weights must be ({self.num_cells}, 3), not {shape}")
 
     def forward(self, label_BCHW: Tensor, weights: Tensor | None = None) -> Tensor:
         """Label map (B, Cin, H, W) in [-1, 1] -> image (B, Cout, H, W) in [-1, 1], any H and W.
 
-        `weights` (cells, 3) in [0, 1] are the selection weights; with search "none" they are
+        `weights` (cells, K) in [0, 1] are the selection weights; with search "none" they are
         ignored. ValueError for any other shape.
         """
-        self._check(weights)
+        self.check_weights(weights)
         return self._generate(label_BCHW, weights)
 
     @torch.no_grad()
-    def merged(self, weights: Tensor | None) -> Generator:
-        """The same function for fixed (cells, 3) weights: a plain generator of 8x8 kernels.
+    def merged(self, weights: Tensor | None) -> Generator | Fixed:
+        """The same function for fixed (cells, K) weights: a plain generator of 8x8 kernels.
 
-        Copies every tensor; later training of this module doesn't touch the export.
+        Copies every tensor; later training of this module doesn't touch the export. Cells of
+        different operators stay as they are.
         """
-        self._check(weights)
+        self.check_weights(weights)
+        if self.kind == "rich" and weights is not None and self.num_cells:
+            return Fixed(self, weights, self._made_with)
         state = {
             name: tensor.clone()
             for name, tensor in self.state_dict().items()

@@ -2,9 +2,11 @@
 
 import math
 
+import pytest
 import torch
 
-from mlseg.problems.e2eaug.networks.architecture import Architecture
+from mlseg.errors import UserError
+from mlseg.problems.e2eaug.networks.architecture import Architecture, Selection
 
 
 def test_the_alphas_are_the_only_parameters_and_start_undecided() -> None:
@@ -36,6 +38,28 @@ def test_own_generator_draws_a_random_architecture() -> None:
     )
     assert torch.equal(first.alphas, second.alphas)
     assert first.entropy().min().item() < 1.0
+
+
+@pytest.mark.parametrize("selection", ["softmax", "sigmoid"])
+def test_a_choice_leaves_one_candidate_alone(selection: Selection) -> None:
+    architecture = Architecture(2, selection=selection)
+    architecture.choose("6-2-2")
+    assert torch.equal(architecture()[:, 1], torch.ones(2))
+    assert float(architecture()[:, ::2].max()) < torch.finfo(torch.float64).eps
+    assert architecture.choices() == ["6-2-2"] * 2
+    assert float(architecture.entropy().max()) < 1e-12
+    with pytest.raises(UserError, match="there are 4-2-1, 6-2-2, 8-2-3"):
+        architecture.choose("5-2-1")
+
+
+def test_lambda_is_a_parameter_only_where_it_is_learned() -> None:
+    assert Architecture(2).synthetic_weight() is None
+    architecture = Architecture(2, synthetic_weight=0.3)
+    names = [name for name, _ in architecture.named_parameters()]
+    assert names == ["alphas", "log_synthetic_weight"]
+    weight = architecture.synthetic_weight()
+    assert weight is not None
+    assert float(weight) == pytest.approx(0.3)
 
 
 def test_by_sigmoid_each_weight_is_its_own() -> None:

@@ -104,6 +104,39 @@ def test_the_rule_counts_positions_times_batch(transposed: bool, batch: int) -> 
 
 
 @pytest.mark.parametrize("transposed", [False, True])
+@given(seed=st.integers(0, 1000), zeros=st.sets(st.integers(0, 2), max_size=2))
+@settings(max_examples=12, deadline=None)
+def test_any_alphas_make_one_8x8_convolution(transposed: bool, seed: int, zeros: set[int]) -> None:
+    """What alphas can't do: change which functions a cell can be.
+
+    A mixture at any weights is one 8x8 convolution; and every 8x8 convolution is such a mixture at
+    any weights whose last one isn't zero, whatever the smaller kernels are.
+    """
+    x, kernels, weights = _case(transposed, (4, 5), seed=seed)
+    weights = torch.tensor(
+        [0.0 if index in zeros else float(w) for index, w in enumerate(weights)]
+    ).double()
+    convolve = functional.conv_transpose2d if transposed else functional.conv2d
+    total = sum(
+        weight * functional.pad(kernel, [(8 - size) // 2] * 4)
+        for weight, kernel, size in zip(weights, kernels, SIZES, strict=True)
+    )
+    mixture = _definition(x, kernels, weights, transposed)
+    torch.testing.assert_close(mixture, convolve(x, total, stride=2, padding=3), rtol=0, atol=ATOL)
+    if not float(weights[2]):
+        return
+    wanted = torch.randn_like(kernels[2])
+    smaller = total - weights[2] * kernels[2]
+    solved = [*kernels[:2], (wanted - smaller) / weights[2]]
+    torch.testing.assert_close(
+        _definition(x, solved, weights, transposed),
+        convolve(x, wanted, stride=2, padding=3),
+        rtol=1e-9,
+        atol=1e-9,
+    )
+
+
+@pytest.mark.parametrize("transposed", [False, True])
 def test_cell_biases_are_weighted_too(transposed: bool) -> None:
     cell = Cell(2, 3, transposed, bias=True).double()
     assert cell.bias is not None

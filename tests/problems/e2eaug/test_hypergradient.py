@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from e2eaug_generators import GENERATORS, OTHERS
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
 from mlseg.problems.e2eaug import levels as e2eaug
-from mlseg.problems.e2eaug.losses import gan_loss
+from mlseg.problems.e2eaug.losses import feature_matching, gan_loss
 from mlseg.testing import updates
 
 PATHS = {"direct": ["segmentor"], "through G": ["generator"], "sum": ["generator", "segmentor"]}
@@ -61,7 +62,8 @@ class Watched:
         tiny.gradients_of(engine.architecture, gradients)
         for _ in range(iterations):
             engine.iterate()
-        (self.gradient,) = gradients[-1]
+        self.gradients = gradients[-1]
+        self.gradient = self.gradients[0]
 
     def _watch(self, problem: Any) -> None:
         former = problem.training_step
@@ -79,11 +81,22 @@ class Watched:
         problem.training_step = training_step
 
 
-def reference(watched: Watched, path: str, update: Mapping[str, updates.Update]) -> Tensor:
-    """d L_val / d alphas through the paths in ``path``."""
+def reference(
+    watched: Watched, path: str, update: Mapping[str, updates.Update], of: str = "alphas"
+) -> Tensor:
+    """d L_val / d alphas through the paths in ``path``; or by another of level three's parameters.
+
+    A guide of the generator's steps counts as constant.
+    """
     engine = watched.engine
     generator, segmentor = engine.generator, engine.segmentor
     alphas = watched.before["architecture"]["alphas"].clone().requires_grad_()
+    free = {"alphas": alphas}
+    factor = torch.tensor(segmentor.synthetic_weight)
+    if segmentor.learns_weight:
+        log_weight = watched.before["architecture"]["log_synthetic_weight"].clone()
+        free["log_synthetic_weight"] = log_weight.requires_grad_()
+        factor = log_weight.exp()
     weights, constant = alphas.softmax(1), alphas.detach().softmax(1)
     through_g, direct = (name in PATHS[path] for name in ("generator", "segmentor"))
 
@@ -109,7 +122,13 @@ def reference(watched: Watched, path: str, update: Mapping[str, updates.Update])
     fake = call(generator.module, point, label, weights)
     critic = watched.before["discriminator"]
     judged = call(engine.discriminator.module, critic, torch.cat([label, fake], 1))
-    loss = gan_loss(judged, real=True) + generator.l1 * pseudo_huber(fake, image)
+    loss = generator.l1 * pseudo_huber(fake, image)
+    if generator.adversarial == "hinge":
+        real = call(engine.discriminator.module, critic, torch.cat([label, image], 1))
+        loss = loss - sum(scale[-1].mean() for scale in judged) / len(judged)
+        loss = loss + generator.feature_matching * feature_matching(judged, real)
+    else:
+        loss = loss + gan_loss(judged, real=True)
     made = stepped(generator, loss, point)
     if not through_g:
         made = {k: p.detach() for k, p in made.items()}
@@ -120,9 +139,7 @@ def reference(watched: Watched, path: str, update: Mapping[str, updates.Update])
     torch.set_rng_state(watched.random["segmentor"])
     synthetic = call(generator.module, made, label, weights if direct else constant)
     point = leaves("segmentor")
-    loss = segmentor.synthetic_weight * segmentor.criterion(
-        call(segmentor.module, point, synthetic), augmented
-    )
+    loss = factor * segmentor.criterion(call(segmentor.module, point, synthetic), augmented)
     loss = loss + segmentor.criterion(call(segmentor.module, point, image), mask)
     after = stepped(segmentor, loss, point)
 
@@ -131,11 +148,11 @@ def reference(watched: Watched, path: str, update: Mapping[str, updates.Update])
     segmentor.module.eval()
     loss = engine.architecture.criterion(call(segmentor.module, after, image), mask)
     segmentor.module.train()
-    (gradient,) = torch.autograd.grad(loss, alphas)
+    (gradient,) = torch.autograd.grad(loss, free[of])
     return gradient
 
 
-def call(module: nn.Module, parameters: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+def call(module: nn.Module, parameters: dict[str, Tensor], *inputs: Tensor) -> Any:
     """``module`` with other parameters and a copy of its buffers."""
     buffers = {n: b.clone() for n, b in module.named_buffers()}
     return functional_call(module, {**parameters, **buffers}, inputs)
@@ -190,6 +207,62 @@ def test_the_papers_optimizers(path: str, name: str, monkeypatch: pytest.MonkeyP
     own = {"generator": updates.adam, "segmentor": updates.rmsprop}
     true = reference(watched, path, own)
     assert cosine(watched.gradient, true) > 0.99
+    assert error(watched.gradient, true) < allowed
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("generator", OTHERS)
+def test_through_spade_and_asapnet(
+    generator: str, path: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spectral and instance normalisation, hinge and feature matching in the place of pix2pix's."""
+    monkeypatch.setattr(functional, "l1_loss", pseudo_huber)
+    spec, allowed = EXACT[name]
+    changes = {**SGD, **GENERATORS[generator], **method(**spec)}
+    watched = Watched(path, changes, iterations=2)
+    assert watched.engine.generator.feature_matching == 10.0
+    true = reference(watched, path, {"generator": updates.sgd, "segmentor": updates.sgd})
+    assert cosine(watched.gradient, true) > 0.99
+    assert error(watched.gradient, true) < allowed
+
+
+@pytest.mark.parametrize("generator", OTHERS)
+def test_the_papers_optimizers_through_spade_and_asapnet(
+    generator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functional, "l1_loss", pseudo_huber)
+    spec, allowed = EXACT["identity"]
+    changes = {**GENERATORS[generator], **method(**spec, scale="optimizer")}
+    watched = Watched("sum", changes, iterations=3)
+    own = {"generator": updates.adam, "segmentor": updates.rmsprop}
+    assert error(watched.gradient, reference(watched, "sum", own)) < allowed
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_learned_lambda(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It enters the segmentor's step alone; the alphas' gradient is what it was."""
+    monkeypatch.setattr(functional, "l1_loss", pseudo_huber)
+    spec, allowed = EXACT[name]
+    changes = {"level3.synthetic_weight": True, "synthetic_weight": 0.7}
+    watched = Watched("sum", {**SGD, **method(**spec), **changes}, iterations=2)
+    update = {"generator": updates.sgd, "segmentor": updates.sgd}
+    for found, of in zip(watched.gradients, ("alphas", "log_synthetic_weight"), strict=True):
+        true = reference(watched, "sum", update, of)
+        assert true.norm() > 0
+        assert error(found, true) < allowed
+
+
+@pytest.mark.parametrize("generator", ["pix2pix", "spade"])
+def test_through_cells_of_different_operators(
+    generator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functional, "l1_loss", pseudo_huber)
+    spec, allowed = EXACT["identity"]
+    network = {**GENERATORS[generator]["generator"], "candidates": "rich"}
+    watched = Watched("sum", {**SGD, **method(**spec), "generator": network}, iterations=2)
+    assert watched.gradient.shape[1] == 5
+    true = reference(watched, "sum", {"generator": updates.sgd, "segmentor": updates.sgd})
     assert error(watched.gradient, true) < allowed
 
 

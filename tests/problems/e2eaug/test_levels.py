@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from e2eaug_generators import GENERATORS, OTHERS
 from torch import Tensor, nn
 
 from mlseg import checkpoint
@@ -25,9 +26,11 @@ NOW = {"gan.pretrain": 0}
 # -------------------------------------------------------------------------- the traps
 
 
-@pytest.mark.parametrize("search", ["both", "decoder"])
-def test_1_the_first_iteration_moves_the_alphas(search: str) -> None:
-    engine = tiny.build("e2eaug", {**NOW, "generator.search": search})
+@pytest.mark.parametrize(
+    "changes", [{}, {"generator.search": "decoder"}, *map(GENERATORS.get, OTHERS)]
+)
+def test_1_the_first_iteration_moves_the_alphas(changes: dict[str, Any]) -> None:
+    engine = tiny.build("e2eaug", {**NOW, **changes})
     architecture = engine.architecture
     steps: list[list[Tensor]] = []
     tiny.gradients_of(architecture, steps)
@@ -50,8 +53,10 @@ def test_1_the_first_iteration_moves_the_alphas(search: str) -> None:
     assert not any(p is held[0] for p in engine.generator.module.parameters())
 
 
-def test_2_a_hypergradient_leaves_the_networks_bit_identical() -> None:
-    engine = tiny.build("e2eaug", NOW)
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_2_a_hypergradient_leaves_the_networks_bit_identical(generator: str) -> None:
+    """Weights and buffers: running statistics, spectral vectors."""
+    engine = tiny.build("e2eaug", {**NOW, **GENERATORS[generator]})
     seen: list[Any] = []
     former = engine.architecture.backward
 
@@ -193,6 +198,14 @@ def test_a_pretrained_gan_is_reused(tmp_path: Path) -> None:
         tiny.build("e2eaug", {"gan.pretrained": str(saved), "generator.channels": 5})
     with pytest.raises(UserError, match="no such checkpoint"):
         tiny.build("e2eaug", {"gan.pretrained": str(tmp_path / "none.pt")})
+    # One from before generators and discriminators had names.
+    for part in ("generator", "discriminator"):
+        del state["shape"][part]["name"]
+    older = tmp_path / "older.pt"
+    checkpoint.save(older, {k: v for k, v in state.items() if k != "format"})
+    tiny.build("e2eaug", {"gan.pretrained": str(older)})
+    with pytest.raises(UserError, match=r"gan.pretrained: .* has generator"):
+        tiny.build("e2eaug", {"gan.pretrained": str(older), **GENERATORS["spade"]})
 
 
 # ------------------------------------------------------------------------------- rows
@@ -209,6 +222,20 @@ ROWS: dict[str, dict[str, Any]] = {
     "genseg": {"preset": "genseg"},
     "scenes": {"data.name": "synthetic_scenes", "data.image_size": 48},
     "bfloat16": {"precision": "bf16"},
+    "SPADE": GENERATORS["spade"],
+    "ASAP-Net": GENERATORS["asapnet"],
+    "SPADE, frozen": {
+        "generator": {**GENERATORS["spade"]["generator"], "search": "none"},
+        "gan.frozen": True,
+    },
+    "ASAP-Net, separate": {**GENERATORS["asapnet"], "gan.frozen": True},
+    "SPADE on scenes": {
+        **GENERATORS["spade"],
+        "data.name": "synthetic_scenes",
+        "data.image_size": [32, 48],
+    },
+    "hinge on patches": {"gan.adversarial": "hinge"},
+    "SPADE, bfloat16": {**GENERATORS["spade"], "precision": "bf16"},
     "augmented pairs": {"augmentation": "combine", "gan.augmentation": "flip"},
 }
 MOVING = {
@@ -218,6 +245,8 @@ MOVING = {
     "frozen alphas": {"generator", "discriminator", "segmentor"},
     "random alphas": {"generator", "discriminator", "segmentor"},
     "vanilla generator, trained on": {"generator", "discriminator", "segmentor"},
+    "SPADE, frozen": {"segmentor"},
+    "ASAP-Net, separate": {"segmentor"},
 }
 
 
@@ -253,6 +282,24 @@ def test_deeplab_as_segmentor() -> None:
     engine = tiny.build("e2eaug", {**changes, "problems.architecture.batch_size": 1})
     engine.iterate()
     assert float(engine.architecture.metrics["hypergradient/via_segmentor"]) > 0
+
+
+def test_a_generators_own_discriminator_and_losses_fill_in_what_the_config_leaves_open() -> None:
+    def settings(**changes: Any) -> Any:
+        values = {"system": "e2eaug", "data": {"name": "synthetic_lesions"}, "problems": {}}
+        return load_system("e2eaug").settings.model_validate(values | changes)
+
+    pix2pix, spade = settings(), settings(generator={"name": "spade"})
+    assert (pix2pix.discriminator.name, pix2pix.gan.adversarial) == ("patchgan", "vanilla")
+    assert (spade.discriminator.name, spade.gan.adversarial) == ("multiscale", "hinge")
+    assert (spade.gan.feature_matching, spade.gan.l1) == (10.0, 0.0)
+    own = settings(
+        generator={"name": "asapnet"},
+        discriminator={"name": "patchgan"},
+        gan={"feature_matching": 0.0, "l1": 100.0},
+    )
+    assert own.discriminator.layers == 3
+    assert (own.gan.adversarial, own.gan.l1) == ("hinge", 100.0)
 
 
 def test_the_presets() -> None:

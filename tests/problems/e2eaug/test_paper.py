@@ -30,6 +30,7 @@ COUNTS = {
 SMALLEST = {"isic": 40, "jsrt": 9}
 ELSEWHERE = {"isic": ["ph2", "dermis"], "jsrt": ["nlm_mc", "nlm_sz"]}
 NAMES = [f"e2eaug_{name}{kind}" for name in COUNTS for kind in ("", "_deeplab")]
+NAMES += ["e2eaug_isic_spade", "e2eaug_isic_asapnet"]
 
 
 def settings(name: str, *overrides: str) -> Any:
@@ -58,6 +59,18 @@ def test_section_4_1(name: str) -> None:
     masks = run.mask_augmentation.model_dump(exclude_defaults=True)
     assert set(masks) == {"rotate", "flip_horizontal", "translate"}
     assert run.segmentor.name == ("deeplabv3" if name.endswith("_deeplab") else "unet")
+
+
+@pytest.mark.parametrize("name", ["spade", "asapnet"])
+def test_figure_7_differs_in_the_gan_alone(name: str) -> None:
+    """Park et al., section 4: hinge, feature matching at 10, two scales."""
+    own, pix2pix = settings(f"e2eaug_isic_{name}"), settings("e2eaug_isic")
+    for part in ("data", "segmentor", "loss", "engine", "problems", "mask_augmentation", "seed"):
+        assert getattr(own, part) == getattr(pix2pix, part), part
+    assert (own.generator.name, own.generator.search) == (name, "both")
+    assert (own.discriminator.name, own.discriminator.scales) == ("multiscale", 2)
+    assert (own.gan.adversarial, own.gan.feature_matching, own.gan.l1) == ("hinge", 10.0, 0.0)
+    assert (own.gan.perceptual, own.gan.perceptual_weight) == ("none", 10.0)
 
 
 @pytest.mark.parametrize("system", ["e2eaug", "supervised"])

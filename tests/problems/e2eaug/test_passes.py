@@ -4,6 +4,9 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
+from e2eaug_generators import GENERATORS, OTHERS
+from torch import nn
 
 
 def passes(changes: dict[str, Any]) -> dict[str, tiny.Counter]:
@@ -24,6 +27,58 @@ def counts(changes: dict[str, Any]) -> dict[str, tuple[int, int]]:
 def test_the_three_levels() -> None:
     found = counts({})
     assert found == {"generator": (4, 4), "discriminator": (5, 5), "segmentor": (5, 5)}
+
+
+@pytest.mark.parametrize("generator", OTHERS)
+def test_feature_matching_costs_no_pass(generator: str) -> None:
+    """The real pair is judged once: as constants of the generator's loss and of its hop, and with
+    the graph by which the discriminator then steps."""
+    found = counts(GENERATORS[generator])
+    assert found == {"generator": (4, 4), "discriminator": (5, 5), "segmentor": (5, 5)}
+
+
+@pytest.mark.parametrize("generator", OTHERS)
+def test_the_hop_goes_through_no_pass_twice(generator: str) -> None:
+    identity = {
+        f"problems.{name}.hypergradient": {"method": "identity"}
+        for name in ("generator", "segmentor")
+    }
+    found = counts({**GENERATORS[generator], **identity})
+    assert {name: forward for name, (forward, _) in found.items()} == {
+        "generator": 3,
+        "discriminator": 4,
+        "segmentor": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"level3.synthetic_weight": True},
+        {"level3.guidance": 0.3},
+        {"generator.candidates": "rich"},
+    ],
+)
+def test_what_level_three_learns_besides_costs_no_pass(changes: dict[str, Any]) -> None:
+    found = counts(changes)
+    assert found == {"generator": (4, 4), "discriminator": (5, 5), "segmentor": (5, 5)}
+
+
+def test_perceptual_features_of_real_images_are_seen_once() -> None:
+    engine = tiny.build("e2eaug", {"gan.pretrain": 0})
+    seen: list[bool] = []
+
+    class Features(nn.Module):
+        def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+            seen.append(image.requires_grad)
+            return [image] * 5
+
+    engine.generator.perceptual, engine.generator.perceptual_weight = Features(), 1.0
+    engine.iterate()
+    seen.clear()
+    engine.iterate()
+    # Fake in the step and in the two evaluations of the hop, real in the step.
+    assert (seen.count(True), seen.count(False)) == (3, 1)
 
 
 def test_the_segmentors_passes_are_over_half_batches() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import tiny
+from e2eaug_generators import GENERATORS, OTHERS
 from resuming import check
 
 
@@ -27,10 +28,19 @@ def test_e2eaug_unrolled_with_schedulers(tmp_path: Path) -> None:
     check(lambda out: tiny.build("e2eaug", changes, out), tmp_path, [6, 8], "saved")
 
 
-@pytest.mark.parametrize("row", ["frozen", "decoder"])
+@pytest.mark.parametrize("row", ["frozen", "decoder", "level three", "rich"])
 def test_rows_of_e2eaug(tmp_path: Path, row: str) -> None:
     rows: dict[str, Any] = {
+        "level three": {"level3.synthetic_weight": True, "level3.guidance": 0.5},
+        "rich": {"generator.candidates": "rich"},
         "frozen": {"gan.frozen": True},
         "decoder": {"generator.search": "decoder"},
     }
     check(lambda out: tiny.build("e2eaug", rows[row], out), tmp_path, [5], "saved")
+
+
+@pytest.mark.parametrize("generator", OTHERS)
+def test_other_generators(tmp_path: Path, generator: str) -> None:
+    """With their spectral vectors; in pre-training and in the search."""
+    changes = {**GENERATORS[generator], "gan.pretrain": 2, "engine.iterations": 3}
+    check(lambda out: tiny.build("e2eaug", changes, out), tmp_path, [1, 3, 4], "saved")

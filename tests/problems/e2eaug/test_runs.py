@@ -1,13 +1,16 @@
 """E2EAug as a user runs it: what it leaves, what it says, and which mistakes it names."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
+from e2eaug_generators import GENERATORS, OTHERS
 
 from mlseg import checkpoint, run
 from mlseg.errors import RunError
+from mlseg.problems.e2eaug.networks import asapnet, spade
 
 
 def train(tmp_path: Path, *overrides: str) -> Path:
@@ -41,14 +44,16 @@ def test_a_run_leaves_gan_pairs_and_architecture(
     assert "encoder.0" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("generator", GENERATORS)
 def test_a_dry_run_shows_the_path_of_each_hypergradient(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    generator: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug")
+    config = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug", GENERATORS[generator])
     assert run.main([str(config), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "architecture → segmentor → generator → architecture" in said
     assert "stage pretraining, 3 iterations" in said
+    assert "not counted" not in said
 
 
 @pytest.mark.parametrize(
@@ -59,6 +64,21 @@ def test_a_dry_run_shows_the_path_of_each_hypergradient(
         ("generator.search=none", "no architecture to learn"),
         ("augmentation.window=16", "the generator makes images of one size"),
         ("data.val=0", "data.val"),
+        ("generator={name: spade, levels: 6}", "generator.levels: spade with 6"),
+        ("generator={name: asapnet, grid: 5}", "generator.grid"),
+        ("generator={name: spde}", "did you mean 'spade'?"),
+        ("generator={name: spade, dropout: 0.5}", "generator.dropout: unknown key"),
+        ("generator={name: spade, channels: 0}", "generator.channels"),
+        ("architecture={mode: frozen, choice: 5-2-1}", "architecture.choice: no candidate '5-2-1'"),
+        ("architecture.choice=4-2-1", "architecture.choice: goes with"),
+        ("architecture.draw=1", "architecture.draw: goes with"),
+        ("level3={guidance: -1}", "level3.guidance"),
+        ("generator.candidates=poor", "generator.candidates"),
+        ("gan.feature_matching=10", "gan.feature_matching: patchgan gives no features"),
+        (
+            "discriminator={name: multiscale, scales: 6}",
+            "discriminator.scales: 6 need images of 64",
+        ),
     ],
 )
 def test_mistakes_are_one_line(
@@ -69,6 +89,39 @@ def test_mistakes_are_one_line(
     assert run.main([str(config), override, "--out", str(out)]) == 2
     assert names in one_line(capsys)
     assert not out.exists(), "nothing was done"
+
+
+@pytest.mark.parametrize("setting", ["level3.guidance=1", "level3.synthetic_weight=true"])
+@pytest.mark.parametrize(
+    "without", ["synthetic_weight=0", "gan.frozen=true", "architecture.mode=random"]
+)
+def test_nothing_is_learned_at_level_three_where_there_is_none(
+    setting: str, without: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug")
+    assert run.main([str(config), setting, without, "--out", str(tmp_path / "run")]) == 2
+    assert setting.partition("=")[0] in one_line(capsys)
+
+
+@pytest.mark.parametrize("generator", OTHERS)
+def test_other_generators_on_real_images(
+    generator: str, real: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root = real("isic2018")
+    data = {"name": "isic2018", "root": str(root), "image_size": 32}
+    changes = {**GENERATORS[generator], "engine.samples": 1, "gan.perceptual": "random"}
+    changes["data"] = {**data, "train": 6, "val": 4, "test": 3, "when_missing": "error"}
+    config = tiny.write_config(tmp_path / "c.yaml", "e2eaug", changes)
+    out = tmp_path / "run"
+    assert run.main([str(config), "--out", str(out)]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert 0 <= results["scores"]["last"]["test"]["jaccard"] <= 1
+    record = json.loads((out / "architecture.json").read_text())
+    assert all(m > 0 for row in record["moved"] for m in row)
+    saved = checkpoint.load(out / "checkpoints" / "generator.pt")
+    assert saved["name"] == generator
+    plain = {"spade": spade, "asapnet": asapnet}[generator].Generator(**saved["settings"])
+    plain.load_state_dict(saved["module"])
 
 
 def test_lambda_zero_trains_no_gan(tmp_path: Path) -> None:

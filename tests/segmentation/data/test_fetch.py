@@ -149,6 +149,12 @@ def test_only_what_is_needed_travels(server: Server, tmp_path: Path) -> None:
     assert not incomplete(tmp_path)
 
 
+def test_a_member_without_a_name_is_none_of_the_images(server: Server, tmp_path: Path) -> None:
+    named = archive({"Xnameless": b"?", f"{IMAGES}/ISIC_0000001.jpg": picture(1, "image")})
+    server.files["/images.zip"] = named.replace(b"Xnameless", b"\0nameless")
+    assert get(server, tmp_path) == 1
+
+
 def test_what_is_there_is_not_fetched_again_and_never_replaced(
     server: Server, tmp_path: Path
 ) -> None:

@@ -313,6 +313,20 @@ def test_names_that_are_not_utf_8(folder: Path, tmp_path: Path) -> None:
     assert len(find_examples(data_set("pairs"), folder)["all"]) == 1
 
 
+def test_letters_that_macos_takes_apart(folder: Path) -> None:
+    """One name, by other code points: as a folder copied from there has it, in whole or in part."""
+    whole, apart = "caf\u00e9.png", "cafe\u0301.png"
+    (folder / "images/p03.png").rename(folder / "images" / whole)
+    (folder / "masks/p03.png").rename(folder / "masks" / apart)
+    found = {e.id: e for e in find_examples(data_set("folder"), folder)["all"]}
+    example = found["caf\u00e9"]
+    assert (example.image.name, [m.name for m in example.masks]) == (whole, [apart])
+    # With one under each spelling they are two masks of one image.
+    (folder / "masks" / whole).write_bytes((folder / "masks" / apart).read_bytes())
+    with pytest.raises(UserError, match="second mask"):
+        find_examples(data_set("folder"), folder)
+
+
 def test_voc_is_what_its_lists_say(tmp_path: Path) -> None:
     write(tmp_path, "voc2012")
     entry = data_set("voc2012")

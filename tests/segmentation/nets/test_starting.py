@@ -19,7 +19,7 @@ UNET = {"name": "smp_unet", "encoder": "resnet18", "options": {"decoder_channels
 OWN_UNET = {"name": "unet", "channels": 2, "levels": 1}
 
 
-def reference(classes: int = 3, channels: int = 3) -> nn.Module:
+def reference(classes: int = 3, channels: int = 3) -> Any:
     """segmentation-models-pytorch's own network of :data:`UNET`, with statistics of its own."""
     torch.manual_seed(7)
     made = smp.Unet(
@@ -31,6 +31,8 @@ def reference(classes: int = 3, channels: int = 3) -> nn.Module:
     )
     for module in made.modules():
         if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
             module.running_mean.uniform_(-0.1, 0.1)
             module.running_var.uniform_(0.5, 2.0)
     return made.eval()
@@ -38,7 +40,7 @@ def reference(classes: int = 3, channels: int = 3) -> nn.Module:
 
 def begun(
     settings: dict[str, Any], classes: tuple[str, ...] = ("a", "b", "c"), channels: int = 3
-) -> tuple[nn.Module, starting.Started]:
+) -> tuple[Any, starting.Started]:
     """A segmentor of these settings, and what it has started from."""
     torch.manual_seed(0)
     parsed = SegmentorSettings.model_validate(settings)

@@ -1,0 +1,107 @@
+"""Two and three processes come to what one comes to: every method, every system."""
+
+import re
+from functools import cache
+from typing import Any
+
+import parallel_cases
+import pytest
+import torch
+from parallel_cases import CASES
+from several_processes import Several
+
+from mlseg import parallel
+from mlseg.errors import UserError
+from mlseg.hypergradients.registry import classes
+from mlseg.multilevel.sharing import own_share
+
+COUNTS = (2, 3)
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What each process of two and of three came to: every case within the same processes."""
+    found = {}
+    for count in COUNTS:
+        folder = tmp_path_factory.mktemp(f"of{count}")
+        with Several(count, [str(folder)], folder, parallel_cases.main) as running:
+            assert running.wait() == [0] * count, running.said()
+        found[count] = [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+    return found
+
+
+@cache
+def alone(case: str) -> dict[str, Any]:
+    return CASES[case]()
+
+
+def bound(case: str) -> float:
+    """Some hundred operations a step, over ten steps, each with a rounding unit of 1e-16 or 6e-8;
+    differences divide by an epsilon of 1e-2."""
+    return 1e-5 if "float32" in case else 1e-10
+
+
+@pytest.mark.parametrize(
+    ("count", "case"), [(n, case) for n in COUNTS for case in parallel_cases.cases(n)]
+)
+def test_as_one(case: str, count: int, answers: dict[int, list[dict[str, Any]]]) -> None:
+    first, *others = (answer[case] for answer in answers[count])
+    assert isinstance(first, dict), first
+    expected = alone(case)
+    assert first.keys() == expected.keys()
+    for name, value in expected.items():
+        assert all(torch.equal(first[name], other[name]) for other in others), name
+        distance = float((first[name] - value).double().norm())
+        assert distance <= bound(case) * max(1.0, float(value.double().norm())), name
+
+
+VALUES = {"K": 3, "P": 2, "R": 5, "T": 2, "N": 15}
+"""Of the symbols in docstrings, in these cases."""
+
+
+@pytest.mark.parametrize("method", classes())
+def test_collectives_of_a_hop(method: str, answers: dict[int, list[dict[str, Any]]]) -> None:
+    said = re.search(
+        r"Collectives per hop, in several processes: ``(.+?)``", classes()[method].__doc__ or ""
+    )
+    assert said is not None
+    product = re.sub(r"(?<=\w) (?=\w)", " * ", said[1])
+    for count in COUNTS:
+        assert answers[count][0]["hops"][method] == eval(product, dict(VALUES))
+
+
+def test_alone_nothing_is_done() -> None:
+    tensors, values = [torch.ones(2)], {"a": 1.0}
+    assert parallel.average(tensors) is tensors
+    assert parallel.average_some(tensors, tensors) is tensors
+    assert parallel.averaged(tensors) is tensors
+    assert parallel.summed(tensors[0]) is tensors[0]
+    assert parallel.as_mean(tensors[0]) is tensors[0]
+    assert parallel.from_first(values) is values
+    assert parallel.gather(values) == [values]
+    assert parallel.part(7) == (0, 7, 7)
+    assert parallel.collectives() == 0
+
+
+@pytest.mark.parametrize("said", [{"RANK": "2"}, {"WORLD_SIZE": "two"}, {"LOCAL_RANK": "-1"}])
+def test_a_place_that_cannot_be(said: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # fmt: skip
+    for name, value in {**whole, **said}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="no place among several processes"):
+        parallel.launch()
+
+
+def test_shares_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    x = torch.arange(4)
+    assert own_share({"x": x, "names": ["a", "b", "c", "d"]}, None, "low") == {
+        "x": pytest.approx(x[2:]),
+        "names": ["c", "d"],
+    }
+    ragged = (x, torch.arange(3))
+    assert own_share(ragged, None, "low") is ragged
+    with pytest.raises(UserError, match="problem 'low': a batch of 3 can't be shared equally by 2"):
+        own_share(torch.arange(3), None, "low")
