@@ -141,9 +141,14 @@ class LabelMapBatches:
         batch: Tensor,
         augmentation: Augmentation,
         generator: torch.Generator,
-        part: parallel.Part,
+        part: parallel.Part | None = None,
     ) -> Batch:
-        """A part of a batch, by number: of an image the truth, then its maps by each entry."""
+        """A part of a batch, by number: of an image the truth, then its maps by each entry.
+
+        Args:
+            part: None: all of it.
+        """
+        part = part or parallel.Part(0, len(batch), len(batch))
         samples, offset = self._parts[split]
         faked, images = self._faked[split], self._places[split]
         chosen = batch[part.span]
