@@ -45,6 +45,10 @@ def methods() -> dict[str, Method]:
         for epsilon in EPSILONS:
             values = {"method": "finite_difference", "epsilon": epsilon, **common}
             found[f"finite_difference {epsilon:g}, {where}"] = resolve(values)
+            if where == "before_step":
+                # What `one_sided` gives, bit for bit; the training step's gradient isn't at hand.
+                one_sided = resolve({**values, "scheme": "forward"})
+                found[f"finite_difference {epsilon:g}, one-sided"] = one_sided
     return found
 
 

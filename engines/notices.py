@@ -82,14 +82,21 @@ def _independent(upper: str, levels: list[str], source: str) -> str:
 
 
 def after_log(engine: Engine, lines: Mapping[str, Mapping[str, float]]) -> None:
-    """Say of each hop once that its method has not solved its system."""
+    """Say of each hop once what its method remarks, and that it has not solved its system."""
     for problem in engine.problems:
         line = lines.get(problem.name, {})
         for level in {node for path in problem.paths for node in path[1:-1]}:
             method: Any = getattr(level, "method", None)
             prefix = f"hypergradient/{level.name}_"
             figures = {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
-            if method is None or not figures or not method.is_unsolved(figures):
+            if method is None or not figures:
+                continue
+            remark = method.remark(level)
+            if remark is not None and engine._recorder.is_new(f"{level.name} remark"):
+                engine._recorder.event(
+                    "hypergradient_remark", engine.global_step, level=level.name, text=remark
+                )
+            if not method.is_unsolved(figures):
                 continue
             if engine._recorder.is_new(f"{problem.name}/{level.name} unsolved"):
                 residual = figures.get("residual")

@@ -20,7 +20,12 @@ from rich.progress import Progress as RichProgress
 if TYPE_CHECKING:
     from mlseg.engines.engine import Engine
 
-NOTICES = ("hypergradient_zero", "hypergradient_unsolved", "buffers_moved")
+NOTICES = (
+    "hypergradient_zero",
+    "hypergradient_unsolved",
+    "hypergradient_remark",
+    "buffers_moved",
+)
 """Events that say in a text of their own what is wrong with a program."""
 
 SECONDS_BETWEEN_LINES = 10.0

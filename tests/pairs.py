@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mlseg.engines.engine import Engine
+from mlseg.hypergradients import Interface
 from mlseg.testing import exact, programs
 from mlseg.testing.exact import Truth
 from mlseg.testing.programs import Call, Graph, Level, Nets
@@ -154,3 +155,25 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-7) -> bool:
     """
     assert b.norm() > 1e-5, "a truth of zero proves nothing"
     return exact.distance(a, b) < tolerance
+
+
+class Between(Low):
+    """Reaches the upper level through one tensor, and may say so."""
+
+    declares = False
+
+    def training_step(self, batch: Any) -> Tensor:
+        x, y = batch
+        z = self.top.module(x)
+        if self.declares and self.is_differentiated and not self.replaying:
+            self.interface = Interface(
+                [z], lambda tensors: self.part(tensors, x, y), self.random_state(), None
+            )
+        return self.part([z], x, y)
+
+    def part(self, tensors: Any, x: Tensor, y: Tensor) -> Tensor:
+        return ((self.module(x + tensors[0]).squeeze(1) - y) ** 2).mean()
+
+
+class Declared(Between):
+    declares = True

@@ -364,6 +364,25 @@ class Hop:
         by_parameter = {id(p): v for p, v in zip(parameters, vector, strict=True)}
         return [by_parameter[id(p)] for p in self.parameters]
 
+    def unperturbed(self) -> Cotangents | None:
+        """The gradient by ``inputs`` that the last step took along, at the weights it started from.
+
+        None where there is none: in a resumed run, whose last step was before, and where another
+        hop has used up the interface. Evaluating it gives the same.
+
+        Raises:
+            UserError: it doesn't hold any more.
+        """
+        taken = self.level.trajectory.taken_along
+        theirs = self.inputs if self._interface is None else self._interface.tensors
+        if taken is None:
+            return None
+        by_input = {id(z): g for z, g in zip(taken.inputs, taken.gradient, strict=True)}
+        if any(id(z) not in by_input for z in theirs):
+            return None
+        taken.check(self.level.name)
+        return [None if (g := by_input[id(z)]) is None else _full(g) for z in theirs]
+
     def pull_back(self, cotangents: Cotangents) -> list[Vector]:
         """Carry cotangents of ``inputs`` on to each source's trainable parameters.
 
@@ -517,6 +536,10 @@ class Method(Settings):
         That is where more than half of the incoming vector is left, or it has diverged.
         """
         return figures.get("residual", 0.0) > 0.5 or figures.get("diverged", 0.0) > 0.0
+
+    def remark(self, level: Level) -> str | None:
+        """What a user should know of this method on this level, said once in a run."""
+        return None
 
     def carries_hooks(self) -> bool:
         """Whether it knows of hooks on the level's parameters.

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
@@ -43,6 +43,7 @@ from mlseg.hypergradients.base import (
     Point,
     Vector,
 )
+from mlseg.hypergradients.kronecker import Factors, Kronecker, without_factors
 from mlseg.hypergradients.optimizers import objective
 from mlseg.hypergradients.second_order.products import pull_through
 from mlseg.hypergradients.trajectory import Keeps
@@ -112,19 +113,43 @@ class System:
         hessian: ``H``.
         damping: added to its diagonal.
         start: the last hop's solution, for a warm start; None: from zero.
+        factors: Kronecker factors of ``H``, where the method asks for them.
 
     Attributes:
         hop: whose system it is.
     """
 
-    def __init__(self, hessian: Hessian, damping: float = 0.0, start: Tensor | None = None) -> None:
-        self.hessian, self.damping, self.start = hessian, damping, start
+    def __init__(
+        self,
+        hessian: Hessian,
+        damping: float = 0.0,
+        start: Tensor | None = None,
+        factors: Factors | None = None,
+    ) -> None:
+        self.hessian, self.damping, self.start, self.factors = hessian, damping, start, factors
         self.hop = hessian.hop
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(H + damping I) x``."""
         result = self.hessian(x)
         return result.add_(x, alpha=self.damping) if self.damping else result
+
+    def solved_by(self, solver: Callable[..., Solution], v: Tensor, **settings: Any) -> Solution:
+        """``solver``'s solution; with factors that of the system between their roots.
+
+        With ``L L^T`` the factors' inverse, ``L^T (H + damping I) L y = L^T v`` and ``x = L y``:
+        the solution is the same, the condition that of ``L^T H L``. Figures are of that system.
+        """
+        f = self.factors
+        if f is None or not f.layers:
+            return solver(self, v, start=self.start, **settings)
+        start = None if self.start is None else f.root_inverse(self.start)
+
+        def between(y: Tensor) -> Tensor:
+            return f.root_transposed(self(f.root(y)))
+
+        y, figures = solver(between, f.root_transposed(v), start=start, **settings)
+        return f.root(y), figures
 
     def on_fresh_batch(self) -> System:
         """The same system with the Hessian on a batch of its own."""
@@ -158,16 +183,22 @@ class Implicit(Differentiating):
         """Solve, then minus the mixed product of the solution."""
         warm = getattr(self, "warm_start", False)
         with hop.linearised(self.linearise), hop.evaluation(whole=True) as loss:
-            hessian = Hessian(loss(), hop)
+            factors = self.factors(hop)
+            hessian = Hessian(loss() if factors is None else factors.evaluated(loss), hop)
             if not hessian.parameters:
                 return [None] * len(hop.inputs), {}
+            factors = factors and factors.over(hessian.parameters)
             v = hessian.restrict(vector)
             start = hop.remembered(self.name, v) if warm else None
-            solution, diagnostics = self.solve(System(hessian, self.damping, start), v)
+            solution, diagnostics = self.solve(System(hessian, self.damping, start, factors), v)
             if warm:
                 hop.remember(self.name, solution)
             product = hessian.mixed(solution)
         return [None if q is None else q.neg() for q in product], diagnostics
+
+    def factors(self, hop: Hop) -> Factors | None:
+        """Kronecker factors for :attr:`System.factors`, where it wants any."""
+        return None
 
     @abstractmethod
     def solve(self, system: System, v: Tensor) -> Solution:
@@ -186,11 +217,26 @@ class Krylov(Implicit):
         iterations: at most.
         tolerance: residual, relative to ``v``, at which it ends.
         warm_start: whether to start from the last hop's solution.
+        preconditioner: Kronecker factors of the curvature, ``kfac`` with their settings' defaults;
+            fewer iterations where conditions are bad, at an evaluation's price per hop. Residual
+            and curvature are then those between the factors' roots.
     """
 
     iterations: PositiveInt = 10
     tolerance: NonNegativeFloat = 1e-10
     warm_start: bool = False
+    preconditioner: Kronecker | Literal["kfac"] | None = None
+
+    def factors(self, hop: Hop) -> Factors | None:
+        """Those of ``preconditioner``."""
+        if self.preconditioner is None:
+            return None
+        given = self.preconditioner
+        return Factors(hop, Kronecker() if given == "kfac" else given)
+
+    def remark(self, level: Level) -> str | None:
+        """On the parameters without factors."""
+        return None if self.preconditioner is None else without_factors(level)
 
 
 def finished(active: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mlseg.hypergradients.second_order.fused import SecondOrder
+from mlseg.hypergradients.taken_along import TakenAlong
 from mlseg.randomness import RandomState
 from mlseg.transfer import batch_to_device, state_to_device
 
@@ -27,6 +28,8 @@ class Keeps:
         graphs: of how many, the last ones before an upper level steps, the graph of that gradient,
             which the step builds for the purpose.
         second_order: by whose formulas that graph is differentiated.
+        by_inputs: of the last step before a hop also the gradient by the hop's inputs
+            (:mod:`mlseg.hypergradients.taken_along`).
         states: of how many steps, spread over a whole window, weights and moments are kept, from
             which the others are taken again (:mod:`mlseg.hypergradients.checkpoints`); 0 for all.
     """
@@ -37,6 +40,7 @@ class Keeps:
     graphs: int = 0
     second_order: SecondOrder = "torch"
     states: int = 0
+    by_inputs: bool = False
 
 
 @dataclass
@@ -77,10 +81,16 @@ class Trajectory:
 
     Args:
         keeps: how many, and what of each.
+
+    Attributes:
+        steps: as far as they are kept.
+        taken_along: the last step's gradient by the hop's inputs, where it is; a resumed run hasn't
+            it.
     """
 
     def __init__(self, keeps: Keeps) -> None:
         self.keeps = keeps
+        self.taken_along: TakenAlong | None = None
         self.steps: deque[Step] = deque()
         self._open: Step | None = None
         self._spare: Step | None = None

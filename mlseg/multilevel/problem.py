@@ -121,6 +121,7 @@ class Problem(Revisitable):
             parameters = self.trainable_parameters()
             self._gradient_is_complete(batch, parameters)
             self.optimizer_step()
+            self._steps_taken += 1
             if self.is_implemented("param_callback"):
                 self.param_callback()
             if type(self).zero_grad is Problem.zero_grad:
@@ -168,7 +169,11 @@ class Problem(Revisitable):
                 gradient, left = both[: len(leaves)], both[len(leaves) :]
                 check_none_left(self.name, left, "store to weights")
                 self.trajectory.add_graph(gradient)
-            if keeps_graph and not self._paths:
+            inputs = self._hop_inputs()
+            self.trajectory.taken_along = None
+            if inputs:
+                self._gradient_with(loss, leaves, inputs)
+            elif keeps_graph and not self._paths:
                 detached = [None if g is None else g.detach() for g in gradient]
                 total: Sequence[Any] = parallel.average_some(detached, leaves)
             else:

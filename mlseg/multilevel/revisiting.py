@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import betty.problems
 from torch import Tensor
 
-from mlseg import randomness
+from mlseg import parallel, randomness
 from mlseg.errors import UserError
 from mlseg.hypergradients import Interface, Keeps, Method, Stepping, Trajectory, Vector
 from mlseg.hypergradients.checkpoints import trajectory_of
 from mlseg.hypergradients.fitness import check_level
+from mlseg.hypergradients.gradient_hooks import silenced
+from mlseg.hypergradients.taken_along import with_inputs
 from mlseg.multilevel import graph
 from mlseg.multilevel.again import Again
 from mlseg.multilevel.loaders import FreshBatches, Stream
@@ -56,6 +59,7 @@ class Revisitable(graph.KnowsLevels, betty.problems.ImplicitProblem):
     _is_differentiated: bool
     _redrawing: Redrawing | None
     _place: Place | None
+    _steps_taken: int
     _random_state: randomness.RandomState | None
     _stream: Stream
     _fresh: FreshBatches
@@ -65,7 +69,7 @@ class Revisitable(graph.KnowsLevels, betty.problems.ImplicitProblem):
         self.trajectory, self.hop_memory = Trajectory(Keeps()), {}
         self.again = Again(self)
         self._is_differentiated, self._random_state = False, None
-        self._redrawing, self._place = None, None
+        self._redrawing, self._place, self._steps_taken = None, None, 0
 
     @property
     def is_differentiated(self) -> bool:
@@ -149,6 +153,27 @@ class Revisitable(graph.KnowsLevels, betty.problems.ImplicitProblem):
         """How many steps follow this one before the levels above may step."""
         taken = (self._count - 1) // self.gas
         return self.unroll_steps - 1 - taken % self.unroll_steps
+
+    def _hop_inputs(self) -> Vector:
+        """What the hop after this step differentiates by, where the step is to take that along."""
+        if not self.trajectory.keeps.by_inputs or self._steps_to_hop():
+            return []
+        if self.interface is not None:
+            return list(self.interface.tensors)
+        return [p for source in self.sources() for p in source.trainable_parameters()]
+
+    def _gradient_with(self, loss: Tensor, parameters: Vector, inputs: Vector) -> None:
+        """Take the gradient, and that by ``inputs`` along with it."""
+        others = [(q, p) for q in self._everyone()[1:] for p in q.module.parameters()]
+        with silenced(self.again.modules()):
+            gradient, self.trajectory.taken_along = with_inputs(
+                loss, parameters, inputs, others, bool(self._retain_graph)
+            )
+        self._accumulate(parameters, parallel.average_some(gradient, parameters))
+
+    @abstractmethod
+    def _accumulate(self, parameters: Vector, gradients: Sequence[Tensor | None]) -> None:
+        """Add whole gradients to ``.grad``."""
 
     def _gradient_is_complete(self, batch: Any, parameters: Vector) -> None:
         self.again.end(batch)

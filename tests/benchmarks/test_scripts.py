@@ -151,6 +151,39 @@ def test_segan_views(script: Script, tmp_path: Path) -> None:
     assert [row[0] for row in rows(shown)] == ways
 
 
+def test_gpu(script: Script, tmp_path: Path) -> None:
+    """Its toy form: every section in a process of its own, and both reports."""
+    shown = script("gpu", "--toy", "--out", tmp_path, "--only", "product", "tests")
+    assert re.findall(r"^(\w+): passed", shown, re.MULTILINE) == ["product", "tests"]
+    assert "| contiguous |" in (tmp_path / "report.md").read_text()
+    sections = json.loads((tmp_path / "report.json").read_text())["sections"]
+    assert [s["outcome"] for s in sections] == ["passed", "passed"]
+
+
+def test_beside_betty(script: Script, tmp_path: Path) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug")
+    shown = script("beside_betty", config, "--rounds", 2, "--slopes", 1)
+    assert columns(shown, 0) == [("Betty",), ("mlseg",)]
+    for row in rows(shown):
+        cosine = re.fullmatch(r"\*\*-?\d\.\d\d\*\* \((.*)\)", row[4])
+        assert cosine is not None, row
+        assert len(cosine[1].split()) == 1
+
+
+def test_scaling(script: Script, tmp_path: Path) -> None:
+    """Two axes: one with pictures whose numbers grow, and the bound of few states on memory."""
+    names = ("T", "T, 2 states", "levels")
+    shown = script("scaling", "--tiny", "--rounds", 1, "--axes", *names, "--out", tmp_path)
+    assert columns(shown, 0) == [(name,) for name in names]
+    figures = json.loads((tmp_path / "scaling.json").read_text())["axes"]
+    assert list(figures["T"]["sizes"]) == ["1", "2", "4", "8"]
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "T.png",
+        "T_2 states.png",
+        "levels.png",
+    }
+
+
 def test_threads(script: Script) -> None:
     """What each of its processes does; all of them would take a minute."""
     shown = json.loads(script("threads", "--child", 1, "--sizes", "1x2x8", "1x2x16"))

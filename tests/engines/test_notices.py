@@ -85,6 +85,7 @@ def indefinite() -> nn.Module:
 
 SOLVERS: dict[str, dict[str, Any]] = {
     "cg": {},
+    "kfac": {},
     "minres": {"iterations": 1},
     "neumann": {"step_size": 10.0},
     "nystrom": {"rank": 1, "damping": 1e-6},

@@ -47,9 +47,9 @@ class Library(ModuleType):
             self.init(name=given)
             return SimpleNamespace(info=SimpleNamespace(run_id="x7"))
 
-        self.set_experiment = lambda project: None  # type: ignore[assignment]
+        self.set_experiment = lambda project: None
         self.start_run, self.end_run = start_run, self.finish
-        self.log_params, self.log_metrics = self.parameters.update, self.log  # type: ignore[assignment]
+        self.log_params, self.log_metrics = self.parameters.update, self.log
 
 
 def library(monkeypatch: pytest.MonkeyPatch, name: str, failing: str = "") -> Library:

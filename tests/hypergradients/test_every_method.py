@@ -52,6 +52,8 @@ EXPECTED = {
     "unrolled": Expected("minimisers", 1e-6, 1e-4, {"steps": LONG}, steps=LONG),
     "forward": Expected("minimisers", 1e-6, 1e-4, {"steps": LONG}, steps=LONG),
     "identity": Expected("one step", 1e-10, 1e-4),
+    # These levels have no layers: the inverse is the learning rate. Layers: see test_kfac.py.
+    "kfac": Expected("one step", 1e-10, 1e-4, {"rescale": False}),
     # Differences err by epsilon^2 times a third derivative over a first, of order 1 to 10 (none in
     # the quadratic families), and by u / epsilon for each operation.
     "finite_difference": Expected("one step", 1e-6, 5e-3, {"epsilon": 1e-4}, {"epsilon": 1e-2}),

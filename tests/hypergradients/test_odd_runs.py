@@ -16,6 +16,8 @@ from pairs import (
     HIGHER,
     RATE,
     SAMA,
+    Between,
+    Declared,
     Low,
     Signs,
     Top,
@@ -30,33 +32,11 @@ from torch import Tensor, nn
 
 from mlseg.engines.engine import Engine
 from mlseg.errors import UserError
-from mlseg.hypergradients import Identity, Interface, names, register
+from mlseg.hypergradients import Identity, names, register
 from mlseg.multilevel.config import Config
 from mlseg.testing import programs
 
 # --------------------------------------------------------------------------- numbers that run away
-
-
-class Between(Low):
-    """Reaches the upper level through one tensor, and may say so."""
-
-    declares = False
-
-    def training_step(self, batch: Any) -> Tensor:
-        x, y = batch
-        z = self.top.module(x)
-        if self.declares and self.is_differentiated and not self.replaying:
-            self.interface = Interface(
-                [z], lambda tensors: self.part(tensors, x, y), self.random_state(), None
-            )
-        return self.part([z], x, y)
-
-    def part(self, tensors: Any, x: Tensor, y: Tensor) -> Tensor:
-        return ((self.module(x + tensors[0]).squeeze(1) - y) ** 2).mean()
-
-
-class Declared(Between):
-    declares = True
 
 
 def test_bfloat16_does_not_round_the_gradients_by_an_interface() -> None:

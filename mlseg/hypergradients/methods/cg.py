@@ -62,8 +62,8 @@ class ConjugateGradients(Krylov):
 
     def solve(self, system: System, v: Tensor) -> Solution:
         """See the class."""
-        return conjugate_gradients(
-            system, v, iterations=self.iterations, tolerance=self.tolerance, start=system.start
+        return system.solved_by(
+            conjugate_gradients, v, iterations=self.iterations, tolerance=self.tolerance
         )
 
 

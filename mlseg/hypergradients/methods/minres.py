@@ -45,8 +45,8 @@ class MinimalResidual(Krylov):
 
     def solve(self, system: System, v: Tensor) -> Solution:
         """See the class."""
-        return minimal_residual(
-            system, v, iterations=self.iterations, tolerance=self.tolerance, start=system.start
+        return system.solved_by(
+            minimal_residual, v, iterations=self.iterations, tolerance=self.tolerance
         )
 
 

@@ -78,4 +78,4 @@ class Sama(OneStep):
 
     def mixed_product(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         """See the class."""
-        return difference(vector, hop, self.epsilon, self.scheme == "central")
+        return difference(vector, hop, self.epsilon, self.scheme)

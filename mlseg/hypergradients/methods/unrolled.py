@@ -214,6 +214,11 @@ class Unrolled(Differentiating):
         """Refuse windows that aren't one after the other, and steps that can't be taken again."""
         stepping = level.stepping
         check_replays(level.name, stepping.hooks, stepping.below, level.precision)
+        if parallel.several():
+            raise UserError(
+                f"problem {level.name!r}: store: states takes steps again, which "
+                f"{parallel.size()} processes don't share; set the hypergradient's store to weights"
+            )
         if (self.steps or 1) > level.unroll_steps:
             raise UserError(
                 f"problem {level.name!r}: store: states is for windows one after the other: the "

@@ -29,7 +29,7 @@ def apply_to(*tensors: Tensor | None) -> bool:
             t.dtype == first.dtype and t.device == first.device and t.layout is torch.strided
             for t in given
         )
-        and not torch.is_autocast_enabled(first.device.type)
+        and (first.device.type == "meta" or not torch.is_autocast_enabled(first.device.type))
         and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None

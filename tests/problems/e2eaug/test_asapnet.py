@@ -40,7 +40,7 @@ def label(batch: int = 2) -> Tensor:
         (1, {"channels": 16, "deep_channels": 128, "mlp_channels": 32}, 1_556_691),  # 1.56 M
     ],
 )
-def test_published_sizes(labels: int, settings: dict[str, int], expected: int) -> None:
+def test_published_sizes(labels: int, settings: dict[str, Any], expected: int) -> None:
     with torch.device("meta"):
         generator = SearchableGenerator(labels, 3, 256, search="none", **settings)
         assert SearchableGenerator(labels, 3, 256, **settings).num_cells == 4

@@ -102,7 +102,8 @@ def test_the_guide_is_added_at_its_relative_size() -> None:
     generator.hypergradient = hypergradient
     engine.iterate()
     (guide,) = passed
-    own, total = [], []
+    own: list[Tensor] = []
+    total: list[Tensor] = []
     callback = generator.grad_callback
 
     def grad_callback() -> None:

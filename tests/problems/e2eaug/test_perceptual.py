@@ -32,6 +32,7 @@ def torchvisions(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, P
     for module in features:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
+            assert module.bias is not None
             nn.init.normal_(module.bias, std=0.1)
         if isinstance(module, nn.ReLU):
             module.inplace = False

@@ -124,6 +124,7 @@ def test_merged_export_is_the_same_function(search: Search) -> None:
     generator.eval()
     state = torch.get_rng_state()
     export = generator.merged(weights)
+    assert isinstance(export, Generator)
     assert torch.equal(torch.get_rng_state(), state), "an export must not disturb a run"
     assert not export.training
     torch.testing.assert_close(export(label), generator(label, weights), rtol=0, atol=1e-10)

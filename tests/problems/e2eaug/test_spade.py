@@ -50,6 +50,7 @@ def test_without_modulation_it_is_the_normalisation(norm: Norm) -> None:
     layer = SpatiallyAdaptive(3, 1, 4, norm)
     for convolution in (layer.gamma, layer.beta):
         torch.nn.init.zeros_(convolution.weight)
+        assert convolution.bias is not None
         torch.nn.init.zeros_(convolution.bias)
     x = torch.randn(2, 3, 4, 6)
     dims = (2, 3) if norm == "instance" else (0, 2, 3)
