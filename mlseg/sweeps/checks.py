@@ -76,8 +76,8 @@ def check_report(tree: Tree, settings: GridSettings, axes: Mapping[str, Mapping[
         ("sheets", report.sheets),
         ("examples", report.examples),
     ):
-        for name, value in named.items():
-            if value is None:
+        for name, drawn in named.items():
+            if drawn is None:
                 continue
             other = files.setdefault(file_stem(name), f"report.{kind}.{name}")
             if other != f"report.{kind}.{name}":
