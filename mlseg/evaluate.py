@@ -163,7 +163,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def add_choices(parser: argparse.ArgumentParser) -> None:
     """Arguments about which weights are used, how, and where."""
-    parser.add_argument("--weights", choices=("best", "last"), default="best")
+    parser.add_argument(
+        "--weights", choices=("best", "last", "start"), default="best",
+        help="chosen on validation images, the last, or those that a last stage began with",
+    )  # fmt: skip
     parser.add_argument(
         "--k", type=above_zero, help="temperature; default: the calibrated or the run's own"
     )

@@ -4,6 +4,7 @@
     python -m mlseg.predict runs/try lesion.jpg --out masks/ --probabilities npz --tta flips
     python -m mlseg.predict runs/try 'images/*_left.png' --out masks/ --csv masks/areas.csv
     python -m mlseg.predict runs/a runs/b runs/c images/ --out masks/
+    python -m mlseg.predict runs/voc VOCdevkit/VOC2012 --server voc2012_comp6 --out upload/
 
 For each image two PNGs at its own size, upright as it is shown (EXIF): ``<name>.png``, the mask (0
 and 255 for two classes, else class indices with the classes' colours as palette), and
@@ -13,6 +14,11 @@ masks of several classes in ``classes.json``. Several runs: the mean of their pr
 
 Slices of DICOM and NIfTI (``.dcm``, ``.nii``, ``.nii.gz``) have their masks in their own format
 too, with place and spacing; that needs the extra ``medical``.
+
+``--server`` names a benchmark whose test masks nobody else has, and the images are the test images
+below its data set's folder. Their label maps alone are written, as its server takes them:
+``voc2012_comp5`` and ``voc2012_comp6`` palette PNGs below ``results/VOC2012/Segmentation/``,
+``cityscapes`` the ids of its label files.
 
 Nothing is overwritten but what an earlier call has written, which the files say of themselves; with
 ``--overwrite`` any file of these names but the images. A run that names code from outside mlseg
@@ -45,7 +51,8 @@ from mlseg.machine import choose_device
 from mlseg.segmentation.data import DatasetSpec, medical
 from mlseg.segmentation.data.decode import limit_pixels, read_image
 from mlseg.segmentation.data.layout import is_hidden, list_files
-from mlseg.segmentation.outputs import Outputs, is_own, rows, write_table
+from mlseg.segmentation.data.servers import SERVERS, Server
+from mlseg.segmentation.outputs import Outputs, is_own, rows, save_png, write_table
 from mlseg.segmentation.segmenting import decided, enlarged, probabilities
 from mlseg.segmentation.trained import Ensemble
 
@@ -63,6 +70,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("runs", type=named, nargs="+", metavar="RUN", help="run directories")
     made.add_argument("images", help="a folder, a file, or a glob in quotes")
     made.add_argument("--out", type=named, required=True, help="folder for masks and overlays")
+    made.add_argument(
+        "--server", choices=tuple(SERVERS), help="of a benchmark, for its test images; see above"
+    )
     made.add_argument(
         "--overwrite", action="store_true", help="also files there that predict hasn't written"
     )
@@ -91,6 +101,8 @@ def _run_guarded(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     limit_pixels(arguments.max_megapixels)
+    if arguments.server is not None:
+        return _hand_in(arguments, SERVERS[arguments.server])
     paths = find_images(arguments.images)
     any_two = DatasetSpec("", 3, ("", ""))  # names of files depend on the number of classes alone
     outputs = Outputs(arguments.out, any_two, arguments.probabilities)
@@ -120,6 +132,44 @@ def _run(arguments: argparse.Namespace) -> int:
     if failed:
         names = ", ".join(path.name for path in failed)
         print(printable(f"failed: {len(failed)} of {len(paths)} images: {names}"), file=sys.stderr)
+    return EXIT_RUN_ERROR if failed else 0
+
+
+def _hand_in(arguments: argparse.Namespace, server: Server) -> int:
+    """Write the label maps of a benchmark's test images; the exit code."""
+    for option in ("probabilities", "csv"):
+        if getattr(arguments, option) is not None:
+            raise UserError(f"--{option}: no server takes it; drop it or --server")
+    taken = server.images(reachable(arguments.images))
+    made = {arguments.out / name: path for name, path in taken.items()}
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise UserError(f"--out: {arguments.out} is a file; name a folder")
+    check_files([("--out", file) for file in made], list(made.values()), arguments.overwrite)
+    require_writable(arguments.out)
+    ensemble = load_chosen(arguments, choose_device(arguments.device))
+    server.check(ensemble.first.spec.classes, ensemble.first.run)
+    choose_threads(arguments).use()
+    console = make_console(stderr=True)
+    failed: list[Path] = []
+    for file, path in track(
+        made.items(), "Segmenting", console=console, disable=not console.is_terminal
+    ):
+        try:
+            image = read_image(path, ensemble.first.spec.channels)
+            found = probabilities(ensemble, image, str(path))
+        except UserError as error:
+            print(f"error: {printable(str(error))}", file=sys.stderr)
+            failed.append(path)
+            continue
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        save_png(server.picture(decided(ensemble, found, image.shape[1:])), file)
+    console.print(f"{len(made) - len(failed)} label maps for the server in {arguments.out}")
+    if len(made) != server.number:
+        console.print(f"The server wants {server.number}: here were {len(made)} test images.")
+    if failed:
+        names = ", ".join(path.name for path in failed)
+        print(printable(f"failed: {len(failed)} of {len(made)} images: {names}"), file=sys.stderr)
     return EXIT_RUN_ERROR if failed else 0
 
 
@@ -206,8 +256,6 @@ def check_outputs(
     folder = outputs.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: {folder} is a file; name a folder")
-    # realpath, not resolve: a loop of links leads nowhere, and is said when its image is read.
-    read = {os.path.realpath(image) for image in images}
     made = {file: Path(file.name) for file in outputs.of_all()}
     for image in images:
         for file in outputs.files(image):
@@ -221,6 +269,22 @@ def check_outputs(
         if os.path.realpath(table) in {os.path.realpath(file) for file in made}:
             raise UserError(f"--csv: {table} is a file of --out already; name another")
         wanted.append(("--csv", table))
+    check_files(wanted, images, overwrite)
+
+
+def check_files(
+    wanted: Sequence[tuple[str, Path]], images: Sequence[Path], overwrite: bool
+) -> None:
+    """Refuse to write where an image lies, or somebody else's file.
+
+    Args:
+        wanted: files that are to be written, with the option that names each.
+
+    Raises:
+        UserError: one is there already.
+    """
+    # realpath, not resolve: a loop of links leads nowhere, and is said when its image is read.
+    read = {os.path.realpath(image) for image in images}
     for option, file in wanted:
         if os.path.realpath(file) in read:
             raise UserError(f"{option}: {file} is one of the images; name another folder")

@@ -337,9 +337,10 @@ class Lookahead:
 
 
 class StraightAhead:
-    """LoAd's control: a given number of updates in a row, the best on the hold-out kept.
+    """Without lookahead: a given number of updates in a row, the best on the hold-out kept.
 
-    No rollback, no discriminator; as many evaluations to choose from as the lookahead has had.
+    No rollback, no buffer; as many evaluations to choose from as the lookahead has had. LoAd's
+    control, and plain alternating descent and ascent.
 
     Args:
         length: number of updates.

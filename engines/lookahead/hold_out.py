@@ -26,10 +26,10 @@ CUDA_LOGITS = 2**31 // 2
 
 
 def hold_out_indices(ids: list[str], fraction: float, seed: int) -> list[int]:
-    """Which validation examples are the hold-out: a share of them, drawn as splits are.
+    """A share of examples, as the hold-out is of those to validate on; drawn as splits are.
 
     Args:
-        ids: of the validation examples.
+        ids: of the examples.
         fraction: above 0, at most 1.
         seed: of the draw.
 

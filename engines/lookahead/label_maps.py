@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,17 +28,20 @@ class LabelMapBatches:
     """Passes over |B| + 1 maps of every training image in random order.
 
     They are the truth and each of the buffer's, with real maps weighted (|B| + 1) / 2 and fake ones
-    (|B| + 1) / (2 |B|), so that either side has half of the weight and a mean weight of one. An
-    image and its maps are flipped together. Where training cuts windows, the hold-out's are cut at
-    places that stay the same.
+    (|B| + 1) / (2 |B|), so that either side has half of the weight and a mean weight of one; so
+    they have where the buffer holds a part of the images alone. An image and its maps are flipped
+    together. Where training cuts windows, the hold-out's are cut at places that stay the same.
 
     Args:
-        train, hold_out: examples; entries of ``buffer`` hold the maps of both, in this order.
-        buffer: label maps of former models.
+        train, hold_out: examples.
+        buffer: label maps of former models: an entry holds those of the training images ``faked``,
+            then those of the hold-out.
         batch_size: maps per step.
         augmentation: of image and map together.
         device: where batches go.
         seed: of order and augmentation.
+        faked: indices of training images, ascending; None: all. Of the others a pass has the truth
+            alone.
 
     Several processes go through the same passes, and each gives its share of every batch.
 
@@ -55,12 +58,22 @@ class LabelMapBatches:
         augmentation: Augmentation,
         device: torch.device,
         seed: int,
+        faked: Sequence[int] | None = None,
     ) -> None:
+        chosen = set(range(len(train)) if faked is None else faked)
         key = "problems.discriminator.batch_size"
         parallel.require_equal_parts(batch_size, key)
-        if batch_size > 2 * len(train):  # a batch of all maps there are
-            parallel.require_equal_parts(len(train), f"{key} is larger than a pass, data.train")
-        self._parts = {"train": (train, 0), "hold_out": (hold_out, len(train))}
+        least = len(train) + len(chosen)  # maps of a pass with one entry
+        if batch_size > least:  # a batch of all maps there are
+            what = "data.train" if len(chosen) == len(train) else "data.train and fakes.fraction"
+            together = len(train) if len(chosen) == len(train) else least
+            parallel.require_equal_parts(together, f"{key} is larger than a pass, {what}")
+        rest = [index for index in range(len(train)) if index not in chosen]
+        images = torch.tensor([*sorted(chosen), *rest], dtype=torch.int64)
+        # Where an entry's maps of them begin, and how many there are: of the first in an order.
+        self._parts = {"train": (train, 0), "hold_out": (hold_out, len(chosen))}
+        self._faked = {"train": len(chosen), "hold_out": len(hold_out)}
+        self._places = {"train": images, "hold_out": torch.arange(len(hold_out))}
         self._buffer = buffer
         self._batch_size = batch_size
         self._augmentation = augmentation
@@ -98,7 +111,7 @@ class LabelMapBatches:
         return min(self._batch_size, self._maps("train"))
 
     def _maps(self, part: str) -> int:
-        return len(self._parts[part][0]) * (len(self._buffer) + 1)
+        return len(self._parts[part][0]) + self._faked[part] * len(self._buffer)
 
     def shuffle(self) -> None:
         """Begin a pass."""
@@ -128,17 +141,26 @@ class LabelMapBatches:
         batch: Tensor,
         augmentation: Augmentation,
         generator: torch.Generator,
-        part: parallel.Part,
+        part: parallel.Part | None = None,
     ) -> Batch:
-        """A part of a batch, by number: of image i the truth, then its maps by each entry."""
+        """A part of a batch, by number: of an image the truth, then its maps by each entry.
+
+        Args:
+            part: None: all of it.
+        """
+        part = part or parallel.Part(0, len(batch), len(batch))
         samples, offset = self._parts[split]
+        faked, images = self._faked[split], self._places[split]
         chosen = batch[part.span]
         sets = len(self._buffer) + 1
-        image_index, which = chosen // sets, chosen % sets
+        has_maps = chosen < faked * sets
+        place = torch.where(has_maps, chosen // sets, chosen - faked * (sets - 1))
+        which = torch.where(has_maps, chosen % sets, 0)
+        image_index = images[place]
         truth = samples.masks[image_index]
         labels, fake = truth.clone(), which > 0
         if fake.any():
-            maps = self._buffer.gather(which[fake] - 1, image_index[fake] + offset)
+            maps = self._buffer.gather(which[fake] - 1, place[fake] + offset)
             ignore = samples.spec.ignore_index
             # Ignored pixels are ignored on both sides: they mustn't tell real from fake.
             ignored = torch.zeros_like(maps, dtype=torch.bool)
@@ -146,7 +168,8 @@ class LabelMapBatches:
                 ignored = truth[fake] == ignore
             labels[fake] = torch.where(ignored, truth[fake], maps)
         real = (~fake).float()
-        weights = torch.where(fake, sets / (2 * max(sets - 1, 1)), sets / 2)
+        maps_in_all, fakes = self._maps(split), max(faked * (sets - 1), 1)
+        weights = torch.where(fake, maps_in_all / (2 * fakes), maps_in_all / (2 * len(samples)))
         image = to_float(to_device(samples.images[image_index], self._device))
         label = to_device(labels, self._device).to(torch.int64)
         image, label = augmentation(image, label, generator, part)

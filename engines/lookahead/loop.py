@@ -38,11 +38,12 @@ class LookaheadLoop(Hooks):
     Args:
         controller: decides what is to be done.
         stepper: the problem that updates the model; its module is the segmentor's.
-        train: training images, whose label maps go into the buffer.
+        train: training images whose label maps go into the buffer.
         hold_out: scores the model.
         buffer, training: of the discriminator; None for a controller that never asks for them.
         start_state: gives what ``start.pt`` holds beside the model.
         drop_momentum: a model that is put back starts with an optimizer that has made no step.
+        before: problems that step before it, each time that it does.
     """
 
     name = LOOKAHEAD
@@ -60,6 +61,7 @@ class LookaheadLoop(Hooks):
         training: DiscriminatorTraining | None,
         start_state: Callable[[], Mapping[str, Any]] = dict,
         drop_momentum: bool = False,
+        before: Sequence[Problem] = (),
     ) -> None:
         self.controller = controller
         self.stepper = stepper
@@ -69,12 +71,18 @@ class LookaheadLoop(Hooks):
         self.training = training
         self.start_state = start_state
         self.drop_momentum = drop_momentum
+        self.steppers = [*before, stepper]
         self.snapshots = {
             slot: Snapshot(stepper.module, stepper.optimizer) for slot in ("start", "peak")
         }
         self._queue: deque[Command] = deque()
         self._written: int | None = None
         """Maps of the entry that is being made; None between entries."""
+
+    @property
+    def entries(self) -> list[str]:
+        """Models whose maps are whole in the buffer; none while an entry is being made."""
+        return [] if self.buffer is None or self._written is not None else self.buffer.labels
 
     # ------------------------------------------------------------------ the loop
 
@@ -91,7 +99,7 @@ class LookaheadLoop(Hooks):
             self._queue.extend(self.controller.begin())
         action = self._queue[0].action
         if action == "step":
-            return [self.stepper]
+            return list(self.steppers)
         if action == "train":
             assert self.training is not None
             return [self.training.problem] if self.training.wants_step() else []
@@ -225,7 +233,7 @@ class LookaheadLoop(Hooks):
         batch = held.samples.images[: held.batch_size]
         batches = math.ceil(len(held) / held.batch_size)
         pieces = [
-            Work("update", updates, self.stepper.step_normal),
+            Work("update", updates, self._step_once),
             Work("hold-out, a batch", (updates + 1) * batches, lambda: held.maps(module, batch)),
         ]
         buffer, training = self.buffer, self.training
@@ -238,6 +246,10 @@ class LookaheadLoop(Hooks):
             per_epoch = training.batches.per_epoch * (buffer.size + 1) // (len(buffer) + 1)
             pieces.append(Work("discriminator, a batch", epochs * per_epoch, training.step))
         return pieces
+
+    def _step_once(self) -> None:
+        for problem in self.steppers:
+            problem.step_normal()
 
     # ---------------------------------------------------------------- what is kept
 

@@ -78,8 +78,8 @@ class Outputs:
         """
         shown = np.broadcast_to(image_CHW, (3, *image_CHW.shape[1:])).transpose(1, 2, 0)
         picture, over, *more = self.files(image)
-        _save(_mask_image(mask, self.spec), picture, Classes=json.dumps(_classes(self.spec)))
-        _save(Image.fromarray(overlay(shown, mask, self.spec.palette)), over)
+        save_png(_mask_image(mask, self.spec), picture, Classes=json.dumps(_classes(self.spec)))
+        save_png(Image.fromarray(overlay(shown, mask, self.spec.palette)), over)
         if slice_ is not None:
             medical.write_mask(mask, slice_, more.pop(0))
         if probabilities is None or self.probabilities is None:
@@ -90,7 +90,7 @@ class Outputs:
         parts = probabilities[1:] if self.spec.num_classes == 2 else probabilities
         for part, file in zip(parts, more, strict=True):
             wide = np.rint(np.clip(part.astype(np.float64), 0, 1) * 65535).astype(np.uint16)
-            _save(Image.fromarray(wide), file)
+            save_png(Image.fromarray(wide), file)
 
     def of_all(self) -> list[Path]:
         """Files that there is one of: ``classes.json``, where there are more than two."""
@@ -178,7 +178,12 @@ def _classes(spec: DatasetSpec) -> list[dict[str, Any]]:
     ]
 
 
-def _save(picture: Image.Image, file: Path, **texts: str) -> None:
+def save_png(picture: Image.Image, file: Path, **texts: str) -> None:
+    """A PNG that says that it is ours, and these texts.
+
+    Raises:
+        RunError: it can't be written.
+    """
     made = PngInfo()
     for key, text in {"Software": SOFTWARE, **texts}.items():
         made.add_text(key, text)

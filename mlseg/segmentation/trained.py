@@ -196,7 +196,7 @@ def load_runs(runs: Sequence[Path], device: torch.device, weights: str = "best")
 
     Args:
         runs: the directories.
-        weights: ``best`` (chosen on validation data) or ``last``.
+        weights: ``best`` (chosen on validation data), ``last``, or another checkpoint's name.
 
     Raises:
         UserError: a run can't be loaded, or the runs don't fit together.
@@ -224,7 +224,8 @@ def load_trained(run: Path, device: torch.device, weights: str = "best") -> Trai
 
     Args:
         run: the directory, or the file.
-        weights: ``best`` (chosen on validation data) or ``last``; of a directory.
+        weights: ``best`` (chosen on validation data), ``last`` or another checkpoint's name; of a
+            directory.
 
     Raises:
         UserError: no such run, no such checkpoint, or one of a run without a segmentor.

@@ -11,7 +11,7 @@ from mlseg.config import Tree
 from mlseg.config.explaining import quoted
 from mlseg.errors import UserError
 from mlseg.problems.reporting import FIGURES, ILLUSTRATIONS, SECTIONS
-from mlseg.sweeps.settings import BESIDE_AXES, GridSettings, TableSettings, Where
+from mlseg.sweeps.settings import BESIDE_AXES, GridSettings, TableSettings, Where, file_stem
 
 
 def refuse_test_data(
@@ -67,6 +67,22 @@ def check_report(tree: Tree, settings: GridSettings, axes: Mapping[str, Mapping[
                 ILLUSTRATIONS.get(kind)
             except UserError as error:
                 raise tree.error(spot, str(error)) from None
+    for name, example in report.examples.items():
+        if example is not None:
+            check_where(tree, ("report", "examples", name, "where"), example.where, axes)
+    files: dict[str, str] = {}
+    for kind, named in (
+        ("pictures", report.pictures),
+        ("sheets", report.sheets),
+        ("examples", report.examples),
+    ):
+        for name, drawn in named.items():
+            if drawn is None:
+                continue
+            other = files.setdefault(file_stem(name), f"report.{kind}.{name}")
+            if other != f"report.{kind}.{name}":
+                text = f"would be {file_stem(name)}.png, and so is {other}; rename one of them"
+                raise tree.error(("report", kind, name), text)
     for name, section in report.sections.items():
         if section is None:
             continue

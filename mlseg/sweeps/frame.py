@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import statistics
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlseg import config
@@ -44,10 +44,11 @@ class Finished:
         if not self.runs:
             raise UserError(f"no run below {grid.out} has finished yet")
         self._check()
-        if grid.settings.report.calibrated:
+        if chosen := grid.settings.report.calibrated:
             from mlseg.sweeps.sections import calibrated
 
-            self.runs = {cell: calibrated(run) for cell, run in self.runs.items()}
+            alone = chosen == "threshold"
+            self.runs = {cell: calibrated(run, alone) for cell, run in self.runs.items()}
         report = grid.settings.report
         own = dict.fromkeys(str(run.results.get("metric")) for run in self.runs.values())
         self.metrics = report.metrics or list(own)
@@ -143,14 +144,16 @@ class Finished:
             others = [
                 d for d in self.dimensions(table.figures) if d not in (axis, "metric", "split")
             ]
-            best: dict[Hashable, str] = {}
-            for place, group in records.groupby(others, sort=False):
+            # Groups by hand: there may be no other axis.
+            places = [tuple(str(r[d]) for d in others) for r in records.to_dict("records")]
+            best: dict[tuple[str, ...], str] = {}
+            for place in dict.fromkeys(places):
+                group = records[[other == place for other in places]]
                 means = group.groupby(axis, sort=False)[figure].mean()
                 if means.notna().any():
                     best[place] = str(means.idxmax())
-                    names = dict(zip(others, map(str, _tuple(place)), strict=True))
+                    names = dict(zip(others, place, strict=True))
                     chosen.append({**names, axis: best[place]})
-            places = records[others].apply(tuple, axis=1)
             records = records[
                 [best.get(p) == v for p, v in zip(places, records[axis], strict=True)]
             ]

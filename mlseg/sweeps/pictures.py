@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlseg.files import replacing, writing
 from mlseg.sweeps.frame import Finished, aggregate
-from mlseg.sweeps.settings import PictureSettings
+from mlseg.sweeps.settings import PictureSettings, file_stem
 from mlseg.sweeps.showing import plain
 
 if TYPE_CHECKING:
@@ -39,8 +38,7 @@ def draw(finished: Finished, out: Path) -> dict[str, Path]:
     for name, picture in wanted.items():
         records = finished.of([picture.figure], picture.where).dropna(subset=[picture.figure])
         if not records.empty:
-            path = out / re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_").lower()
-            found[name] = _draw(finished, name, picture, records, path)
+            found[name] = _draw(finished, name, picture, records, out / file_stem(name))
     return found
 
 

@@ -48,6 +48,7 @@ def write(grid: Grid, finished: Finished) -> str:
     """
     import pandas as pd
 
+    from mlseg.sweeps import examples
     from mlseg.sweeps.pictures import draw
     from mlseg.sweeps.sections import run_section
     from mlseg.sweeps.sheets import draw_sheets
@@ -68,6 +69,7 @@ def write(grid: Grid, finished: Finished) -> str:
     if any("minus this" in record["figure"] for record in made.records):
         made.lines += ["", _DIFFERENCES]
     drawn = {**draw(finished, grid.out), **draw_sheets(finished, grid.out)}
+    drawn |= examples.draw(finished, grid.out)
     for name, path in drawn.items():
         made.lines += ["", f"![{name}]({path.name})"]
     text = "\n".join(made.lines) + "\n"

@@ -12,6 +12,7 @@ from mlseg.calibrate import KS, THRESHOLDS, choose
 from mlseg.errors import UserError
 from mlseg.evaluate import own_data
 from mlseg.problems.reporting import FIGURES, SECTIONS, Block, FinishedRun
+from mlseg.segmentation.calibration import Choice
 from mlseg.segmentation.data import DataSettings, Samples, SegmentationData, load_data
 from mlseg.segmentation.metrics import SegmentationMetrics
 from mlseg.segmentation.scoring import score
@@ -72,25 +73,37 @@ def _of_constant(samples: Samples, index: int) -> dict[str, float]:
     return metrics.compute()
 
 
-def calibrated(run: FinishedRun) -> FinishedRun:
+def calibrated(run: FinishedRun, threshold_alone: bool = False) -> FinishedRun:
     """The run with ``scores.calibrated``, and what was chosen for it on validation images.
 
-    As ``mlseg.calibrate`` chooses and ``mlseg.evaluate`` scores; nothing is stored.
+    As ``mlseg.calibrate`` chooses and ``mlseg.evaluate`` scores; nothing is stored. The score that
+    it was chosen by is that on ``val``.
+
+    Args:
+        threshold_alone: at the network's own k.
     """
     ensemble = load_runs([run.directory], CPU)
-    data = own_data([run.directory])
-    better, choice = _choose(ensemble, data, str(run.results["metric"]))
-    scores = {**run.results["scores"], "calibrated": _scores(better, data)}
-    results = {**run.results, "scores": scores, "choice": {"k": choice[0], "threshold": choice[1]}}
+    data, metric = own_data([run.directory]), str(run.results["metric"])
+    ks = [ensemble.first.own_k] if threshold_alone else KS
+    better, choice = _choose(ensemble, data, metric, ks)
+    own = {"val": {metric: choice.value}, **_scores(better, data)}
+    scores = {**run.results["scores"], "calibrated": own}
+    chosen = {"k": choice.k, "threshold": choice.threshold}
+    results = {**run.results, "scores": scores, "choice": chosen}
     return FinishedRun(run.directory, run.seed, results, run.config)
 
 
 @SECTIONS.register("ensembles")
-def ensembles(rows: Rows, metrics: Sequence[str] = ("jaccard", "dice")) -> list[Block]:
+def ensembles(
+    rows: Rows,
+    metrics: Sequence[str] = ("jaccard", "dice"),
+    title: str = "Ensembles of the seeds",
+) -> list[Block]:
     """The mean of the seeds' probabilities, as configured and with k and threshold chosen.
 
     Args:
         metrics: shown.
+        title: of the tables.
     """
     blocks: dict[str, list[list[str]]] = {}
     choices = []
@@ -99,14 +112,16 @@ def ensembles(rows: Rows, metrics: Sequence[str] = ("jaccard", "dice")) -> list[
             continue
         directories = [run.directory for run in runs]
         data, together = own_data(directories), load_runs(directories, CPU)
-        better, own = _choose(together, data, str(runs[0].results["metric"]))
+        better, own = _choose(together, data, str(runs[0].results["metric"]), KS)
         singly = [run.results["choice"] for run in runs if "choice" in run.results]
         pairs = [(choice["k"], choice["threshold"]) for choice in singly]
-        choices.append([name, "; ".join(f"{k:g}, {t:g}" for k, t in [*pairs, own])])
-        for title, made in (("as configured", together), ("calibrated", better)):
+        choices.append(
+            [name, "; ".join(f"{k:g}, {t:g}" for k, t in [*pairs, (own.k, own.threshold)])]
+        )
+        for how, made in (("as configured", together), ("calibrated", better)):
             for split, values in _scores(made, data).items():
                 cells = [f"{values[m]:.{digits_of(m)}f}" for m in metrics]
-                blocks.setdefault(f"Ensembles of the seeds, {title}, {split}", []).append(
+                blocks.setdefault(f"{title}, {how}, {split}", []).append(
                     [name, str(len(runs)), *cells]
                 )
     if not choices:
@@ -119,11 +134,11 @@ def ensembles(rows: Rows, metrics: Sequence[str] = ("jaccard", "dice")) -> list[
 
 
 def _choose(
-    ensemble: Ensemble, data: SegmentationData, metric: str
-) -> tuple[Ensemble, tuple[float, float]]:
+    ensemble: Ensemble, data: SegmentationData, metric: str, ks: Sequence[float]
+) -> tuple[Ensemble, Choice]:
     native = ensemble.first.scoring == "native"
-    _, choice = choose(ensemble, data.val, CPU, KS, THRESHOLDS, native, metric)
-    return ensemble.with_choice(choice.k, choice.threshold), (choice.k, choice.threshold)
+    _, choice = choose(ensemble, data.val, CPU, ks, THRESHOLDS, native, metric)
+    return ensemble.with_choice(choice.k, choice.threshold), choice
 
 
 def _scores(ensemble: Ensemble, data: SegmentationData) -> dict[str, dict[str, float]]:

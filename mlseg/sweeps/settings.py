@@ -24,7 +24,8 @@ it takes from other cells. What is set to null is left out: an axis, a value, a 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import re
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import (
@@ -164,6 +165,26 @@ class PictureSettings(Settings):
     where: Where = {}
 
 
+class ExamplesSettings(Settings):
+    """A picture of images with their truth and each row's prediction: its seeds' ensemble.
+
+    Attributes:
+        split: that the images are of.
+        images: how many, drawn by ``seed`` from their names.
+        seed: of the draw.
+        ids: the images themselves, in place of a draw.
+        seeds: of the runs; None: all. Where seeds split the data otherwise, name one.
+        where: rows that it is of, as for tables.
+    """
+
+    split: str = "test"
+    images: PositiveInt = 6
+    seed: NonNegativeInt = 0
+    ids: Annotated[list[str], Field(min_length=1)] | None = None
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
+    where: Where = {}
+
+
 class SheetSettings(Settings):
     """Images in columns; in rows these, their masks, and what runs predict, those of one seed.
 
@@ -204,13 +225,14 @@ class ReportSettings(Settings):
         splits: that ``{split}`` stands for; None: all that the cells have but ``val``.
         metrics: that ``{metric}`` stands for; None: the headline one.
         calibrated: whether the weights ``calibrated`` are scored too: those of ``best`` with k and
-            threshold chosen on validation images.
-        figures, tables, pictures, sheets, sections: by name.
+            threshold chosen on validation images; or with the ``threshold`` alone chosen, at the k
+            that each network has been trained to.
+        figures, tables, pictures, sheets, examples, sections: by name.
     """
 
     splits: list[str] | None = None
     metrics: list[str] | None = None
-    calibrated: bool = False
+    calibrated: bool | Literal["threshold"] = False
     figures: dict[str, FigureSettings | None] = {
         "selected step": FigureSettings(of="scores.best.{split}.{metric}"),
         "last step": FigureSettings(of="scores.last.{split}.{metric}"),
@@ -220,6 +242,7 @@ class ReportSettings(Settings):
     tables: dict[str, TableSettings | None] = {}
     pictures: dict[str, PictureSettings | None] = {}
     sheets: dict[str, SheetSettings | None] = {}
+    examples: dict[str, ExamplesSettings | None] = {}
     sections: dict[str, SectionSettings | None] = {}
 
 
@@ -264,3 +287,8 @@ class GridSettings(Settings):
 
 BESIDE_AXES = ("split", "metric")
 """What tables may have rows and columns of beside a grid's axes."""
+
+
+def file_stem(name: str) -> str:
+    """Of a picture's file: ``Figure 2`` becomes ``figure_2``."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_").lower()

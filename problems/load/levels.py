@@ -161,3 +161,30 @@ class Discriminator(Problem):
             return self(image, maps_BKHW)
         finally:
             self.module.requires_grad_(True)
+
+
+class AlternatingDiscriminator(Discriminator):
+    """One that steps in turn with the generator, on what it makes now: no lookahead, no buffer.
+
+    Each batch is images of the training split with their truth and the generator's hard maps, made
+    in evaluation mode: as many real as fake ones.
+    """
+
+    def __init__(self, setup: Setup, *, num_classes: int, ignore_index: int | None) -> None:
+        super().__init__(setup, num_classes=num_classes, batches=None)
+        self.ignore_index = ignore_index
+
+    @torch.no_grad()
+    def get_batch(self) -> Batch:
+        """Real maps, then fake ones of the same images."""
+        image, mask = Problem.get_batch(self)
+        module = self.generator.module
+        module.eval()  # its own step puts it back
+        with torch.autocast(image.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            fake = module(image).argmax(1)
+        if self.ignore_index is not None:
+            fake = torch.where(mask == self.ignore_index, mask, fake)
+        real = torch.ones(2 * len(image), device=image.device)
+        real[len(image) :] = 0
+        images, labels = torch.cat([image, image]), torch.cat([mask, fake])
+        return images, labels, real, torch.ones_like(real)

@@ -3,6 +3,9 @@
 ``convergence.png``   mIoU over updates with cycles, peaks and roll-backs; the buffer over time
 ``classes.md, .json`` IoU of every class before and after, by gain
 ``samples/changed.png`` validation images whose label maps changed most
+``samples/improved.png`` those of which most pixels became right
+
+Label maps across the cycles: :mod:`mlseg.problems.load.maps`.
 """
 
 from __future__ import annotations
@@ -12,20 +15,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
 from rich.table import Table
-from torch import Tensor
 
 from mlseg import checkpoint
 from mlseg.engines.engine import Engine
 from mlseg.engines.hooks import Hooks
-from mlseg.engines.lookahead.loop import BEST, START, LookaheadLoop
+from mlseg.engines.lookahead.loop import LookaheadLoop
 from mlseg.engines.recording import EVENTS
 from mlseg.engines.segmentation import Segmentation
 from mlseg.files import write_json, write_text, writing
-from mlseg.segmentation.data import Samples
-from mlseg.segmentation.pictures import Row, colour, legend, sheet, to_rgb
+from mlseg.problems.load.maps import draw_changes
 
 SPLITS = ("val", "val_hold_out", "val_rest", "test")
 Events = Sequence[Mapping[str, Any]]
@@ -37,7 +36,7 @@ class LoadRecords(Hooks):
     Args:
         segmentation: the engine's hook that scores the models.
         loop: the one that obeys the controller.
-        pictures: images in ``samples/changed.png``; 0 for none.
+        pictures: images in each sheet of ``samples/``; 0 for none.
     """
 
     def __init__(self, segmentation: Segmentation, loop: LookaheadLoop, pictures: int) -> None:
@@ -66,60 +65,12 @@ class LoadRecords(Hooks):
             write_text(directory / "classes.md", markdown(self._changes))
             draw(read_events(directory), directory / "convergence.png")
             if self.pictures:
-                self._draw_changed_maps(engine, directory / "samples" / "changed.png")
+                draw_changes(engine, self.segmentation, self.loop, self.pictures)
         return {"classes": shown, "models": prints}
 
     def summary(self, engine: Engine) -> Table | None:
         """The gain of each class."""
         return None if self._changes is None else summary(self._changes, engine.stopped_early)
-
-    @torch.no_grad()
-    def _draw_changed_maps(self, engine: Engine, path: Path) -> None:
-        """Rows of image, truth, label map before and after, of those that changed most, if any did.
-
-        Images are of the validation split; pixels that are ignored in the truth don't count.
-
-        Raises:
-            RunError: the file can't be written.
-        """
-        samples = self.segmentation.data.val
-        if not {START, BEST} <= self.segmentation.counts.keys():
-            return
-        found = {}
-        for name in (START, BEST):
-            with self.segmentation.weights(engine, name) as there:
-                if not there:
-                    return
-                found[name] = self._maps(samples)
-        pixels = torch.zeros(len(samples), dtype=torch.int64)
-        for i, (before, after) in enumerate(zip(found[START], found[BEST], strict=True)):
-            changed = before != after  # image by image: the split may be large
-            if samples.spec.ignore_index is not None:
-                changed &= samples.masks[i] != samples.spec.ignore_index
-            pixels[i] = changed.sum()
-        most = min(self.pictures, int((pixels > 0).sum()))
-        order = pixels.argsort(descending=True, stable=True)[:most]
-        if not len(order):
-            return
-        spec = samples.spec
-        rows = [
-            Row(
-                [to_rgb(samples.images[i])]
-                + [colour(m[i].numpy(), spec.palette) for m in (samples.masks, *found.values())],
-                f"{samples.ids[i]}   {pixels[i]} pixels changed",
-            )
-            for i in order.tolist()
-        ]
-        colours = legend(spec, samples.masks[order], tinted=False)
-        heads = ("image", "truth", "before", "after")
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(sheet(heads, rows, colours)).save(path)
-
-    def _maps(self, samples: Samples) -> Tensor:
-        held, module = self.loop.hold_out, self.segmentation.problem.module
-        parts = [held.maps(module, x).cpu() for x in samples.images.split(held.batch_size)]
-        return torch.cat(parts)
 
 
 # ------------------------------------------------------------------------ per class

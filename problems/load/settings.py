@@ -20,6 +20,7 @@ from mlseg.engines.lookahead.discriminator_training import DiscriminatorTraining
 from mlseg.engines.lookahead.loop import METRIC
 from mlseg.engines.settings import EngineSettings, LoopSettings
 from mlseg.multilevel.settings import ProblemSettings
+from mlseg.problems.load.convergence import ConvergenceSettings
 from mlseg.problems.load.losses import Relaxation
 from mlseg.problems.load.networks import DiscriminatorSettings
 from mlseg.problems.systems import AnyRunSettings
@@ -51,6 +52,21 @@ class HoldOutSettings(Settings):
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
     seed: NonNegativeInt = 0
     batch_size: PositiveInt | None = None
+
+
+class FakesSettings(Settings):
+    """The training images that the buffer holds label maps of.
+
+    The discriminator sees the truth of all, and the maps of these. A share of 0.1 takes a tenth of
+    the memory and of the time that making maps takes.
+
+    Attributes:
+        fraction: of the training split; at least one image.
+        seed: of their draw, the same for all entries.
+    """
+
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    seed: NonNegativeInt = 0
 
 
 class AdversarialSettings(Settings):
@@ -148,11 +164,17 @@ class LoadSettings(AnyRunSettings):
 
     Attributes:
         start: a checkpoint of any run with a segmentor of this shape, in place of stage 1.
+        convergence: None, or when stage 1, after its epochs, has gone on for long enough; of no
+            effect, as ``pretraining``, where ``start`` takes stage 1's place.
         augmentation: of image and label map together, in all of training.
         control: None, or a number of further cross-entropy updates in place of the lookahead, the
             best of them on the hold-out kept.
+        descent_ascent: None, or a number of alternating updates in its place: a step of the
+            discriminator on what the generator makes now, then one of the generator. Nothing is
+            rolled back; the best on the hold-out is kept.
         buffer_limit_mib: label maps beyond this many MiB are kept in memory-mapped files.
-        pictures: images in the picture of those whose label maps changed most.
+        pictures: images in each picture: of those whose label maps changed most, of those that
+            gained most, and of label maps across the cycles.
     """
 
     resumable: ClassVar[Sequence[str]] = (*AnyRunSettings.resumable, "pictures")
@@ -163,12 +185,15 @@ class LoadSettings(AnyRunSettings):
     discriminator: DiscriminatorSettings = DiscriminatorSettings()
     start: str | None = None
     pretraining: PretrainingSettings = PretrainingSettings()
+    convergence: ConvergenceSettings | None = None
     lookahead: LookaheadSettings = LookaheadSettings()
     hold_out: HoldOutSettings = HoldOutSettings()
+    fakes: FakesSettings = FakesSettings()
     adversarial: AdversarialSettings = AdversarialSettings()
     discriminator_training: DiscriminatorTrainingSettings = DiscriminatorTrainingSettings()
     augmentation: AugmentationSettings = AugmentationSettings.preset("flip")
     control: PositiveInt | None = None
+    descent_ascent: PositiveInt | None = None
     buffer_limit_mib: NonNegativeFloat = 2048.0
     pictures: NonNegativeInt = 6
     problems: LevelSettings
@@ -180,6 +205,15 @@ class LoadSettings(AnyRunSettings):
             raise ValueError("start: an untrained model; set pretraining.epochs, or name a start")
         if self.start is not None and self.segmentor.said("weights"):
             raise ValueError("start: it brings all weights; drop it or segmentor.weights")
+        if self.control is not None and self.descent_ascent is not None:
+            raise ValueError(
+                "descent_ascent: control takes the lookahead's place; drop one of them"
+            )
+        if self.descent_ascent is not None and self.problems.discriminator.batch_size < 2:
+            raise ValueError(
+                "problems.discriminator.batch_size: half of the maps are real; give 2 or more, or "
+                "drop descent_ascent"
+            )
         if self.control is not None and self.problems.pretraining.accumulate != 1:
             raise ValueError(
                 "problems.pretraining.accumulate: an update of the control is one batch; "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mlseg import parallel
 from mlseg.engines.engine import Engine
+from mlseg.engines.hooks import Hooks
 from mlseg.engines.lookahead.controller import Controller, Lookahead, StraightAhead
 from mlseg.engines.lookahead.discriminator_training import DiscriminatorTraining
 from mlseg.engines.lookahead.hold_out import HoldOut, hold_out_indices, require_every_class
@@ -21,8 +22,16 @@ from mlseg.engines.segmentation import Segmentation, require_validation
 from mlseg.engines.settings import Stage
 from mlseg.errors import UserError
 from mlseg.files import reachable
+from mlseg.multilevel.problem import Problem
 from mlseg.problems.building import Builder
-from mlseg.problems.load.levels import Discriminator, Generator, Pretraining
+from mlseg.problems.load.convergence import CROSS_ENTROPY, Convergence
+from mlseg.problems.load.cycles import CycleMaps
+from mlseg.problems.load.levels import (
+    AlternatingDiscriminator,
+    Discriminator,
+    Generator,
+    Pretraining,
+)
 from mlseg.problems.load.networks import Discriminator as DiscriminatorNetwork
 from mlseg.problems.load.networks import require_input_size
 from mlseg.problems.load.records import LoadRecords
@@ -61,9 +70,13 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
     require_input_size(settings.discriminator, size)
 
     buffer = batches = None
-    if settings.control is None:
+    own = settings.fakes
+    faked = hold_out_indices(data.train.ids, own.fraction, own.seed)
+    shown = data.train if len(faked) == len(data.train) else data.train.subset(faked)
+    ahead = settings.control is None and settings.descent_ascent is None
+    if ahead:
         buffer = MapBuffer(
-            (len(data.train) + len(held), *data.train.image_size),
+            (len(shown) + len(held), *data.train.image_size),
             settings.lookahead.buffer_size,
             None if out is None else out / "buffer",
             settings.buffer_limit_mib,
@@ -82,6 +95,7 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
             Augmentation(settings.augmentation, spec.ignore_index),
             make.device,
             derived(settings.seed, "label maps"),
+            faked,
         )
 
     loader = make.loader("pretraining", levels.pretraining, data.train, settings.augmentation)
@@ -99,27 +113,41 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
         adversarial=settings.adversarial,
         ignore_index=spec.ignore_index,
     )
-    discriminator = Discriminator(
-        make.level("discriminator", levels.discriminator, judge, more_steps=None),
-        num_classes=spec.num_classes,
-        batches=batches,
-    )
+    discriminator: Discriminator
+    if settings.descent_ascent is None:
+        discriminator = Discriminator(
+            make.level("discriminator", levels.discriminator, judge, more_steps=None),
+            num_classes=spec.num_classes,
+            batches=batches,
+        )
+    else:
+        discriminator = alternating(settings, make, data.train, judge)
 
     training = None
     controller: Controller
+    players: list[Problem]
     if settings.control is not None:
         controller, players = StraightAhead(settings.control), [pretraining]
         go_on(pretraining, start)
+    elif settings.descent_ascent is not None:
+        controller, players = StraightAhead(settings.descent_ascent), [discriminator, generator]
     else:
         assert batches is not None
-        controller, players = Lookahead(settings.lookahead), [generator, discriminator]
+        controller, players = Lookahead(settings.lookahead), [discriminator, generator]
         training = DiscriminatorTraining(discriminator, batches, settings.discriminator_training)
     stages = [
         Stage(LOOKAHEAD, settings.engine.iterations, players, validate=False, open_ended=True)
     ]
+    watching: list[Hooks] = []
     if settings.start is None:
         length = weighted + settings.pretraining.epochs * epoch
-        stages.insert(0, Stage("cross_entropy", length, [pretraining]))
+        if until := settings.convergence:
+            autocast = settings.precision == "bf16"
+            everything = HoldOut(data.val, make.device, settings.hold_out.batch_size, autocast)
+            watching = [Convergence(pretraining, everything, epoch, length, until)]
+            length += until.longest() * epoch
+        first = Stage(CROSS_ENTROPY, length, [pretraining], open_ended=bool(watching))
+        stages.insert(0, first)
 
     ids = set(held.ids)
     segmentation = Segmentation(
@@ -135,13 +163,14 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
     )
     loop = LookaheadLoop(
         controller,
-        players[0],
-        data.train,
+        players[-1],
+        shown,
         HoldOut(held, make.device, settings.hold_out.batch_size, settings.precision == "bf16"),
         buffer,
         training,
         start_state=lambda: {"pretraining": training_state(pretraining)},
         drop_momentum=settings.lookahead.momentum == "drop",
+        before=[] if ahead else players[:-1],
     )
     return Engine(
         [pretraining, generator, discriminator],
@@ -151,10 +180,26 @@ def build(settings: LoadSettings, out: Path | None) -> Engine:
         out=out,
         hooks=[
             segmentation,
+            *watching,
             loop,
+            CycleMaps(loop, settings.pictures),
             LoadRecords(segmentation, loop, settings.pictures),
             *make.hooks(),
         ],
+    )
+
+
+def alternating(
+    settings: LoadSettings, make: Builder, train: Samples, judge: DiscriminatorNetwork
+) -> AlternatingDiscriminator:
+    """The discriminator of alternating updates: half of its batch real, half fake."""
+    level, spec = settings.problems.discriminator, train.spec
+    images = level.model_copy(update={"batch_size": level.batch_size // 2})
+    loader = make.loader("discriminator", images, train, settings.augmentation)
+    return AlternatingDiscriminator(
+        make.level("discriminator", level, judge, loader, more_steps=None),
+        num_classes=spec.num_classes,
+        ignore_index=spec.ignore_index,
     )
 
 

@@ -77,6 +77,13 @@ TUNED: dict[str, Any] = {
         ({"report.sections": {"a": {"kind": "ensemble"}}}, "did you mean 'ensembles'?"),
         ({"report.pictures": {"a": {"figure": "seconds", "x": "roww"}}}, "pictures.a.x: no axis"),
         (
+            {
+                "report.pictures": {"Figure 2": {"figure": "seconds", "x": "row"}},
+                "report.examples": {"figure-2": {}},
+            },
+            "report.examples.figure-2: would be figure_2.png, and so is report.pictures.Figure 2",
+        ),
+        (
             TUNED,
             f"report.tables.Best.select.rate: rate would be chosen on test data, by the string "
             f"'{SCORE}'",

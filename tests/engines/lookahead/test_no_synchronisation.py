@@ -25,3 +25,14 @@ def test_13_no_adversarial_step_waits_for_the_device(no_reads: list[str]) -> Non
     assert set(no_reads) <= {"mlseg.engines.lookahead.hold_out: __float__"}, (
         "what has been transferred"
     )
+
+
+def test_alternating_steps_dont_wait_either(no_reads: list[str]) -> None:
+    engine: Any = tiny.build("load", {"descent_ascent": 3})
+    engine.train()
+    engine.enter_stage(1)
+    for _ in range(2):  # the first makes the optimizers' states
+        del no_reads[:]
+        engine.discriminator.step_normal()
+        engine.generator.step_normal()
+    assert no_reads == []

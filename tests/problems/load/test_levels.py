@@ -392,7 +392,7 @@ def test_a_rate_that_destroys_the_model_keeps_the_best(
 
 CONFIGS = sorted(
     path
-    for path in (Path(__file__).parents[2] / "configs").glob("load_*.yaml")
+    for path in (Path(__file__).parents[3] / "configs").glob("load_*.yaml")
     if "rows:" not in path.read_text()
 )
 
