@@ -82,7 +82,7 @@ def first_not_finite(tensors: Mapping[K, Tensor]) -> K | None:
     suspected: set[K] = set()
     for device in {t.device for t in wanted.values()}:
         keys = [k for k, t in wanted.items() if t.device == device]
-        sums = torch.stack([wanted[k].sum().isfinite() for k in keys]).tolist()
+        sums = torch.stack([wanted[k].sum() for k in keys]).isfinite().tolist()
         suspected |= {k for k, finite in zip(keys, sums, strict=True) if not finite}
     return next((k for k, t in wanted.items() if k in suspected and not t.isfinite().all()), None)
 

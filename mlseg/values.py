@@ -22,16 +22,20 @@ from torch import Tensor, nn
 _KIND, _CLASS, _VALUE = "mlseg.kind", "class", "value"
 _VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+_LEAVES = frozenset({*_VALUES, *_TENSORS})
 
 
 def as_plain(value: Any, where: str = "") -> Any:
     """``value`` in what ``torch.load`` reads; TypeError names the place of what isn't known."""
     kind = type(value)
-    if kind in _VALUES or kind in _TENSORS:
+    if kind in _LEAVES:
         return value
     if kind in (dict, OrderedDict):
         pairs = ((_key(k, where), v) for k, v in value.items())
-        return kind((k, as_plain(v, f"{where}.{k}" if where else str(k))) for k, v in pairs)
+        return kind(
+            (k, v if type(v) in _LEAVES else as_plain(v, f"{where}.{k}" if where else str(k)))
+            for k, v in pairs
+        )
     if kind in (list, tuple):
         return kind(as_plain(v, f"{where}[{i}]") for i, v in enumerate(value))
     if isinstance(value, np.generic):
@@ -55,6 +59,8 @@ def as_plain(value: Any, where: str = "") -> Any:
 
 
 def _key(key: Any, where: str) -> Any:
+    if type(key) is str:
+        return key
     key = key.item() if isinstance(key, np.generic) else key
     if isinstance(key, (str, int, float, type(None), bytes)) and type(key) in _VALUES:
         return key
