@@ -206,7 +206,7 @@ def _available(entry: Entry, root: Path, settings: DataSettings) -> bool:
     if not _absent(root):
         return True
     if settings.when_missing == "error":
-        raise _missing(entry, root)
+        raise _missing(entry, root, settings.root)
     return False
 
 
@@ -216,7 +216,13 @@ def _needed(entry: Entry, settings: DataSettings) -> tuple[str, ...] | None:
     return None
 
 
-def _missing(entry: Entry, root: Path) -> UserError:
+def _missing(entry: Entry, root: Path, named: str | None) -> UserError:
+    here = Path(named or root).absolute()
+    if not _absent(here) and here != root.absolute():
+        return UserError(
+            f"{root}: no data of {entry.spec.name} here, where $MLSEG_DATA has a relative "
+            f"data.root start; those in the working directory are data.root={here}"
+        )
     expected = ", ".join(entry.expected) or "a CSV file with the columns image and mask"
     return UserError(
         f"{root}: no data of {entry.spec.name} here; get them from {entry.source}, laid out as "
