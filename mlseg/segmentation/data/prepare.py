@@ -217,7 +217,7 @@ def _needed(entry: Entry, settings: DataSettings) -> tuple[str, ...] | None:
 
 
 def _missing(entry: Entry, root: Path, named: str | None) -> UserError:
-    here = Path(named or root).absolute()
+    here = (Path(named) if named else Path("data") / entry.spec.name).absolute()
     if not _absent(here) and here != root.absolute():
         return UserError(
             f"{root}: no data of {entry.spec.name} here, where $MLSEG_DATA has a relative "

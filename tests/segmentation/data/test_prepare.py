@@ -276,6 +276,20 @@ def test_examples_for_scoring_a_trained_model(tmp_path: Path, folder: Path) -> N
         load_examples("phh2", None, (8, 8), spec)
 
 
+def test_a_folder_that_lies_here_and_is_looked_for_below_another(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = folder.relative_to(tmp_path)
+    assert load_data(own(here)).provenance == "real"
+    monkeypatch.setenv("MLSEG_DATA", str(tmp_path / "elsewhere"))
+    with pytest.raises(UserError) as caught:
+        load_data(own(here))
+    assert "where $MLSEG_DATA has a relative data.root start" in str(caught.value)
+    assert str(caught.value).endswith(f"are data.root={folder}")
+    with pytest.raises(UserError, match="get them from"):
+        load_data(own(Path("nowhere")))
+
+
 def test_padded_data_and_examples(folder: Path) -> None:
     for path in (folder / "masks").iterdir():
         write_image(path, half_mask(value=1))  # 10 rows of 12, as the images
