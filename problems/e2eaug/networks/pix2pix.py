@@ -34,6 +34,7 @@ from mlseg.segmentation.nets.layers import BatchNorm, pad_to_multiple
 Search = Literal["both", "decoder", "none"]
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+Side = Annotated[int, Field(ge=4, le=8, multiple_of=2)]
 
 
 def count_levels(image_size: int | Sequence[int], levels: int | None = None) -> int:
@@ -143,7 +144,7 @@ class Generator(_Body):
         levels: int,
         channels: int = 64,
         dropout: Probability = 0.5,
-        kernels: Sequence[Literal[4, 6, 8]] | None = None,
+        kernels: Sequence[Side] | None = None,
     ) -> None:
         super().__init__(in_channels, out_channels, levels, channels, dropout)
         self.kernels = list(kernels) if kernels is not None else [4] * (2 * levels)

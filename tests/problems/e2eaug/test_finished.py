@@ -25,14 +25,16 @@ def saved(path: Path, name: str, way: str, **more: Any) -> nn.Module:
     """A finished generator as a run writes it."""
     torch.manual_seed(0)
     settings = {k: v for k, v in GENERATORS[name]["generator"].items() if k != "name"}
-    made = NETWORKS.get(name)(1, 3, 32, **{**settings, **WAYS[way], **more})
+    cls: Any = NETWORKS.get(name)
+    made = cls(1, 3, 32, **{**settings, **WAYS[way], **more})
     # A pass in training: statistics as a run has them.
     weights = torch.rand(made.num_cells, len(made.candidates)) if made.num_cells else None
     made(torch.ones(2, 1, 32, 32), weights)
-    plain = made.merged(weights)
+    plain: Any = made.merged(weights)
     state = {"name": name, "settings": plain.settings(), "module": plain.state_dict()}
     checkpoint.save(path, state)
-    return plain.eval()
+    evaluating: nn.Module = plain.eval()
+    return evaluating
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -121,7 +123,7 @@ def test_one_of_other_data(tmp_path: Path) -> None:
 class Mine(pix2pix.SearchableGenerator):
     """A user's own, which says nothing of what it becomes."""
 
-    plain = None
+    plain = None  # type: ignore[assignment]
 
 
 def test_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
