@@ -192,7 +192,7 @@ class Builder:
             self.started.add(name, found)
         if init is not None:
             with replayed(None):
-                taken = start_from(init, network, self.spec.classes, self._wider)
+                taken = start_from(init, network, settings, self.spec.classes, self._wider)
             TAKEN[network] = taken.record()
         # The layout that CPUs and tensor cores like.
         return network.to(memory_format=torch.channels_last)

@@ -145,7 +145,7 @@ class Component(Settings):
 
     def _own(self) -> dict[str, Any]:
         """The keywords of what is named."""
-        taken = _parameters(self.registry.get(self.name)) if self.beside else ()
+        taken = parameters_of(self.registry.get(self.name)) if self.beside else ()
         given = (self.model_extra or {}).items()
         return {key: value for key, value in given if key in taken or key not in self.beside}
 
@@ -214,7 +214,7 @@ def signature_settings(
     return pydantic.create_model(thing.__name__, __base__=held, **fields)
 
 
-def _parameters(thing: Callable[..., Any]) -> Collection[str]:
+def parameters_of(thing: Callable[..., Any]) -> Collection[str]:
     """Names of the parameters that something is called with; none where they can't be read."""
     try:
         return inspect.signature(thing).parameters
@@ -239,7 +239,7 @@ def _is_plain(value: Any) -> bool:
 def _schema_of(cls: type[Component], thing: Callable[..., Any], name: str) -> type[Settings]:
     try:
         declared = {key: (info.annotation, info) for key, info in cls.model_fields.items()}
-        taken = _parameters(thing)
+        taken = parameters_of(thing)
         declared |= {key: field for key, field in cls.beside.items() if key not in taken}
         base = pydantic.create_model(cls.__name__, __base__=Settings, **declared)  # type: ignore[call-overload]
         return signature_settings(thing, cls.given, base)

@@ -94,6 +94,9 @@ def scores(run: Run) -> Section | None:
     found = mapping(run.recorded.results.get("scores"))
     metric = str(run.recorded.results.get("metric"))
     shown = list(dict.fromkeys([metric, *FIRST, "thresholded_jaccard", "hd95"]))
+    counted = [mapping(own) for splits in found.values() for own in mapping(splits).values()]
+    if "nsd" not in shown and any("nsd" in own for own in counted):
+        shown.append("nsd")  # runs of former times haven't counted it
     rows, spans = [], []
     for weights, splits in found.items():
         for split, own in mapping(splits).items():
@@ -108,10 +111,10 @@ def scores(run: Run) -> Section | None:
         return None
     head = [plain(name) for name in shown]
     at_size = {"native": "the size of each mask's file", "trained": "the network's size"}
-    counted = at_size.get(str(run.recorded.results.get("scored_at")), "a size not said")
+    where = at_size.get(str(run.recorded.results.get("scored_at")), "a size not said")
     parts: list[Part] = [
         Table(
-            f"Means over images (mIoU: pooled), counted at {counted}; ± standard deviation",
+            f"Means over images (mIoU: pooled), counted at {where}; ± standard deviation",
             ["weights, split", "images", *head],
             rows,
             sortable=True,

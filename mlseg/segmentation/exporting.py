@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from mlseg import checkpoint
 from mlseg._version import __version__
 from mlseg.config.registry import Registry
-from mlseg.errors import UserError, one_line
+from mlseg.errors import RunError, UserError, one_line
 from mlseg.segmentation.calibration import calibrated
 from mlseg.segmentation.pipeline import Pipeline
 from mlseg.segmentation.segmenting import enlarged, probabilities
@@ -254,8 +254,8 @@ def write(thing: Exportable, form: str, path: Path, run: Path) -> dict[str, Any]
         with _silent(), torch.no_grad():
             ran = _WRITERS[form](thing, path, facts)
             found = [ran(example) for example in thing.examples]
-    except (UserError, MemoryError, OSError):
-        raise
+    except (UserError, RunError, MemoryError, OSError):
+        raise  # a full disk is no fault of the format
     except Exception as error:  # exporters fail in any way, at any operator
         reason = one_line(_first(error), 300)
         others = " or ".join(other for other in SUFFIXES if other != form)
@@ -330,7 +330,9 @@ def _name_dimensions(graph: Any, thing: Exportable) -> None:
 
 def _torchscript(thing: Exportable, path: Path, facts: Mapping[str, Any]) -> Ran:
     traced = torch.jit.trace(thing.module, (thing.examples[0],), check_trace=False)
-    torch.jit.save(traced, str(path), _extra_files={"mlseg.json": json.dumps(facts)})
+    file = io.BytesIO()  # torch's own writer loses the system's error
+    torch.jit.save(traced, file, _extra_files={"mlseg.json": json.dumps(facts)})
+    path.write_bytes(file.getbuffer())
     read = torch.jit.load(str(path))
     return lambda given: _first_of(read(given))
 

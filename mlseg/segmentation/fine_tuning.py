@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mlseg import checkpoint
 from mlseg.errors import UserError, printable
 from mlseg.files import reachable
+from mlseg.segmentation.nets.segmentor import SegmentorSettings
 from mlseg.segmentation.trained import weights_of
 
 LEAST = 0.5
@@ -82,6 +83,7 @@ def said(record: Mapping[str, Any]) -> str:
 def start_from(
     named: str,
     network: nn.Module,
+    settings: SegmentorSettings,
     classes: Sequence[str],
     wider: Callable[[], nn.Module],
 ) -> Taken:
@@ -91,11 +93,13 @@ def start_from(
 
     Args:
         named: the run's directory, whose best weights are taken, or a file.
+        settings: of the network.
         classes: of the data, in their order.
         wider: makes the same network with a class more, which shows what depends on their number.
 
     Raises:
-        UserError: there is no such run, or its weights are another network's.
+        UserError: there is no such run, or its weights are another network's, or have learned
+            from pixels in another range.
     """
     try:
         path = weights_of(reachable(named))
@@ -107,6 +111,8 @@ def start_from(
     with checkpoint.taking(f"init: {path}: its segmentor", "name another run or file"):
         about = state["segmentor"]
         theirs = [str(name) for name in about["classes"]]
+        its = dict(about["settings"])
+        pixels = settings.seen_by(its)
         given = state["problems"][about["problem"]]["module"]
         tensors = {k: t for k, t in given.items() if isinstance(k, str) and isinstance(t, Tensor)}
     own, same = network.state_dict(), theirs == list(classes)
@@ -122,7 +128,12 @@ def start_from(
         raise UserError(
             f"init: {path} has {len(taken)} of the {len(own)} tensors of this segmentor ({first} "
             "isn't there, or has another shape): it is another network's; name its settings under "
-            "segmentor"
+            f"segmentor ({printable(', '.join(f'{k}: {v}' for k, v in its.items()), 200)})"
+        )
+    if pixels != settings.normalised:
+        raise UserError(
+            f"init: {path} has learned from pixels as segmentor.normalise={pixels} gives them, "
+            f"not {settings.normalised}; set segmentor.normalise to {pixels}"
         )
     with checkpoint.taking(f"init: {path}: its weights", "name another run or file"):
         checkpoint.load_module(network, {**own, **taken})

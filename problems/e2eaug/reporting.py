@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
-from mlseg import checkpoint
-from mlseg.errors import UserError
-from mlseg.problems.e2eaug.levels import encode
-from mlseg.problems.e2eaug.networks.pix2pix import Generator
+from mlseg.problems.e2eaug.levels import encode, label_channels
+from mlseg.problems.e2eaug.networks.finished import finished
 from mlseg.problems.e2eaug.settings import GanSettings
 from mlseg.problems.reporting import (
     FIGURES,
@@ -97,12 +95,7 @@ def illustrated(
     path = run.directory / "checkpoints" / "generator.pt"
     if not path.exists() or not run.config.get("synthetic_weight"):
         return []
-    state = checkpoint.load(path)
-    if (kind := state.get("name", "pix2pix")) != "pix2pix":
-        raise UserError(f"{path}: pairs are made by pix2pix generators, this one is {kind!r}")
-    with checkpoint.taking(f"{path}: its generator", "put the file back"):
-        generator = Generator(**state["settings"])
-        checkpoint.load_module(generator, state["module"])
+    generator = finished(path, label_channels(data.spec.num_classes), data.spec.channels)
     settings = AugmentationSettings.model_validate(run.config["mask_augmentation"])
     chosen = data.train.masks[[index % len(data.train) for index in range(count)]].long()
     with seeded(run.seed, "pairs"), torch.no_grad():

@@ -106,6 +106,7 @@ def test_every_run_ends_with_a_page_that_says_what_the_results_say(runs: Path) -
     head, *rows = page.table("Means over images")
     names = [text for text, _ in head]
     assert len(rows) == 4
+    assert names[-2:] == ["hd95", "nsd"]
     for row in rows:
         weights, split = row[0][0].split(", ")
         scores = results["scores"][weights][split]

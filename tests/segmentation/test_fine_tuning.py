@@ -11,6 +11,7 @@ from commanding import one_line
 
 from mlseg import checkpoint, export, run
 from mlseg.run import parse_run
+from mlseg.segmentation.nets.unet import UNet
 
 pytestmark = pytest.mark.slow  # trains for seconds
 
@@ -144,7 +145,9 @@ def test_what_can_not_be_started_from_is_one_line(
     checkpoint.save(file, {**state, "problems": {"segmentor": {"module": tensors}}})
     assert "head.bias is not finite" in said(file)
     other = {"segmentor.channels": 8}
-    assert "it is another network's; name its settings under segmentor" in said(base, **other)
+    assert "it is another network's; name its settings under segmentor (name: unet" in (
+        said(base, **other)
+    )
 
     (tmp_path / "lone.py").write_text(
         "import torch\nfrom pathlib import Path\n"
@@ -162,6 +165,42 @@ def test_what_can_not_be_started_from_is_one_line(
     for more in (["--dry-run"], ["--out", str(tmp_path / "lone")]):
         assert run.main(["lone.yaml", f"init={base}", *more]) == 2
         assert "init: this system makes no segmentor that it could start" in one_line(capsys)
+
+
+def test_both_see_pixels_in_the_same_range(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the tensors mean depends on it, and their names and shapes don't say it."""
+    file = tmp_path / "unit.pt"
+    state = checkpoint.load(base / "checkpoints" / "best.pt")
+    state["segmentor"]["settings"]["normalise"] = "unit"
+    checkpoint.save(file, state)
+    other = {"segmentor.normalise": "unit"}
+    for named, changes, mend in ((file, {}, "unit"), (base, other, "none")):
+        capsys.readouterr()
+        assert train(tmp_path, "refused", init=str(named), **changes) == 2
+        line = one_line(capsys)
+        assert f"init: {named}" in line
+        assert f"set segmentor.normalise to {mend}" in line
+        assert not (tmp_path / "refused").exists()
+    assert tiny.same(started("supervised", init=str(file), **other), weights(base))
+
+
+class Own(UNet):
+    """Takes ``weights`` for itself, which then says nothing of pixels."""
+
+    def __init__(self, in_channels: int, num_classes: int, *, weights: str = "drawn") -> None:
+        super().__init__(in_channels, num_classes, channels=4, levels=2)
+
+
+def test_a_network_with_weights_of_its_own_says_nothing_of_pixels(tmp_path: Path) -> None:
+    out, own = tmp_path / "run", {"segmentor": {"name": f"{__name__}:Own", "weights": "imagenet"}}
+    engine = tiny.build("supervised", own, out)
+    engine.run()
+    engine.results()
+    assert tiny.same(started("supervised", init=str(out), **own), weights(out))
+    network = {**own["segmentor"], "weights": "drawn"}
+    assert tiny.same(started("supervised", init=str(out), segmentor=network), weights(out))
 
 
 def test_settings_of_every_system_have_it(base: Path) -> None:

@@ -18,7 +18,13 @@ from mlseg.segmentation.data.layout import MAX_FILES, find_examples
 from mlseg.segmentation.data.placement import Fit
 from mlseg.segmentation.data.presence import classes_missing, held_values, require_two_classes
 from mlseg.segmentation.data.samples import DatasetSpec, Samples, blank, wants_shapes_alone
-from mlseg.segmentation.data.settings import OWN_DATA, DataSettings, check_fit, resolve_root
+from mlseg.segmentation.data.settings import (
+    OWN_DATA,
+    DataSettings,
+    check_fit,
+    resolve_root,
+    root_here,
+)
 from mlseg.segmentation.data.standins import COUNTS, POOL, draw_synthetic, shifted, synthetic_ids
 
 Provenance = Literal["real", "synthetic"]
@@ -217,6 +223,12 @@ def _needed(entry: Entry, settings: DataSettings) -> tuple[str, ...] | None:
 
 
 def _missing(entry: Entry, root: Path) -> UserError:
+    for here in root_here(root):
+        if not _absent(here):
+            return UserError(
+                f"{root}: no data of {entry.spec.name} here, where $MLSEG_DATA has a relative root "
+                f"start; what lies in the working directory is named by its whole path: {here}"
+            )
     expected = ", ".join(entry.expected) or "a CSV file with the columns image and mask"
     return UserError(
         f"{root}: no data of {entry.spec.name} here; get them from {entry.source}, laid out as "

@@ -253,3 +253,17 @@ def resolve_root(name: str, root: str | None) -> Path:
         return path
     parts = path.parts[1:] if path.parts[:1] == ("data",) else path.parts
     return reachable(reachable(base).joinpath(*parts))
+
+
+def root_here(root: Path) -> list[Path]:
+    """Where a folder below $MLSEG_DATA might lie in the working directory instead.
+
+    Args:
+        root: what :func:`resolve_root` has given.
+    """
+    base = os.environ.get("MLSEG_DATA")
+    if not base or not root.is_relative_to(base):
+        return []
+    below = root.relative_to(base)
+    found = [path.absolute() for path in (below, Path("data") / below)]
+    return [path for path in found if path != root.absolute()]

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from mlseg.config import Tree, parse
-from mlseg.config.components import Component
+from mlseg.config.components import Component, parameters_of
 from mlseg.config.registry import NotTrusted, Registry, import_module, say_foreign
 from mlseg.errors import UserError
 from mlseg.segmentation.nets.layers import normalise
@@ -81,6 +81,18 @@ class SegmentorSettings(Component):
         """What the network sees of pixels: ``none``, ``unit`` or ``imagenet``."""
         named = self.said("weights") or self.said("encoder_weights")
         return self.said("normalise") or ("imagenet" if named else "none")
+
+    def seen_by(self, found: Mapping[str, Any]) -> str:
+        """What another network of this class has seen of pixels: see :attr:`normalised`.
+
+        Args:
+            found: its settings, as a checkpoint holds them. A key that this class takes for
+                itself means nothing of pixels there either.
+        """
+        taken = parameters_of(self.registry.get(self.name))
+        said = {key: found.get(key) for key in self.beside if key not in taken}
+        named = said.get("weights") or said.get("encoder_weights")
+        return str(said.get("normalise") or ("imagenet" if named else "none"))
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint holds of it: plain values, from which :func:`described` makes it."""

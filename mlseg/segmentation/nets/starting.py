@@ -126,7 +126,7 @@ def start(
     with replayed(None):  # whatever a library draws
         named = settings.said("weights")
         if named is not None:
-            weights = read(named, "segmentor.weights")
+            weights = read(named, "segmentor.weights", settings)
             if settings.said("weights_classes"):
                 names = tuple(settings.said("weights_classes"))
                 weights = Weights(weights.source, weights.tensors, names, weights.pixels)
@@ -142,7 +142,7 @@ def start(
             return None
         encoder = _encoder(network, settings.name)
         if reachable(named).is_file() or "/" in named or Path(named).suffix:
-            weights = read(named, "segmentor.encoder_weights")
+            weights = read(named, "segmentor.encoder_weights", settings)
         else:
             weights = _downloaded(network, settings, named)
         return take(encoder, weights, "segmentor.encoder_weights")
@@ -151,13 +151,14 @@ def start(
 # --------------------------------------------------------------------------- files
 
 
-def read(named: str, key: str) -> Weights:
+def read(named: str, key: str, settings: SegmentorSettings) -> Weights:
     """The weights in a file of torch or of safetensors, or in a run's directory.
 
     Nothing that a file holds is executed (``weights_only``).
 
     Args:
         key: of the config, for errors.
+        settings: of the network that is to have them.
 
     Raises:
         UserError: it can't be read, or holds no tensors by name.
@@ -185,17 +186,16 @@ def read(named: str, key: str) -> Weights:
             "it is read; save its state dict, torch.save(model.state_dict(), FILE) "
             f"[{one_line(error)}]"
         ) from error
-    return _described(held, path, key)
+    return _described(held, path, key, settings)
 
 
-def _described(held: Any, path: Path, key: str) -> Weights:
+def _described(held: Any, path: Path, key: str, settings: SegmentorSettings) -> Weights:
     if isinstance(held, Mapping) and isinstance(held.get("segmentor"), Mapping):
         with checkpoint.taking(f"{key}: {path}: its segmentor", "name another run's checkpoint"):
             found = held["segmentor"]
             tensors = held["problems"][found["problem"]]["module"]
-            classes, own = tuple(map(str, found["classes"])), dict(found["settings"])
-            named = own.get("weights") or own.get("encoder_weights")
-            pixels = str(own.get("normalise") or ("imagenet" if named else "none"))
+            classes = tuple(map(str, found["classes"]))
+            pixels = settings.seen_by(dict(found["settings"]))
             return Weights(str(path), _tensors(tensors), classes, pixels)
     tensors = _tensors(held)
     for holder in _HOLDERS:

@@ -156,7 +156,7 @@ class _Body(nn.Module):
                 f"data.image_size: this asapnet has tiles of {self.tile} pixels, and images of "
                 f"{height}x{width} need {side}"
             )
-        x = self.first(reflect(_reduced(label_BCHW, side >> self.levels), 1, 1))
+        x = self.first(reflect(_reduced(label_BCHW, self.tile >> self.levels), 1, 1))
         norms = iter(self.norms)
         x = functional.relu(next(norms)(x))
         for level in range(self.levels):
@@ -172,12 +172,12 @@ class _Body(nn.Module):
         # Tiles by pixels by channels.
         tiles = label_BCHW.reshape(batch, -1, rows, side, columns, side)
         tiles = tiles.permute(0, 2, 4, 3, 5, 1).reshape(batch * rows * columns, side * side, -1)
-        place = positions(side, label_BCHW).flatten(1).t().expand(len(tiles), -1, -1)
+        place = positions(side, label_BCHW).flatten(1).t().expand(tiles.shape[0], -1, -1)
         x = torch.cat([tiles, place], 2)
-        flat = parameters.permute(0, 2, 3, 1).reshape(len(tiles), -1)
+        flat = parameters.permute(0, 2, 3, 1).reshape(tiles.shape[0], -1)
         for layer, part in enumerate(flat.split(self.mlp_sizes, 1)):
             wide = self.mlp_widths[layer + 1]
-            bias, weight = part[:, None, :wide], part[:, wide:].reshape(len(tiles), -1, wide)
+            bias, weight = part[:, None, :wide], part[:, wide:].reshape(tiles.shape[0], -1, wide)
             x = torch.baddbmm(bias, x, weight)
             if layer < MLP_LAYERS - 1:
                 x = functional.leaky_relu(x, 0.01)
@@ -272,6 +272,8 @@ class SearchableGenerator(_Body, MaskToImage):
     Raises:
         UserError: the image can't be tiled so.
     """
+
+    plain = Generator
 
     def __init__(
         self,

@@ -46,9 +46,12 @@ class MaskToImage(nn.Module, ABC):
 
     Attributes:
         candidates: names of the operators among which a cell chooses.
+        plain: class of what :meth:`merged` makes of operators that can be merged; what it takes
+            says how a finished generator is made again (see :mod:`.finished`).
     """
 
     candidates: tuple[str, ...] = CANDIDATES
+    plain: type[nn.Module] | None = None
 
     @property
     @abstractmethod

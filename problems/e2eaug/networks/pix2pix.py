@@ -10,10 +10,10 @@ Convolutions N(0, 0.02), BatchNorm scale N(1, 0.02).
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -32,6 +32,9 @@ from mlseg.problems.e2eaug.networks.generator import (
 from mlseg.segmentation.nets.layers import BatchNorm, pad_to_multiple
 
 Search = Literal["both", "decoder", "none"]
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Side = Annotated[int, Field(ge=4, le=8, multiple_of=2)]
 
 
 def count_levels(image_size: int | Sequence[int], levels: int | None = None) -> int:
@@ -140,12 +143,13 @@ class Generator(_Body):
         out_channels: int,
         levels: int,
         channels: int = 64,
-        dropout: float = 0.5,
-        kernels: Sequence[int] | None = None,
+        dropout: Probability = 0.5,
+        kernels: Sequence[Side] | None = None,
     ) -> None:
         super().__init__(in_channels, out_channels, levels, channels, dropout)
         self.kernels = list(kernels) if kernels is not None else [4] * (2 * levels)
-        assert len(self.kernels) == 2 * levels
+        if len(self.kernels) != 2 * levels:
+            raise ValueError(f"{len(self.kernels)} kernels for {levels} levels")
         self.encoder = nn.ModuleList(
             plain(*shape, size, transposed=False)
             for shape, size in zip(self.encoder_shapes, self.kernels[:levels], strict=True)
@@ -198,6 +202,8 @@ class SearchableGenerator(_Body, MaskToImage):
     Raises UserError for an image too small for its levels.
     """
 
+    plain = Generator
+
     def __init__(
         self,
         in_channels: int,
@@ -205,7 +211,7 @@ class SearchableGenerator(_Body, MaskToImage):
         image_size: int | Sequence[int],
         channels: PositiveInt = 64,
         levels: PositiveInt | None = None,
-        dropout: NonNegativeFloat = 0.5,
+        dropout: Probability = 0.5,
         search: Search = "both",
         candidates: Candidates = "aligned",
     ) -> None:

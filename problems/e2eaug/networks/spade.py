@@ -240,6 +240,8 @@ class SearchableGenerator(_Body, MaskToImage):
         UserError: the image can't be halved so often.
     """
 
+    plain = Generator
+
     def __init__(
         self,
         in_channels: int,

@@ -276,6 +276,25 @@ def test_examples_for_scoring_a_trained_model(tmp_path: Path, folder: Path) -> N
         load_examples("phh2", None, (8, 8), spec)
 
 
+def test_a_folder_that_lies_here_and_is_looked_for_below_another(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = folder.relative_to(tmp_path)
+    assert load_data(own(here)).provenance == "real"
+    monkeypatch.setenv("MLSEG_DATA", str(tmp_path / "elsewhere"))
+    with pytest.raises(UserError) as caught:
+        load_data(own(here))
+    assert "where $MLSEG_DATA has a relative root start" in str(caught.value)
+    assert str(caught.value).endswith(f"by its whole path: {folder}")
+    with pytest.raises(UserError, match="get them from"):
+        load_data(own(Path("nowhere")))
+    with pytest.raises(UserError, match="no data of dermis here; get them from"):
+        load_data(own(here, name="dermis", root=None))
+    tiny_set(tmp_path / "data" / "dermis", "dermis")
+    with pytest.raises(UserError, match=r"its whole path: .*data.dermis$"):
+        load_data(own(here, name="dermis", root=None))
+
+
 def test_padded_data_and_examples(folder: Path) -> None:
     for path in (folder / "masks").iterdir():
         write_image(path, half_mask(value=1))  # 10 rows of 12, as the images
