@@ -20,9 +20,11 @@ DEVICE = torch.device("meta")
 def send_away(engine: Engine) -> Engine:
     """The engine with networks, moments and batches on the device; figures are lost."""
     moved: dict[int, Tensor] = {}
+    former: list[Tensor] = []  # kept, so that no later one gets the number of one that is gone
 
     def away(tensor: Tensor) -> Tensor:
         if id(tensor) not in moved:
+            former.append(tensor)
             there = torch.empty_like(tensor, device=DEVICE)
             if isinstance(tensor, nn.Parameter):
                 there = nn.Parameter(there, tensor.requires_grad)
@@ -49,6 +51,9 @@ def send_away(engine: Engine) -> Engine:
             }
             state.clear()
             state.update(kept)
+        for name, value in vars(problem).items():
+            if isinstance(value, Tensor):  # given to it on the run's device
+                setattr(problem, name, away(value))
         problem.device = DEVICE
         _draw_away(problem)
         if hasattr(problem, "again"):
