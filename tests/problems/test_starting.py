@@ -119,7 +119,8 @@ def test_a_second_network_has_weights_of_its_own(tmp_path: Path) -> None:
     path.unlink()
     assert run.main(["--resume", str(out), "engine.iterations=6"]) == 0
     begun = json.loads((out / "results.json").read_text())["started_from"]
-    assert list(begun) == ["partner"] and begun["partner"]["loaded"] == begun["partner"]["tensors"]
+    assert list(begun) == ["partner"]
+    assert begun["partner"]["loaded"] == begun["partner"]["tensors"]
 
 
 def test_a_second_network_names_its_own_key(

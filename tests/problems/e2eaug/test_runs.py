@@ -162,7 +162,10 @@ def test_a_damaged_gan_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
         "'generator' is missing": {k: v for k, v in state.items() if k != "generator"},
         "'discriminator' is missing": {k: v for k, v in state.items() if k != "discriminator"},
         f"{name} is not finite": {**state, "generator": endless},
-        "loading state_dict": {**state, "generator": {k: v for k, v in generator.items() if k != name}},
+        "loading state_dict": {
+            **state,
+            "generator": {k: v for k, v in generator.items() if k != name},
+        },
         "has generator {'name': 'spade'": {**state, "shape": other},
         "doesn't fit the checkpoint": {**state, "shape": 3},
         "is no GAN": {k: v for k, v in state.items() if k != "shape"},
@@ -174,7 +177,8 @@ def test_a_damaged_gan_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
         out = tmp_path / "again"
         assert run.main([config, f"gan.pretrained={path}", "--out", str(out)]) == 2, words
         said = one_line(capsys)
-        assert said.startswith(f"error: gan.pretrained: {path}") and words in said, said
+        assert said.startswith(f"error: gan.pretrained: {path}"), said
+        assert words in said, said
         assert not out.exists()
     damaged = bytearray(whole.read_bytes())
     damaged[len(damaged) // 2] ^= 1
