@@ -160,6 +160,7 @@ class Builder:
         self.started = StartedFrom()
         self.device: torch.device = choose_device(settings.device)
         self._made: set[str] = set()
+        self._named: list[SegmentorSettings] = [settings.segmentor]
 
     def segmentor(
         self, name: str = "segmentor", settings: SegmentorSettings | None = None
@@ -183,6 +184,7 @@ class Builder:
         self._made.add(name)
         init = self.settings.init if settings is None else None
         settings = settings or self.settings.segmentor
+        self._named.append(settings)
         with seeded(self.settings.seed, name):
             network = build_segmentor(settings, self.spec.channels, self.spec.num_classes)
         if not self.goes_on:
@@ -250,7 +252,6 @@ class Builder:
         return Setup(name, module, optimizer, loader, config, scheduler)
 
     def hooks(self) -> list[Hooks]:
-        """What the engine is to be given for what was made here."""
-        named = self.settings.segmentor
-        begun = named.said("weights") or named.said("encoder_weights")
+        """What the engine is to be given for what was made here, after it has been made."""
+        begun = any(n.said("weights") or n.said("encoder_weights") for n in self._named)
         return [self.started] if begun else []

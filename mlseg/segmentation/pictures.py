@@ -18,6 +18,7 @@ LINE = 20  # height of a line of text
 TEXT = 15
 OPACITY = 0.5
 INK = (0, 0, 0)
+FRAME = (170, 170, 170)
 _BAND = 256
 
 # Of two classes, whose own colours are black and white: a white tint can't be seen on skin or on an
@@ -240,7 +241,11 @@ def sheet(heads: Sequence[str], rows: Sequence[Row], colours: Legend | None = No
         if row.words:
             _write(draw, (GAP, top), row.words, across - 2 * GAP)
         for column, picture in enumerate(pictures):
-            canvas.paste(Image.fromarray(picture), (GAP + column * (width + GAP), top + line))
+            left, begin = GAP + column * (width + GAP), top + line
+            # A line around it, without which white beside white is one picture.
+            frame = (left - 1, begin - 1, left + width, begin + height)
+            draw.rectangle(frame, outline=FRAME)
+            canvas.paste(Image.fromarray(picture), (left, begin))
         top += line + height + GAP
     for left, down, shade, name in entries:
         box = (left, top + down + 2, left + LINE - 4, top + down + LINE - 2)

@@ -65,14 +65,23 @@ class Finished:
         self.figures = {n: f for n, f in report.figures.items() if f is not None}
         self.frame = self._frame()
 
+    @property
+    def provenance(self) -> dict[str, list[str]]:
+        """By data set, whether its images are real or stand-ins; more than one is a mistake."""
+        found: dict[str, set[str]] = {}
+        for run in self.runs.values():
+            own = found.setdefault(str(run.results.get("data")), set())
+            own.add(str(run.results.get("provenance")))
+        return {data: sorted(found[data]) for data in sorted(found)}
+
     def _check(self) -> None:
-        """Refuse real beside synthetic images, and other data or another split in one place."""
-        provenance = {str(run.results.get("provenance")) for run in self.runs.values()}
-        if len(provenance) > 1:
-            raise UserError(
-                f"the runs below {self.grid.out} differ in provenance: "
-                f"{', '.join(sorted(provenance))}; keep them apart"
-            )
+        """Refuse real beside synthetic images of one data set, and other data in one place."""
+        for data, found in self.provenance.items():
+            if len(found) > 1:
+                raise UserError(
+                    f"the runs on {data} below {self.grid.out} differ in provenance: "
+                    f"{', '.join(found)}; keep them apart"
+                )
         first: dict[Any, tuple[Cell, Any]] = {}
         for cell, run in self.runs.items():
             for key in ("data", "split_hash"):

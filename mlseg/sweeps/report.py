@@ -119,7 +119,11 @@ def label(grid: Grid, cell: Cell) -> str:
 
 def _head(grid: Grid, finished: Finished) -> list[str]:
     runs = list(finished.runs.values())
-    data = sorted({str(run.results.get("data")) for run in runs})
+    kinds = {data: found[0] for data, found in finished.provenance.items()}
+    if len(set(kinds.values())) > 1:  # several data sets, of which some aren't at hand
+        images = ", ".join(f"{data} ({kind} images)" for data, kind in kinds.items())
+    else:
+        images = f"{', '.join(kinds)}, {next(iter(kinds.values()))} images"
     about = machine.describe()
     del about["revision"], about["threads"]  # of today; the runs' own follow
     versions = sorted(
@@ -127,9 +131,7 @@ def _head(grid: Grid, finished: Finished) -> list[str]:
     )
     about["versions"] = "; ".join(versions)
     devices = sorted({str(run.results.get("device")) for run in runs})
-    lines = [
-        f"# {grid.settings.title}: {', '.join(data)}, {runs[0].results.get('provenance')} images"
-    ]
+    lines = [f"# {grid.settings.title}: {images}"]
     lines += ["", machine.head(about), f"- runs on: {'; '.join(devices)}"]
     lines += [f"- command: `{command}`" for command in remembered(grid)]
     for axis, values in grid.axes.items():

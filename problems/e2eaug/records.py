@@ -110,7 +110,10 @@ class Pretraining(Hooks):
                 group["lr"] = own if rate is None else rate
 
     def _load(self, path: Path) -> None:
-        state = checkpoint.load(path)
+        try:
+            state = checkpoint.load(path)
+        except UserError as error:
+            raise UserError(f"gan.pretrained: {error}") from error
         if "shape" not in state:
             raise UserError(f"gan.pretrained: {path} is no GAN; name a run's checkpoints/gan.pt")
         mend = "name another run's checkpoints/gan.pt, or pre-train anew (gan.pretrained=null)"
@@ -126,9 +129,7 @@ class Pretraining(Hooks):
                         "same, or pre-train anew (gan.pretrained=null)"
                     )
             for name, part in self._parts.items():
-                if name in state and not (
-                    name == "architecture" and self._settings.architecture.mode == "learned"
-                ):
+                if name != "architecture" or self._settings.architecture.mode != "learned":
                     checkpoint.load_module(part.module, state[name])
 
 

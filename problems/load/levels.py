@@ -180,8 +180,7 @@ class AlternatingDiscriminator(Discriminator):
         image, mask = Problem.get_batch(self)
         module = self.generator.module
         module.eval()  # its own step puts it back
-        with torch.autocast(image.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            fake = module(image).argmax(1)
+        fake = self._in_precision(module, image).argmax(1)
         if self.ignore_index is not None:
             fake = torch.where(mask == self.ignore_index, mask, fake)
         real = torch.ones(2 * len(image), device=image.device)

@@ -29,7 +29,7 @@ def build(settings: SemiSupervisedSettings, out: Path | None) -> Engine:
     require_validation(data)
     assert data.unlabelled is not None, "the settings ask for some"
     window = settings.augmentation.output_size(data.train.image_size)
-    make, levels, spec = Builder(settings, data.spec), settings.problems, data.spec
+    make, levels, spec = Builder(settings, data.spec, out), settings.problems, data.spec
     iterations = settings.engine.iterations
 
     def weight(ramp: RampSettings | None) -> Any:
@@ -69,7 +69,8 @@ def build(settings: SemiSupervisedSettings, out: Path | None) -> Engine:
     try:
         network = make.segmentor("partner", settings.partner)
     except UserError as error:
-        raise UserError(f"partner: {error}") from error
+        own = str(error).removeprefix("segmentor.")  # the key of the network as it is known there
+        raise UserError(f"partner.{own}" if own != str(error) else f"partner: {own}") from error
     partner = peer("partner", levels.partner, network, second)
     return Engine(
         [segmentor, partner],
@@ -77,5 +78,8 @@ def build(settings: SemiSupervisedSettings, out: Path | None) -> Engine:
         stages=[Stage("training", iterations)],
         device=make.device,
         out=out,
-        hooks=[Segmentation(segmentor, settings.segmentor, data, window=window)],
+        hooks=[
+            Segmentation(segmentor, settings.segmentor, data, window=window),
+            *make.hooks(),
+        ],
     )

@@ -55,7 +55,7 @@ def test_a_run_that_saw_other_pixels(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "set normalise to none" in one_line(capsys)
 
 
-@pytest.mark.parametrize("system", ["supervised", "segan", "e2eaug", "load"])
+@pytest.mark.parametrize("system", ["supervised", "segan", "e2eaug", "load", "semi_supervised"])
 def test_every_system_starts_from_them(tmp_path: Path, system: str) -> None:
     """Without a step taken, its segmentor has the weights that were named."""
     plain = tiny.build(system)
@@ -96,3 +96,38 @@ def test_a_directory_of_the_user_is_his_home(
     assert tiny.same(
         dict(engine.segmentor.module.named_parameters()), dict(module.named_parameters())
     )
+
+
+def test_a_second_network_has_weights_of_its_own(tmp_path: Path) -> None:
+    """The partner's are said, are no business of the segmentor's, and a resumed run needs none."""
+    network = {"name": "unet", "channels": 4, "levels": 2}
+    changes: dict[str, object] = {"method": "dct", "partner": network}
+    plain = tiny.build("semi_supervised", changes)
+    given = dict(plain.partner.module.state_dict())
+    given |= {name: p.detach() + 0.25 for name, p in plain.partner.module.named_parameters()}
+    path = tmp_path / "weights.pt"
+    torch.save(given, path)
+    changes["partner"] = {**network, "weights": str(path), "normalise": "none"}
+    out = tmp_path / "run"
+    config = tiny.write_config(tmp_path / "c.yaml", "semi_supervised", changes)
+    engine = tiny.build("semi_supervised", changes)
+    assert tiny.same(dict(engine.partner.module.state_dict()), given)
+    assert tiny.same(
+        dict(engine.segmentor.module.state_dict()), dict(plain.segmentor.module.state_dict())
+    )
+    assert run.main([str(config), "--out", str(out)]) == 0
+    path.unlink()
+    assert run.main(["--resume", str(out), "engine.iterations=6"]) == 0
+    begun = json.loads((out / "results.json").read_text())["started_from"]
+    assert list(begun) == ["partner"]
+    assert begun["partner"]["loaded"] == begun["partner"]["tensors"]
+
+
+def test_a_second_network_names_its_own_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    partner = {"name": "unet", "channels": 4, "levels": 2, "weights": "missing.pt"}
+    changes = {"method": "dct", "partner": partner}
+    config = tiny.write_config(tmp_path / "c.yaml", "semi_supervised", changes)
+    assert run.main([str(config), "--out", str(tmp_path / "run")]) == 2
+    assert "partner.weights: missing.pt: no such file" in one_line(capsys)

@@ -10,6 +10,7 @@ from mlseg.segmentation.data import DatasetSpec, DataSettings
 from mlseg.segmentation.data.entry import DATA_SETS, data_set
 from mlseg.segmentation.data.palettes import class_palette
 from mlseg.segmentation.pictures import (
+    FRAME,
     GAP,
     LINE,
     SIDE,
@@ -48,6 +49,11 @@ def test_panels_are_large_enough_and_in_their_places(height: int, width: int) ->
         top += LINE + GAP // 2
         panels = [sheet[top : top + tall, GAP + i * (wide + GAP) :][:, :wide] for i in range(4)]
         assert (panels[0] == 200).all()
+        for i in range(4):
+            left, right = GAP + i * (wide + GAP) - 1, GAP + i * (wide + GAP) + wide
+            around = [sheet[(top - 1, top + tall), left : right + 1]]
+            around.append(sheet[top : top + tall, (left, right)])
+            assert all((edge == FRAME).all() for edge in around), "a line around each"
         assert panels[1][times, -1].tolist() == list(THREE.palette[1])
         assert panels[2][times, -1].tolist() == list(THREE.palette[0])
         assert panels[2][-1, -1].tolist() == list(THREE.palette[1])

@@ -187,6 +187,18 @@ class TestWhatDoesNotBelong:
             assert sweep.main(["grid.yaml", "--out", "out", "--table", "--seeds", "0"]) == 2
             assert said in capsys.readouterr().err
 
+    def test_stand_ins_of_another_data_set_are_said(self, grid: Path) -> None:
+        """Where some data sets are at hand and others aren't, the heading says which."""
+        grids.write(grid.parent, {"axes.data": {"here": {}, "elsewhere": {}}})
+        given = ["grid.yaml", "--out", "out", "--seeds", "0", "--only", "row=off"]
+        assert sweep.main(given) == 0
+        for path in Path("out/off/elsewhere").glob("*/results.json"):
+            found = json.loads(path.read_text())
+            path.write_text(json.dumps({**found, "data": "other", "provenance": "real"}))
+        assert sweep.main([*given, "--table"]) == 0
+        heading = Path("out/table.md").read_text().splitlines()[0]
+        assert "other (real images), synthetic_lesions (synthetic images)" in heading
+
     def test_what_a_row_took_was_made_anew(
         self, grid: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -6,6 +6,7 @@ about as good for losses of dense predictions where they are initialised to keep
 layer to layer.
 """
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,8 @@ def load_weights(features: PerceptualFeatures, file: str | Path, key: str) -> No
         )
     require_file(path)
     try:
+        if zipfile.is_zipfile(path):
+            checkpoint.verify(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file may hold makes the unpickler fail in any way
         raise UserError(

@@ -115,6 +115,14 @@ def test_not_finite(torchvisions: tuple[nn.Module, Path], tmp_path: Path) -> Non
         load_weights(PerceptualFeatures(), tmp_path / "nan.pth", "gan.perceptual")
 
 
+def test_a_changed_bit(torchvisions: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    content = bytearray(torchvisions[1].read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "changed.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"gan.perceptual: .*changed.pth: damaged"):
+        load_weights(PerceptualFeatures(), tmp_path / "changed.pth", "gan.perceptual")
+
+
 def test_images_too_small_for_it() -> None:
     changes = {**SMALL, "gan.perceptual": "random", "data.image_size": 12, "generator.levels": 2}
     with pytest.raises(ValueError, match=r"gan.perceptual: VGG-19 needs images of 16 pixels"):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from e2eaug_generators import GENERATORS, OTHERS
 
 from mlseg import checkpoint, run
@@ -145,3 +146,55 @@ def test_a_nan_in_pretraining_ends_before_the_next_stage(tmp_path: Path) -> None
     with pytest.raises(RunError, match=r"'(generator|discriminator)'"):
         made.run()
     assert not (tmp_path / "checkpoints" / "gan.pt").exists()
+
+
+def test_a_damaged_gan_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever of it is damaged; nothing of the other network stays as it was made."""
+    whole = train(tmp_path) / "checkpoints" / "gan.pt"
+    capsys.readouterr()
+    state = checkpoint.load(whole)
+    state.pop("format", None)
+    generator, shape = dict(state["generator"]), dict(state["shape"])
+    name = next(name for name, tensor in generator.items() if tensor.is_floating_point())
+    endless = {**generator, name: torch.full_like(generator[name], torch.nan)}
+    other = {**shape, "generator": {"name": "spade"}}
+    cases = {
+        "'generator' is missing": {k: v for k, v in state.items() if k != "generator"},
+        "'discriminator' is missing": {k: v for k, v in state.items() if k != "discriminator"},
+        f"{name} is not finite": {**state, "generator": endless},
+        "loading state_dict": {
+            **state,
+            "generator": {k: v for k, v in generator.items() if k != name},
+        },
+        "has generator {'name': 'spade'": {**state, "shape": other},
+        "doesn't fit the checkpoint": {**state, "shape": 3},
+        "is no GAN": {k: v for k, v in state.items() if k != "shape"},
+    }
+    path = tmp_path / "gan.pt"
+    config = str(tmp_path / "tiny.yaml")
+    for words, content in cases.items():
+        checkpoint.save(path, content)
+        out = tmp_path / "again"
+        assert run.main([config, f"gan.pretrained={path}", "--out", str(out)]) == 2, words
+        said = one_line(capsys)
+        assert said.startswith(f"error: gan.pretrained: {path}"), said
+        assert words in said, said
+        assert not out.exists()
+    damaged = bytearray(whole.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    for content in (bytes(damaged), whole.read_bytes()[:1000], b""):
+        path.write_bytes(content)
+        assert run.main([config, f"gan.pretrained={path}", "--out", str(out)]) == 2
+        assert f"gan.pretrained: {path}: truncated or not a checkpoint" in one_line(capsys)
+
+
+def test_another_generator_is_no_run_that_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = train(tmp_path)
+    capsys.readouterr()
+    before = (out / "checkpoints" / "last.pt").read_bytes()
+    for override in ("generator={name: spade}", "gan.perceptual=random", "level3.guidance=1"):
+        assert run.main(["--resume", str(out), override]) == 2
+        assert override.partition("=")[0] in one_line(capsys)
+    assert (out / "checkpoints" / "last.pt").read_bytes() == before
