@@ -40,11 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return EXIT_USER_ERROR
         fetch(entry, resolve_root(entry.spec.name, given.root), given.limit, given.part)
     except RunError as error:
-        print(printable(str(error)), file=sys.stderr)
+        print(f"failed: {printable(str(error))}", file=sys.stderr)
         return EXIT_RUN_ERROR
     except ValueError as error:  # UserError is one
         if parallel.speaks():
-            print(printable(str(error)), file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)

@@ -184,6 +184,14 @@ def test_scaling(script: Script, tmp_path: Path) -> None:
     }
 
 
+def test_parallel(script: Script, tmp_path: Path) -> None:
+    """In one process; what torchrun starts is tested elsewhere."""
+    config = tiny.write_config(tmp_path / "tiny.yaml")
+    more = ("--config", config, "--rounds", 1, "--iterations", 1)
+    shown = script("parallel", "--ways", "1x1", *more)
+    assert columns(shown, 0, 2) == [("1x1", "1.00")]
+
+
 def test_threads(script: Script) -> None:
     """What each of its processes does; all of them would take a minute."""
     shown = json.loads(script("threads", "--child", 1, "--sizes", "1x2x8", "1x2x16"))

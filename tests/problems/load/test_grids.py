@@ -46,19 +46,17 @@ def test_table_7_and_rows_to_compare_with(tmp_path: Path, monkeypatch: pytest.Mo
         axes={"row": {"MobileNetV2": None}},
         report={"tables": {"Table 6, backbones": None}},
     )
-    rows = ["default", "control", "buffer_size 4", "beta_l 20 %", "label maps alone",
-            "fakes of a tenth", "descent-ascent", "descent-ascent, hybrid"]  # fmt: skip
+    rows = ["default", "buffer_size 4", "label maps alone", "descent-ascent, hybrid"]
     only = [part for row in rows for part in ("--only", f"row={row}")]
     assert sweep.main([*command, *only]) == 0
     start = results("default")["models"]["start"]
     assert all(results(row)["models"]["start"] == start for row in rows), "one stage 1"
-    for row in ("control", "descent-ascent", "descent-ascent, hybrid"):
-        assert results(row)["updates"] == results("default")["updates"]
+    assert results(rows[-1])["updates"] == results("default")["updates"]
     text = Path("out/table.md").read_text()
     table = text.partition("## Table 7, hyperparameters, val")[2].partition("##")[0]
     assert "| row | seeds | beta_l % | beta_u % | Gamma | B_max | start | final |" in table
     assert "| buffer_size 4 | 1 | 50.0 | 0.1 | 2 | 4 |" in table
-    assert "| beta_l 20 % | 1 | 20.0 | 0.1 | 2 | 3 |" in table
+    assert "| default | 1 | 50.0 | 0.1 | 2 | 3 |" in table
     table = text.partition("## Discriminators")[2].partition("##")[0]
     assert "| row | seeds | val, start | val, final | test, start | test, final |" in table
     assert "| label maps alone | 1 |" in table

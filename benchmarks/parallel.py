@@ -1,0 +1,110 @@
+"""Several processes against one: seconds of an iteration, by whole runs.
+
+    python benchmarks/parallel.py                                    two processes, one thread each,
+                                                                     against one of two threads
+    python benchmarks/parallel.py --processes 3 --config configs/segan_isic_small.yaml
+    python benchmarks/parallel.py --iterations 40 --rounds 5 problems.segmentor.batch_size=8
+
+Each way to run is timed at two lengths, in turn, round after round; the difference between the two
+has no start-up, no data and no scoring in it. What is compared are the medians over rounds, by
+ratios. On stand-ins, validation at the end alone. One thread in one process stands beside.
+
+Nothing else should run on the machine; its load at the start is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Way:
+    """So many processes of so many threads."""
+
+    processes: int
+    threads: int
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """To run them."""
+        alone = self.processes == 1
+        several = ["-m", "torch.distributed.run", f"--nproc-per-node={self.processes}"]
+        return [sys.executable, *([] if alone else several), "-m", "mlseg.run", *arguments]
+
+    def __str__(self) -> str:
+        return f"{self.processes}x{self.threads}"
+
+    @classmethod
+    def read(cls, text: str) -> Way:
+        """From the command line."""
+        return cls(*map(int, text.split("x")))
+
+
+def seconds(way: Way, config: Path, overrides: Sequence[str], iterations: int) -> float:
+    """Of a whole run of so many iterations."""
+    with tempfile.TemporaryDirectory() as name:
+        fixed = [
+            f"engine.iterations={iterations}",
+            "engine.validate_every=0",
+            "engine.samples=0",
+            "engine.tensorboard=false",
+            "data.when_missing=synthetic",
+            f"threads={way.threads}",
+            "device=cpu",
+        ]
+        arguments = [str(config), *fixed, *overrides, "--out", str(Path(name) / "run")]
+        environment = {**os.environ, "MLSEG_DATA": name, "OMP_NUM_THREADS": str(way.threads)}
+        started = time.perf_counter()
+        done = subprocess.run(
+            way.command(arguments), env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        return time.perf_counter() - started
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--config", type=Path, default=REPOSITORY / "configs/segan_isic_small.yaml")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--ways", nargs="+", type=Way.read, metavar="PROCESSESxTHREADS")
+    parser.add_argument("--iterations", type=int, default=30, help="the shorter length")
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_intermixed_args()
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    ways = given.ways or [Way(1, 1), Way(1, given.processes), Way(given.processes, 1)]
+    found: dict[Way, list[float]] = {way: [] for way in ways}
+    for number in range(given.rounds):
+        for way in ways:
+            short, long = (
+                seconds(way, given.config, given.overrides, given.iterations * times)
+                for times in (1, 3)
+            )
+            found[way].append((long - short) / (2 * given.iterations))
+            print(f"round {number + 1} of {given.rounds}: {way}", file=sys.stderr)
+    from mlseg import machine
+
+    print(f"{machine.head(machine.describe())}\n- load before: {load}")
+    print(f"- {given.config.stem}, {' '.join(given.overrides)}\n")
+    print("| processes x threads | s per iteration, median | of the first |\n|---|---|---|")
+    base = statistics.median(found[ways[0]])
+    for way in ways:
+        median = statistics.median(found[way])
+        print(f"| {way} | {median:.4f} | {median / base:.2f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
