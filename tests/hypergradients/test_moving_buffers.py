@@ -29,6 +29,8 @@ class Spectral(nn.Sequential):
 class Taught(nn.Module):
     """A teacher in a buffer, pulled along by each pass in training."""
 
+    teacher: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.student = nn.Linear(4, 1, bias=False)
@@ -59,6 +61,8 @@ class Replaced(Taught):
 
 class Queued(nn.Module):
     """Outputs of earlier passes, in a buffer that grows."""
+
+    queue: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,6 +211,8 @@ def test_evolution() -> None:
 
 class Counted(nn.Linear):
     """A scale in a buffer, which others change."""
+
+    scale: Tensor
 
     def __init__(self) -> None:
         super().__init__(4, 1, bias=False)
