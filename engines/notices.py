@@ -22,10 +22,11 @@ def after_step(engine: Engine) -> None:
     for problem in engine.problems:
         if not isinstance(problem, Problem) or not problem.paths:
             continue
-        started = any(key.startswith("hypergradient/") for key in problem._metrics)
-        if not started or not engine._recorder.is_new(f"{engine._stage.name}/{problem.name} seen"):
+        if not any(key.startswith("hypergradient/") for key in problem._metrics):
             continue
-        for level, text in _zeros(problem):
+        is_new, once = engine._recorder.is_new, f"{engine._stage.name}/{problem.name}"
+        look = not _begins_adaptive(problem) and is_new(f"{once} seen")
+        for level, text in _zeros(problem) if look else ():
             engine._recorder.event(
                 "hypergradient_zero",
                 engine.global_step,
@@ -33,7 +34,8 @@ def after_step(engine: Engine) -> None:
                 level=level,
                 text=text,
             )
-        for level in sorted(problem._moves_buffers_of):
+        moved = problem._moves_buffers_of if is_new(f"{once} buffers") else set()
+        for level in sorted(moved):
             engine._recorder.event(
                 "buffers_moved",
                 engine.global_step,
@@ -43,6 +45,25 @@ def after_step(engine: Engine) -> None:
                 f"its buffers (BatchNorm statistics); where it shouldn't, call self.{level}.module"
                 ".eval() before and .train() after",
             )
+
+
+_SECOND_MOMENTS = {"exp_avg_sq", "square_avg", "sum"}
+"""In the states of torch's adaptive optimizers."""
+
+
+def _begins_adaptive(problem: Problem) -> bool:
+    """Whether a level below has just taken an adaptive optimizer's first step.
+
+    It goes along the gradient's sign, whatever its size: its derivative is zero up to rounding, and
+    no dependence is missing.
+    """
+    return any(
+        isinstance(level, Problem)
+        and level.trajectory.keeps.moments
+        and level._steps_taken <= 1
+        and any(_SECOND_MOMENTS & state.keys() for state in level.optimizer.state.values())
+        for level in {node for path in problem.paths for node in path[1:-1]}
+    )
 
 
 def _zeros(problem: Problem) -> Iterator[tuple[str, str]]:

@@ -287,16 +287,23 @@ def _dropped(old: Mapping[str, Any], new: Mapping[str, Any], above: str = "") ->
     """A line for each mapping that `new` replaces by another component's."""
     for key, value in new.items():
         before, here = old.get(key), f"{above}{key}"
+        if isinstance(before, dict) and isinstance(value, str):
+            name = next((k for k in _COMPONENT_KEYS if isinstance(before.get(k), str)), None)
+            if name is not None and len(before) > 1:  # the short form of a component
+                yield _loss(here, here, value, [k for k in before if k != name])
+            continue
         if not (isinstance(before, dict) and isinstance(value, dict)):
             continue
         if not _other(before, value):
             yield from _dropped(before, value, f"{here}.")
         elif lost := [inherited for inherited in before if inherited not in value]:
             name = next(k for k in _COMPONENT_KEYS if k in value and before.get(k) != value[k])
-            yield (
-                f"{here}.{name}={value[name]} starts from the defaults of {value[name]}; dropped: "
-                f"{', '.join(f'{here}.{inherited}' for inherited in lost)}"
-            )
+            yield _loss(f"{here}.{name}", here, value[name], lost)
+
+
+def _loss(key: str, component: str, name: str, lost: Sequence[str]) -> str:
+    dropped = ", ".join(f"{component}.{inherited}" for inherited in lost)
+    return f"{key}={name} starts from the defaults of {name}; dropped: {dropped}"
 
 
 def _merge(into: Tree, over: Tree) -> None:

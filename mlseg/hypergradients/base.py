@@ -129,14 +129,18 @@ class Again(Protocol):
         """A block whose evaluations leave no trace in buffers, random streams and by-products."""
 
     def rewind(self, random_state: RandomState | None = None) -> None:
-        """Within :meth:`untraced`: buffers as they were; generators as given, or as at the start
-        of the last step."""
+        """Within :meth:`untraced`: buffers and generators as given, or as at the start of the last
+        step."""
 
     def last_loss(self) -> Tensor:
         """Rewind, then the loss of the (last) batch of the last finished step."""
 
-    def loss(self, batch: Any, random_state: RandomState | None) -> Tensor:
-        """Rewind to ``random_state``, then the loss of ``batch``."""
+    def loss(self, batch: Any, random_state: RandomState | None, apart: bool = False) -> Tensor:
+        """Rewind to ``random_state``, then the loss of ``batch``.
+
+        Args:
+            apart: its graph is still to be walked when another step is evaluated.
+        """
 
     def fresh_loss(self) -> Tensor:
         """The loss of a batch in a stream apart from training's, with draws of its own."""
@@ -264,8 +268,9 @@ class Hop:
     def evaluation(self, whole: bool = False) -> Iterator[Callable[[], Tensor]]:
         """Give a function that evaluates the step's loss again, leaving no trace.
 
-        Each call starts from the random state of the step and from the present buffers. The
-        generators and every buffer of every problem are put back at the end.
+        Each call starts from the random state and the buffers that the step began with (from the
+        present statistics of BatchNorm, unless the step's loss reads them). The generators and
+        every buffer of every problem are put back at the end.
 
         Args:
             whole: the whole loss, for second derivatives by the level's own parameters; else the

@@ -331,6 +331,6 @@ def _check_the_same(name: str, loss: Tensor, known: Tensor) -> None:
         raise RunError(
             f"problem {name!r}: a step that is taken again (store: states) gives the loss "
             f"{float(loss):.9g}, and gave {float(known):.9g} in training: its loss depends on "
-            "buffers that steps have changed since, or a kernel doesn't repeat itself; set the "
+            "what has changed since, or a kernel doesn't repeat itself; set the "
             "hypergradient's store to weights"
         )

@@ -22,14 +22,15 @@ from mlseg.hypergradients.vectors import accumulate
 class Replay:
     """The last steps of a hop's level.
 
-    Each is evaluated at the weights that it started from, on its batches and in its random state;
-    the sources and all other levels are as they are now. With more steps than the level takes per
-    step of the level above, the earlier ones were taken under other values of the sources: they
-    count as if they had been taken under the present ones.
+    Each is evaluated at the weights and from the buffers that it started from, on its batches and
+    in its random state; the sources and all other levels' weights are as they are now. With more
+    steps than the level takes per step of the level above, the earlier ones were taken under other
+    values of the sources: they count as if they had been taken under the present ones.
 
     Args:
         hop: without interface: gradients go to the sources' parameters.
         count: at most so many steps; fewer at the start of training.
+        together: whether a step's graph is still to be walked when the next one is evaluated.
 
     Attributes:
         steps: oldest first.
@@ -38,8 +39,8 @@ class Replay:
         hooked: whether hooks change its gradient.
     """
 
-    def __init__(self, hop: Hop, count: int) -> None:
-        self.hop, self.level = hop, hop.level
+    def __init__(self, hop: Hop, count: int, together: bool = False) -> None:
+        self.hop, self.level, self._together = hop, hop.level, together
         self.stepping = self.level.stepping
         self.steps = list(self.level.trajectory.steps)[-count:]
         self.parameters = self.level.trainable_parameters()
@@ -60,7 +61,8 @@ class Replay:
             def loss() -> Tensor:
                 self.hop.evaluations += 1
                 with formulas(self.hop.second_order):
-                    return self.level.again.loss(batch, random_state) / len(step.seen)
+                    loss = self.level.again.loss(batch, random_state, self._together)
+                    return loss / len(step.seen)
 
             return loss
 

@@ -15,16 +15,18 @@ from mlseg.errors import RunError, UserError
 from mlseg.hypergradients import Interface
 from mlseg.hypergradients.fitness import HooksMade
 from mlseg.multilevel.belongings import Belongings, belongings, of_problems
+from mlseg.multilevel.buffers import Contents, Copies, ProgramBuffers, put_back
 from mlseg.multilevel.redrawing import Place
 
 if TYPE_CHECKING:
     from mlseg.multilevel.problem import Problem
 
-Buffers = list[tuple[dict[str, Any], str, Tensor, Tensor]]
-"""Table, name, the tensor itself, and its value."""
-
 _GENERATORS = "own"
 """Key of a random state: generators of the program's own, by where they were found."""
+
+_BUFFERS = "buffers"
+"""Key of a step's random state: the buffers that it began with. Of BatchNorm's statistics only
+where its loss reads them."""
 
 _FIRST_CHECKS, _CHECK_EVERY = (1, 10, 100), 1000
 """Steps at which a step is checked to repeat itself: these, and every so many."""
@@ -49,20 +51,25 @@ class Again:
         self.last_batch: Any = None
         self.last_random_state: randomness.RandomState | None = None
         self._begun: randomness.RandomState | None = None
-        self._buffers: Buffers = []
+        self._buffers = ProgramBuffers(problem._everyone)
+        self._present: Contents = []  # within `untraced`: the buffers before it
         self._found: Belongings | None = None
         self._begins = 0
-        self._buffers_begun: Buffers = []
+        self._all_begun: Copies = {}  # at a checked step: all buffers that it began with
+        self._reads_statistics = False
 
     # ------------------------------------------------------------------- a step's course
 
     def begin(self) -> randomness.RandomState:
-        """A batch is about to be evaluated: note the generators' state, and return it."""
+        """A batch is about to be evaluated: note the generators' state and the buffers, and return
+        them."""
         self._begins += 1
         if self.is_checked:
             self._found = None  # what was made since is found now
-            self._buffers_begun = self._present_buffers()
-        self._begun = self.random_state()
+            self._buffers.forget()
+            self._all_begun = self._buffers.copies(statistics=True)
+        copies = self._buffers.copies(self._reads_statistics)
+        self._begun = {**self.random_state(), **({_BUFFERS: copies} if copies else {})}
         return self._begun
 
     def end(self, batch: Any) -> None:
@@ -71,7 +78,8 @@ class Again:
 
     def connect(self) -> None:
         """The program has changed: search and check anew."""
-        self._found, self._begins = None, 0
+        self._found, self._begins, self._reads_statistics = None, 0, False
+        self._buffers.forget()
 
     # -------------------------------------------------------------------- evaluations
 
@@ -79,7 +87,7 @@ class Again:
     def untraced(self) -> Iterator[None]:
         """Within this block evaluations leave no trace: not in buffers, not in random streams, not
         in which parameters are frozen."""
-        self._buffers = self._present_buffers()
+        self._present = self._buffers.contents()
         parameters = [p for m in self._holders() for p in m._parameters.values() if p is not None]
         frozen = [not p.requires_grad for p in parameters]
         own = self._own_states()
@@ -93,13 +101,28 @@ class Again:
             for p, was in zip(parameters, frozen, strict=True):
                 if p.requires_grad is was:
                     p.requires_grad_(not was)
-            _put_back(self._buffers)
-            self._buffers = []
+            put_back(self._present)
+            self._present = []
 
-    def rewind(self, random_state: randomness.RandomState | None = None) -> None:
-        """Within :meth:`untraced`: every buffer back, and :meth:`restore_randomness`."""
-        _put_back(self._buffers)
+    def rewind(
+        self, random_state: randomness.RandomState | None = None, apart: bool = False
+    ) -> None:
+        """Within :meth:`untraced`: buffers back to where the step began, and
+        :meth:`restore_randomness`.
+
+        Args:
+            random_state: of the step; by default, and of one without buffers, the last one's are
+                meant.
+            apart: see :meth:`ProgramBuffers.set`.
+        """
+        self._rewind_buffers(random_state, apart)
         self.restore_randomness(random_state)
+
+    def _rewind_buffers(self, state: randomness.RandomState | None, apart: bool = False) -> None:
+        put_back(self._present)
+        last = self.last_random_state or self._begun or {}
+        copies = (state or last).get(_BUFFERS) or last.get(_BUFFERS, {})
+        self._buffers.set(copies, apart)
 
     def random_state(self) -> randomness.RandomState:
         """The present state of all generators, the program's own included."""
@@ -118,13 +141,16 @@ class Again:
         """Rewind, then the loss of the last finished step's (last) batch."""
         return self.loss(self.last_batch, None)
 
-    def loss(self, batch: Any, random_state: randomness.RandomState | None) -> Tensor:
+    def loss(
+        self, batch: Any, random_state: randomness.RandomState | None, apart: bool = False
+    ) -> Tensor:
         """Rewind to ``random_state``, then the loss of ``batch``."""
-        self.rewind(random_state)
+        self.rewind(random_state, apart)
         return self._problem._full_loss(batch)
 
     def fresh_loss(self) -> Tensor:
         """The loss of a batch from the same data, in a stream of which training takes no note."""
+        self._rewind_buffers(None)
         return self._problem._full_loss(self._problem.fresh_batch())
 
     def redrawn(self, place: Place) -> Any:
@@ -181,6 +207,7 @@ class Again:
             UserError: it isn't; in mid-run RunError.
         """
         problem, interface = self._problem, self._problem.interface
+        all_begun, self._all_begun = self._all_begun, {}
         with self.untraced():
             if (
                 interface is not None
@@ -190,13 +217,24 @@ class Again:
                 # What hypergradients evaluate is less than the step's loss, or more precise, or a
                 # step whose graph is kept went by other kernels (`second_order`): two evaluations
                 # are compared with each other.
-                loss = self._evaluated(batch, interface)
+                loss = self._evaluated(batch, interface, all_begun)
             before = {k: (t, t._version) for k, t in self._witnesses(batch).items()}
             with HooksMade() as hooks:
                 again = self._evaluated(batch, interface)
             changed = [k for k, (t, version) in before.items() if t._version != version]
-        problem.interface, self._buffers_begun = interface, []
+            if not changed and not _same(again, loss.detach()):
+                again = self._evaluated(batch, interface, all_begun)
+                if _same(again, loss.detach()) and self._begun is not None:
+                    self._reads_statistics = True
+                    self._begun[_BUFFERS] = all_begun
+        problem.interface = interface
         fault = RunError if self._begins > 1 else UserError
+        if self._reads_statistics and problem.trajectory.keeps.graphs:
+            raise fault(
+                f"problem {problem.name!r}: its loss reads BatchNorm's statistics, in evaluation "
+                "mode, and steps move them, which graphs that are kept don't outlive; set the "
+                "hypergradient's store to weights, or leave the statistics alone"
+            )
         if changed:
             raise fault(
                 f"problem {problem.name!r}: its training_step changes {changed[0]} in place, and "
@@ -211,12 +249,20 @@ class Again:
                 "it draws from a generator that was not found, or keeps a state from one "
                 "evaluation to the next; make the generator an attribute of the problem or draw "
                 "from torch's own, and change states only `if not self.replaying`, or keep them "
-                "in buffers"
+                "in buffers that each evaluation changes alike"
             )
 
-    def _evaluated(self, batch: Any, interface: Interface | None) -> Tensor:
-        """The loss from where the step began, or the part that depends on the interface."""
-        _put_back(self._buffers_begun)
+    def _evaluated(
+        self, batch: Any, interface: Interface | None, begun: Copies | None = None
+    ) -> Tensor:
+        """The loss as a hop evaluates it, or the part that depends on the interface.
+
+        Args:
+            begun: buffers to start from, where not those that the hop does.
+        """
+        put_back(self._present)
+        copies = (self._begun or {}).get(_BUFFERS, {}) if begun is None else begun
+        self._buffers.set(copies)
         if interface is None:
             self.restore_randomness(self._begun)
             return self._problem._full_loss(batch).detach()
@@ -225,7 +271,7 @@ class Again:
 
     def _witnesses(self, batch: Any) -> dict[str, Tensor]:
         """What an evaluation may not write to: all but the buffers, which are put back."""
-        buffers = {id(buffer) for _, _, buffer, _ in self._buffers}
+        buffers = {id(buffer) for _, _, buffer, _ in self._present}
         tensors = self._belongings().tensors | belongings({"its batch": batch}).tensors
         return {path: t for path, t in tensors.items() if id(t) not in buffers}
 
@@ -233,14 +279,6 @@ class Again:
 
     def _holders(self) -> list[nn.Module]:
         return list({id(m): m for module in self.modules() for m in module.modules()}.values())
-
-    def _present_buffers(self) -> Buffers:
-        return [
-            (holder._buffers, name, buffer, buffer.clone())
-            for holder in self._holders()
-            for name, buffer in holder._buffers.items()
-            if buffer is not None
-        ]
 
     def _belongings(self) -> Belongings:
         if self._found is None:
@@ -292,14 +330,6 @@ def borrowed(
             group.update(was)
         for p, gradient in zip(held.values(), gradients, strict=True):
             p.grad = gradient
-
-
-def _put_back(buffers: Buffers) -> None:
-    """The tensors themselves and their values."""
-    for table, name, buffer, value in buffers:
-        table[name] = buffer
-        # Through ``data``: a graph that is still to be walked may have saved the buffer.
-        buffer.data.copy_(value)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

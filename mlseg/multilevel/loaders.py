@@ -351,6 +351,22 @@ class FreshBatches:
         self._saved = list(state["places"])
 
 
+def check_iterable(name: str, loader: Any) -> None:
+    """Refuse what no batches can come from.
+
+    Raises:
+        UserError: problem ``name`` got something else than a loader.
+    """
+    kind = type(loader)
+    if kind is type or not (hasattr(kind, "__iter__") or hasattr(kind, "__getitem__")):
+        what = f"the class {loader.__name__}" if kind is type else f"of type {kind.__name__}"
+        call = "; call it" if callable(loader) else ""
+        raise UserError(
+            f"problem {name!r}: its loader is {what}, which can't be iterated over{call}; give it "
+            "a DataLoader, a list of batches, or another iterable"
+        )
+
+
 def check_not_empty(name: str, loader: Any) -> None:
     """Refuse a loader that says that it has no batches.
 

@@ -23,7 +23,7 @@ from mlseg.hypergradients.substitution import check_none_left, substituted
 from mlseg.multilevel import graph, restoring
 from mlseg.multilevel.betty_tables import carry_by_bettys, is_bettys
 from mlseg.multilevel.config import Config, SchedulerClock, method_of
-from mlseg.multilevel.loaders import FreshBatches, Place, Stream, check_not_empty
+from mlseg.multilevel.loaders import FreshBatches, Place, Stream, check_iterable, check_not_empty
 from mlseg.multilevel.outer_gradient import OuterGradient
 from mlseg.multilevel.own_names import Shown
 from mlseg.multilevel.plain import regroup
@@ -445,6 +445,11 @@ class Problem(Revisitable):
         """Betty's; its next step is to begin a pass over each loader."""
         super().patch_everything()
         self._before_loaders = randomness.capture(self.device)
+
+    def patch_data_loader(self, loader: Any) -> Any:
+        """Betty's, of what can be iterated over."""
+        check_iterable(self.name, loader)
+        return super().patch_data_loader(loader)
 
     def patch_optimizer(self) -> None:
         """Keep the optimizer object; only its state follows the module to the device."""

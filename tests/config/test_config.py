@@ -188,6 +188,11 @@ class TestOverrides:
             "optimizer.name=adam starts from the defaults of adam; dropped: optimizer.lr, "
             "optimizer.momentum"
         ]
+        for short in ("adam", load("basic.yaml").values["optimizer"]["name"]):
+            assert load("basic.yaml", [f"optimizer={short}"]).notes == [
+                f"optimizer={short} starts from the defaults of {short}; dropped: optimizer.lr, "
+                "optimizer.momentum"
+            ]
         # Nothing is lost by the same name, by new keys, and where all are given anew.
         for override in (
             "optimizer.name=rmsprop",

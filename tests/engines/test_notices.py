@@ -61,6 +61,17 @@ def test_a_hypergradient_that_is_zero(
         program(method, **levels).iterate()
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad])
+@pytest.mark.parametrize("lower", [Lower, Alone])
+def test_adaptive_optimizers_are_looked_at_from_their_second_step(
+    optimizer: Any, lower: Any, tmp_path: Path
+) -> None:
+    """The derivative of a first step along the gradient's sign is zero up to rounding."""
+    program("sama", settings=ONCE, out=tmp_path, lower=lower, optimizer=optimizer).run()
+    found = events(tmp_path, "hypergradient_zero")
+    assert [event["step"] for event in found] == ([2] if lower is Alone else [])
+
+
 def test_the_timed_dry_run_says_so_too(capsys: pytest.CaptureFixture[str]) -> None:
     timed_dry_run(program("identity", lower=Alone, quiet=False))
     assert capsys.readouterr().err.count("through 'lower' is exactly zero") == 1

@@ -64,7 +64,7 @@ class Bare:
     def last_loss(self) -> Tensor:
         return 0.5 * (self.curvature * (self.module.value - self.upper.value) ** 2).sum()
 
-    def loss(self, batch: Any, random_state: Any) -> Tensor:
+    def loss(self, batch: Any, random_state: Any, apart: bool = False) -> Tensor:
         return self.last_loss()
 
     def fresh_loss(self) -> Tensor:

@@ -119,3 +119,17 @@ def test_batches_of_ones_own_that_are_used_up() -> None:
     engine.iterate()
     with pytest.raises(RunError, match="'lower': its get_batch raised StopIteration"):
         engine.iterate()
+
+
+@pytest.mark.parametrize(
+    ("loader", "what"),
+    [
+        (5, "of type int"),
+        (torch.utils.data.DataLoader, "the class DataLoader"),
+        (lambda: [(X, Y)], "of type function, which can't be iterated over; call it"),
+        (([(X, Y)], None), "of type NoneType"),
+    ],
+)
+def test_what_no_batches_can_come_from(loader: Any, what: str) -> None:
+    with pytest.raises(UserError, match=f"'lower': its loader is {what}"):
+        program("identity", loader=loader)

@@ -233,8 +233,9 @@ class Unrolled(Differentiating):
 
     def cotangents(self, vector: Vector, hop: Hop) -> tuple[Cotangents, Diagnostics]:
         """See the class."""
-        replay = Replay(hop, self.steps or hop.level.unroll_steps)
-        if self.backend == "higher":
+        higher = self.backend == "higher"
+        replay = Replay(hop, self.steps or hop.level.unroll_steps, together=higher)
+        if higher:
             from mlseg.hypergradients import higher_backend
 
             fresh = self.optimizer_state == "fresh"

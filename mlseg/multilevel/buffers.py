@@ -1,0 +1,107 @@
+"""Buffers of a program's modules, noted and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import betty.problems
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Copies = dict[str, Tensor | None]
+"""Values by where a buffer is: its level, and its path in that level's module."""
+
+Contents = list[tuple[dict[str, Any], str, Tensor | None, Tensor | None]]
+"""Table, name, the tensor itself, and a copy of it."""
+
+_STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
+
+
+class ProgramBuffers:
+    """Those of all modules of some problems, each once.
+
+    Args:
+        problems: gives them; asked when buffers are looked for.
+    """
+
+    def __init__(self, problems: Callable[[], Sequence[betty.problems.Problem]]) -> None:
+        self._problems = problems
+        self._found: dict[str, tuple[dict[str, Any], str, bool]] | None = None
+
+    def forget(self) -> None:
+        """Modules may have changed: look for them anew."""
+        self._found = None
+
+    def _places(self) -> dict[str, tuple[dict[str, Any], str, bool]]:
+        """Table, name, and whether it is a BatchNorm's statistics."""
+        if self._found is None:
+            seen: set[int] = set()
+            self._found = {}
+            for problem in self._problems():
+                for path, holder in problem.module.named_modules():
+                    if id(holder) in seen:
+                        continue
+                    seen.add(id(holder))
+                    for name in holder._buffers:
+                        statistics = isinstance(holder, _BatchNorm) and name in _STATISTICS
+                        place = holder._buffers, name, statistics
+                        self._found[f"{problem.name}.{path}.{name}"] = place
+        return self._found
+
+    def copies(self, statistics: bool) -> Copies:
+        """Copies of the present values.
+
+        Args:
+            statistics: of BatchNorm's statistics too, which a loss in training mode doesn't read.
+        """
+        return {
+            path: _copy(table.get(name))
+            for path, (table, name, is_statistics) in self._places().items()
+            if statistics or not is_statistics
+        }
+
+    def contents(self) -> Contents:
+        """All of them as they are, for :func:`put_back`."""
+        self.forget()
+        return [
+            (table, name, table.get(name), _copy(table.get(name)))
+            for table, name, _ in self._places().values()
+        ]
+
+    def set(self, copies: Copies, apart: bool = False) -> None:
+        """Give buffers these values, within a block that ends with :func:`put_back`.
+
+        Args:
+            apart: in tensors of their own, since a graph that outlives the next call saves them.
+        """
+        places = self._places()
+        for path, value in copies.items():
+            if path not in places:
+                continue
+            table, name, _ = places[path]
+            present = table.get(name)
+            if value is None:
+                table[name] = None
+            elif apart or present is None or _differ(present, value):
+                device = value.device if present is None else present.device
+                table[name] = value.to(device, copy=True)
+            else:
+                present.data.copy_(value)
+
+
+def put_back(contents: Contents) -> None:
+    """The tensors themselves and their values."""
+    for table, name, buffer, value in contents:
+        table[name] = buffer
+        if buffer is not None and value is not None:
+            # Through ``data``: a graph that is still to be walked may have saved the buffer.
+            buffer.data.copy_(value)
+
+
+def _copy(buffer: Tensor | None) -> Tensor | None:
+    return None if buffer is None else buffer.detach().clone()
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    return one.shape != other.shape or one.dtype != other.dtype
