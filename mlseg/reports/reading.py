@@ -103,16 +103,18 @@ def read_run(directory: Path) -> Run:
         label=directory.name or str(directory),
         split_provenance=str(at(_json(directory / "splits.json"), "provenance") or "not known"),
     )
-    if not results:
-        run.missing.append(f"{RESULTS}: final scores")
-    if not run.evaluation:
-        run.missing.append(f"{EVALUATION}: scores of every image, intervals, reliability, pictures")
-    if not run.starts:
-        run.missing.append(f"{STARTS}: command, revision, machine, what the config sets itself")
-    if not run.times:
-        run.missing.append(f"{TIMES}: seconds per step, memory")
-    if not recorded.curves:
-        run.missing.append(f"{METRICS}: curves")
+    contents = {
+        RESULTS: (results, "final scores"),
+        EVALUATION: (run.evaluation, "scores of every image, intervals, reliability, pictures"),
+        STARTS: (run.starts, "command, revision, machine, what the config sets itself"),
+        TIMES: (run.times, "seconds per step, memory"),
+        METRICS: (recorded.curves, "curves"),
+    }
+    for name, (found, what) in contents.items():
+        if not found:
+            path = directory / name
+            damaged = path.is_file() and path.stat().st_size > 0
+            run.missing.append(f"{name}: {what}" + " (it is there and can't be read)" * damaged)
     return run
 
 

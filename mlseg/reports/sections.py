@@ -85,7 +85,7 @@ def summary(run: Run) -> Section:
     parts += [Text(f"Not scored: {reason}", loud=True) for reason in map(str, lost.values())]
     if run.missing:
         gone = "; ".join(run.missing)
-        parts.append(Text(f"Not in the run directory, so not on this page: {gone}."))
+        parts.append(Text(f"Not to be had from the run directory, so not on this page: {gone}."))
     return Section("Summary", parts)
 
 

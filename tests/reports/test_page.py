@@ -246,6 +246,15 @@ def test_a_missing_file_is_said(own: Path, name: str) -> None:
         assert "jaccard on test" in page.text
 
 
+@pytest.mark.parametrize("name", ["results.json", "evaluation.json"])
+def test_a_damaged_file_is_not_called_missing(own: Path, name: str) -> None:
+    path = own / name
+    path.write_bytes(path.read_bytes()[:-20])
+    page = again(own)
+    assert "it is there and can't be read" in page.text
+    assert page.text.index(f"{name}: ") < page.text.index("it is there and can't be read")
+
+
 def test_an_old_directory_has_a_page_too(own: Path) -> None:
     for name in ("evaluation.json", STARTS, "times.jsonl"):
         (own / name).unlink()
