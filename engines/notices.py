@@ -59,7 +59,7 @@ def _begins_adaptive(problem: Problem) -> bool:
     """
     return any(
         isinstance(level, Problem)
-        and level.trajectory.keeps.moments
+        and (level.trajectory.keeps.moments or level.method is None)  # None: Betty's own
         and level._steps_taken <= 1
         and any(_SECOND_MOMENTS & state.keys() for state in level.optimizer.state.values())
         for level in {node for path in problem.paths for node in path[1:-1]}

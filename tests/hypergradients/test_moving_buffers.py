@@ -237,7 +237,7 @@ class Above(Upper):
 @pytest.mark.parametrize("levels", [{"lower": Callback}, {"upper": Above}])
 def test_those_that_are_changed_between_step_and_hop(levels: dict[str, Any]) -> None:
     net = net_of(Counted)
-    w = net.weight.detach().clone().requires_grad_()
+    w = next(net.parameters()).detach().clone().requires_grad_()
     s = torch.tensor(S, dtype=torch.float64, requires_grad=True)
     (g,) = torch.autograd.grad(error(X @ w.T, Y) * s.exp(), w, create_graph=True)
     after = w - RATE * g
