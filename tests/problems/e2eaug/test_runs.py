@@ -182,8 +182,8 @@ def test_a_damaged_gan_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
         assert not out.exists()
     damaged = bytearray(whole.read_bytes())
     damaged[len(damaged) // 2] ^= 1
-    for content in (bytes(damaged), whole.read_bytes()[:1000], b""):
-        path.write_bytes(content)
+    for data in (bytes(damaged), whole.read_bytes()[:1000], b""):
+        path.write_bytes(data)
         assert run.main([config, f"gan.pretrained={path}", "--out", str(out)]) == 2
         assert f"gan.pretrained: {path}: truncated or not a checkpoint" in one_line(capsys)
 
