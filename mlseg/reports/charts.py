@@ -7,7 +7,7 @@ is some 11 pixels. Lines differ by colour and by dashes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -193,6 +193,13 @@ def _line(index: int, name: str, line: Series, x: _Axis, y: _Axis, dots: bool = 
 def _dash(index: int) -> Markup:
     dash = _DASHES[index % len(_DASHES)]
     return Markup(' stroke-dasharray="{}"').format(dash) if dash else Markup("")
+
+
+def swatches(shades: Mapping[str, tuple[int, int, int]]) -> Markup:
+    """A legend of classes, by name, each with its own colour in 0 to 255."""
+    key = Markup('<li><span class="key" style="background: rgb({}, {}, {})"></span> {}</li>')
+    keys = [key.format(*shade, name) for name, shade in shades.items()]
+    return Markup('<ul class="legend">{}</ul>').format(Markup("").join(keys))
 
 
 def _legend(names: Sequence[str]) -> Markup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mlseg.reports.charts import histogram, reliability
+from mlseg.reports.charts import histogram, reliability, swatches
 from mlseg.reports.figures import FIRST, headline, of_images, plain
 from mlseg.reports.parts import (
     Cell,
@@ -105,10 +105,29 @@ def _pictures(
     if not several:
         groups = [("All images, worst first", list(images.values()))]
     parts: list[Part] = [Text(f"Each picture, from left to right: {heads}.")] if images else []
+    shades = _shades(run, weights, split)
+    if images and len(shades) > 2:
+        parts.append(Drawing("Classes", swatches(shades)))
     for title, group in groups:
         if group:
             parts += [Text(title), Grid(group)]
     return parts, anchors
+
+
+def _shades(run: Run, weights: str, split: str) -> dict[str, tuple[int, int, int]]:
+    """The colour of each class, where both are known."""
+    names = list(mapping(at(run.evaluation, "scores", weights, split, "classes")))
+    palette = run.evaluation.get("palette")
+    if not isinstance(palette, list) or len(palette) < len(names):
+        return {}
+    found: dict[str, tuple[int, int, int]] = {}
+    for name, shade in zip(names, palette, strict=False):
+        if not isinstance(shade, list) or len(shade) != 3:
+            return {}
+        if not all(type(value) is int and 0 <= value <= 255 for value in shade):
+            return {}
+        found[name] = (shade[0], shade[1], shade[2])
+    return found
 
 
 def _base64(text: str) -> bool:

@@ -246,6 +246,22 @@ def test_a_missing_file_is_said(own: Path, name: str) -> None:
         assert "jaccard on test" in page.text
 
 
+@pytest.mark.parametrize("third", [[86, 180, 233], [86, 180], [86, 180, "x;"], [86, 180, 256]])
+def test_three_classes_have_a_legend_of_colours(own: Path, third: list[Any]) -> None:
+    path = own / "evaluation.json"
+    content = json.loads(path.read_text())
+    content["palette"] = [[0, 0, 0], [230, 159, 0], third]
+    for weights in content["scores"].values():
+        for split in weights.values():
+            split["classes"] = {name: {"jaccard": 0.5} for name in ("skin", "mole", "hair")}
+    path.write_text(json.dumps(content))
+    page = again(own)
+    styles = [about["style"] for _, about in page.tags if about.get("style")]
+    colours = ["0, 0, 0", "230, 159, 0", "86, 180, 233"]
+    known = third == [86, 180, 233]
+    assert styles == ([f"background: rgb({shade})" for shade in colours] if known else [])
+
+
 @pytest.mark.parametrize("name", ["results.json", "evaluation.json"])
 def test_a_damaged_file_is_not_called_missing(own: Path, name: str) -> None:
     path = own / name
