@@ -24,7 +24,7 @@ from mlseg.problems.e2eaug.settings import (
     E2EAugSettings,
     GeneratorSettings,
 )
-from mlseg.segmentation.data import SegmentationData, to_uint8
+from mlseg.segmentation.data import Samples, SegmentationData, to_float, to_uint8
 from mlseg.segmentation.pictures import Row, colour, legend, sheet, to_rgb
 
 PRETRAINING = "pretraining"
@@ -264,24 +264,75 @@ class SyntheticPictures(Hooks):
 
 
 class ExportedGenerator(Hooks):
-    """The generator, merged into plain operators, in ``checkpoints/generator.pt``.
+    """The generator in ``checkpoints/generator.pt``, merged into plain operators; how good it is.
 
     Beside the weights stand what the class takes, and the generator's name in a config.
     """
 
-    def __init__(self, generator: Problem, name: str) -> None:
+    def __init__(self, generator: Problem, name: str, data: SegmentationData) -> None:
         self._generator = generator
         self._name = name
+        self._data = data
 
     def results(self, engine: Engine, report: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the file."""
+        """Write the file; ``generated`` says how near its images come to the real ones."""
+        plain = self._generator.export()
         if engine.recorder.directory is not None:
-            plain = self._generator.export()
             checkpoint.save(
                 engine.checkpoint_path("generator"),
                 {"name": self._name, "settings": plain.settings(), "module": plain.state_dict()},
             )
-        return {}
+        return {"generated": likeness(plain, self._data.val, engine.device)}
+
+
+_AT_ONCE = 8
+_SMALLEST = 11
+"""Pixels of a side of SSIM's window."""
+
+
+@torch.no_grad()
+def likeness(
+    generator: nn.Module, samples: Samples, device: torch.device
+) -> dict[str, float | int | None]:
+    """How near the images that a generator makes of real masks come to their real images.
+
+    Args:
+        generator: of label maps in [-1, 1], in evaluation mode: without the dropout that is the
+            noise of training.
+
+    Returns:
+        "psnr" in dB, None where it is infinite, and "ssim", None where its window doesn't fit in:
+            means over images of the network's size, in [0, 1], by torchmetrics; "images", their
+            number.
+    """
+    from torchmetrics.functional import image as likenesses
+
+    was_training = generator.training
+    generator.eval()
+    psnr, ssim = [], []
+    for start in range(0, len(samples), _AT_ONCE):
+        span = slice(start, start + _AT_ONCE)
+        label = encode(samples.masks[span].to(device).long(), samples.spec.num_classes)
+        real = to_float(samples.images[span].to(device)) * 0.5 + 0.5
+        made = (generator(label) * 0.5 + 0.5).to(real.dtype)
+        psnr.append(
+            likenesses.peak_signal_noise_ratio(
+                made, real, data_range=(0.0, 1.0), reduction="none", dim=(1, 2, 3)
+            )
+        )
+        if min(real.shape[-2:]) >= _SMALLEST:
+            found = likenesses.structural_similarity_index_measure(
+                made, real, data_range=(0.0, 1.0), reduction="none"
+            )
+            assert isinstance(found, torch.Tensor)
+            ssim.append(found.reshape(-1))
+    generator.train(was_training)
+    decibels = float(torch.cat(psnr).mean())
+    return {
+        "psnr": decibels if math.isfinite(decibels) else None,  # infinite of the very images
+        "ssim": float(torch.cat(ssim).mean()) if ssim else None,
+        "images": len(samples),
+    }
 
 
 def perceptual_path(out: Path) -> Path:

@@ -110,7 +110,7 @@ def build(settings: E2EAugSettings, out: Path | None) -> Engine:
         out=out,
         hooks=[
             *hooks,
-            records.ExportedGenerator(generator, settings.generator.name),
+            records.ExportedGenerator(generator, settings.generator.name, data),
             *make.hooks(),
         ],
     )
