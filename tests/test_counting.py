@@ -74,7 +74,7 @@ def test_no_image_is_drawn_for_its_shape(monkeypatch: pytest.MonkeyPatch) -> Non
     def drawn(*args: Any) -> Any:
         raise AssertionError("drawn")
 
-    monkeypatch.setattr("mlseg.segmentation.data.prepare.synthetic_lesions", drawn)
+    monkeypatch.setattr("mlseg.segmentation.data.standins.synthetic_lesions", drawn)
     settings = DataSettings(name="synthetic_lesions", image_size=64, train=5, val=3, test=1000)
     with shapes_alone():
         data = load_data(settings)

@@ -299,7 +299,7 @@ def test_plain_problems_are_not_taken_up_again(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "strategy": (lambda: config(strategy="fsdp"), "strategy 'fsdp': this engine runs in one"),
+    "strategy": (lambda: config(strategy="fsdp"), "strategy 'fsdp': choose default, cpu or gpu"),
     "no strategy": (lambda: config(strategy="none"), "strategy 'none'"),
     "logger": (lambda: config(logger_type="csv"), "logger_type 'csv'; choose one of tensorboard"),
     "mode": (lambda: config(early_stopping_mode="less"), "early_stopping_mode 'less'; choose min"),

@@ -30,6 +30,8 @@ QUICK: dict[str, dict[str, Any]] = {
     # Krylov methods are linear only once they have converged.
     "cg": {"iterations": 40},
     "minres": {"iterations": 40},
+    # The step along its direction goes by the vector.
+    "kfac": {"rescale": False},
     # Power iteration starts from the vector.
     "neumann": {"step_size": 0.3},
     "nystrom": {"rank": 30, "damping": 1e-2},

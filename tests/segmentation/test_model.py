@@ -179,7 +179,7 @@ def test_what_can_not_be_loaded_is_one_line(runs: list[Path], tmp_path: Path) ->
         return str(caught.value)
 
     assert "no such run directory" in said(tmp_path / "none")
-    assert "no such run directory" in said(str(runs[0] / "config.yaml"))
+    assert "config.yaml: truncated or not a checkpoint" in said(str(runs[0] / "config.yaml"))
     assert "no run is named" in said([])
     assert "is no path" in said([3])
     assert "neither best nor last" in said(runs[0], weights="first")

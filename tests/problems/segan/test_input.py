@@ -52,7 +52,7 @@ def test_labels_outside_the_classes_are_refused(monkeypatch: pytest.MonkeyPatch)
         ({"critic.class": "each"}, "did you mean 'critic.classes'"),
         ({"problems.critic.hypergradient": {"method": "identiy"}}, "did you mean 'identity'"),
         ({"problems.segmentor.scheduler": {"name": "linear", "step": "epoch"}}, "length"),
-        ({"segmentor.encoder": "resnet18"}, "segmentor.encoder: unknown key; valid here: name, ch"),
+        ({"segmentor.encoder": "resnet18"}, "segmentor.encoder: unknown key; valid here: name, we"),
         ({"segmentor.levels": 7}, "segmentor.levels: should be less than or equal to 6, got 7"),
         ({"critic.layers": 7}, "critic.layers: should be less than or equal to 6, got 7"),
     ],
