@@ -61,7 +61,7 @@ def said(record: Mapping[str, Any]) -> str:
     line = f"Starts from {record['source']}: {record['loaded']} of {record['tensors']} tensors"
     for what, names in (("new", record["new"]), ("not used", record["unused"])):
         if names:
-            line += f"; {what}: {_listed(names)}"
+            line += f"; {what}: {listed(names)}"
     return "; ".join([line, *record["notes"]])
 
 
@@ -252,7 +252,7 @@ def _match_classes(
         return "classes brought from the file's order into the data's"
     for name in heads:
         del taken[name]
-    return f"new head: the file's classes are others ({_listed(known)})"
+    return f"new head: the file's classes are others ({listed(known)})"
 
 
 def _match_channels(
@@ -276,6 +276,7 @@ def _match_channels(
     return said
 
 
-def _listed(names: Sequence[str], most: int = 3) -> str:
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Some names, and how many more there are."""
     shown = ", ".join(printable(name, 80) for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -81,11 +81,7 @@ def read(named: str, key: str, settings: SegmentorSettings) -> Weights:
 def _described(held: Any, path: Path, key: str, settings: SegmentorSettings) -> Weights:
     if isinstance(held, Mapping) and isinstance(held.get("segmentor"), Mapping):
         with checkpoint.taking(f"{key}: {path}: its segmentor", "name another run's checkpoint"):
-            found = held["segmentor"]
-            tensors = held["problems"][found["problem"]]["module"]
-            classes = tuple(map(str, found["classes"]))
-            pixels = settings.seen_by(dict(found["settings"]))
-            return Weights(str(path), _tensors(tensors), classes, pixels)
+            return learned(held, path, settings)
     tensors = _tensors(held)
     for holder in _HOLDERS:
         if tensors or not isinstance(held, Mapping):
@@ -99,6 +95,21 @@ def _described(held: Any, path: Path, key: str, settings: SegmentorSettings) -> 
     published = tensors.get("classifier.4.bias")  # torchvision's DeepLabV3
     known = published is not None and published.shape == (len(VOC_CLASSES),)
     return Weights(str(path), tensors, tuple(VOC_CLASSES) if known else None)
+
+
+def learned(state: Mapping[str, Any], path: Path, settings: SegmentorSettings) -> Weights:
+    """The segmentor's weights in a run's checkpoint, or a file of ``export --format torch``.
+
+    Raises:
+        KeyError, TypeError, ValueError: it holds something else.
+    """
+    about = state["segmentor"]
+    return Weights(
+        str(path),
+        _tensors(dict(state["problems"][about["problem"]]["module"])),
+        tuple(map(str, about["classes"])),
+        settings.seen_by(dict(about["settings"])),
+    )
 
 
 def _tensors(held: Any) -> dict[str, Tensor]:
