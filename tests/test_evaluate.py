@@ -53,8 +53,8 @@ def test_evaluate_on_another_set(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_evaluate_without_a_test_split_says_so(
     name: str, mend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes = [f"data.name={name}", "data.when_missing=synthetic", "data.test=0"]
-    out = train(tmp_path, *changes, "data.root=none")
+    changes = [f"data.name={name}", "data.when_missing=synthetic", "data.test=0", "data.root=none"]
+    out = train(tmp_path, *changes, "data.image_size=32", "data.train=4", "data.val=2")
     capsys.readouterr()
     assert evaluate.main([str(out), "--out", str(tmp_path / "scores.json")]) == 2
     said = one_line(capsys)
