@@ -15,6 +15,8 @@ from mlseg.errors import UserError
 from mlseg.hypergradients.registry import classes
 from mlseg.multilevel.sharing import own_share
 
+pytestmark = pytest.mark.slow
+
 COUNTS = (2, 3)
 
 
