@@ -246,6 +246,18 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
             "problems.architecture.batch_size": 6,
         },
     ),
+    "e2eaug, learned masks": (
+        "e2eaug",
+        {
+            "engine.iterations": 3,
+            "gan.pretrain": 0,
+            "level3.mask_augmentation": True,
+            **{
+                f"problems.{level}.batch_size": 6
+                for level in ("generator", "segmentor", "architecture")
+            },
+        },
+    ),
     "e2eaug, BatchNorm synchronised": (
         "e2eaug",
         {
