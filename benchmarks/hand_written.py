@@ -21,8 +21,8 @@ from mlseg.engines.settings import EngineSettings, Stage
 from mlseg.hypergradients.optimizers import one_step_scale
 from mlseg.multilevel.config import Config
 from mlseg.multilevel.problem import Problem
-from mlseg.problems.e2eaug.levels import encode
 from mlseg.problems.e2eaug.losses import gan_loss
+from mlseg.problems.e2eaug.masks import encode
 
 
 class Hop:
@@ -98,11 +98,10 @@ class HandWrittenE2EAug:
             if problem.train_data_loader
         }
         level: Any = problems["segmentor"]
-        self.augment, self.draws = level.mask_augmentation, level.mask_generator
+        self.masks, self.draws = level.masks, level.mask_generator
         self.criterion, self.weight = level.criterion, level.synthetic_weight
-        self.num_classes = level.num_classes
         upper: Any = problems["generator"]
-        self.l1 = upper.l1
+        self.l1, self.num_classes = upper.l1, upper.num_classes
         self.hops = {"segmentor": Hop(level), "generator": Hop(upper)}
         self.device = engine.device
 
@@ -127,9 +126,9 @@ class HandWrittenE2EAug:
 
         # Level 2: the segmentor, on real pairs and on synthetic ones.
         real_image, real_mask = next(self.batches["segmentor"])
-        _, augmented = self.augment(None, real_mask, self.draws)
+        made_of, augmented = self.masks(real_mask, self.masks.draw(real_mask, self.draws))
         self.hops["segmentor"].remember()
-        synthetic = self.generator(encode(augmented, self.num_classes), self.architecture()).float()
+        synthetic = self.generator(made_of, self.architecture()).float()
         segmentor_state = _random_state(self.device)
         synthetic_loss = self.weight * self.criterion(self.segmentor(synthetic), augmented)
         real_loss = self.criterion(self.segmentor(real_image), real_mask)

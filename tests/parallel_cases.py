@@ -296,6 +296,15 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
         "e2eaug",
         {"level3": {"synthetic_weight": True, "guidance": 0.5}, "loss": DICE, **GAN_BATCHES},
     ),
+    "e2eaug, learned masks": (
+        "e2eaug",
+        {
+            "engine.iterations": 3,
+            "gan.pretrain": 0,
+            "level3.mask_augmentation": True,
+            **GAN_BATCHES,
+        },
+    ),
     "e2eaug, BatchNorm synchronised": (
         "e2eaug",
         {

@@ -54,20 +54,24 @@ def _draw(
     if several := [d for d in rest if d == "split" or records[d].nunique() > 1]:
         panels = [(_title(place), part) for place, part in records.groupby(several, sort=False)]
     points = max(part[picture.x].nunique() for _, part in panels)
-    series = records[picture.series].nunique() if picture.series else 1
-    width = max(3.6, 0.25 * points * (series + 1) + 1.8 + (picture.series is not None))
+    # Whatever a panel lacks, a series has its colour and its place.
+    series: list[str | None] = [None]
+    if picture.series is not None:
+        there = set(records[picture.series])
+        series = [value for value in _order(finished, picture.series) if value in there]
+    width = max(3.6, 0.25 * points * (len(series) + 1) + 1.8 + (picture.series is not None))
     per_row = max(1, min(len(panels), int(14 // width)))
     lines = -(-len(panels) // per_row)
     figure = Figure(figsize=(width * per_row, 3.4 * lines + 0.4), layout="constrained")
     axes = figure.subplots(lines, per_row, squeeze=False, sharey=True).flatten()
     metric = ", ".join(records["metric"].unique()) if "metric" in dimensions else ""
     for place, (title, part) in zip(axes, panels, strict=False):
-        _panel(place, finished, picture, part)
+        _panel(place, finished, picture, part, series)
         place.set_title(title, fontsize=9)
     if picture.series is not None:
         found = [place.get_legend_handles_labels() for place in axes]
         handles = {name: handle for both in found for handle, name in zip(*both, strict=True)}
-        figure.legend(handles.values(), map(plain, handles), loc="outside right upper", fontsize=8)
+        figure.legend(handles.values(), map(plain, handles), loc="outside right center", fontsize=8)
     for place in axes[len(panels) :]:
         place.set_visible(False)
     shown = plain(metric)
@@ -84,15 +88,18 @@ def _draw(
     return path.with_suffix(".png")
 
 
-def _panel(place: Any, finished: Finished, picture: PictureSettings, part: pd.DataFrame) -> None:
+def _panel(
+    place: Any,
+    finished: Finished,
+    picture: PictureSettings,
+    part: pd.DataFrame,
+    series: Sequence[str | None],
+) -> None:
     """Means with their deviations, and beside each its seeds; joined where the axis has numbers."""
     there = set(part[picture.x])
     order = [value for value in _order(finished, picture.x) if value in there]
     numbers = _numbers(order)
     log = numbers is not None and min(numbers) > 0 and max(numbers) > 20 * min(numbers)
-    series: Sequence[str | None] = [None]
-    if picture.series is not None:
-        series = _order(finished, picture.series)
     for index, name in enumerate(series):
         own = part if name is None else part[part[picture.series] == name]
         means = aggregate(own, [picture.x], picture.figure)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mlseg import checkpoint
 from mlseg.errors import UserError
-from mlseg.problems.e2eaug.levels import encode, label_channels
+from mlseg.problems.e2eaug.masks import encode, label_channels
 from mlseg.problems.e2eaug.networks.finished import finished
 from mlseg.segmentation.data import DatasetSpec
 from mlseg.segmentation.exporting import EXPORTS, Exportable, Source

@@ -58,9 +58,9 @@ from mlseg.problems.e2eaug.losses import (
     perceptual_loss,
     telling,
 )
+from mlseg.problems.e2eaug.masks import Masks, encode
 from mlseg.problems.e2eaug.networks.discriminator import Judgement
 from mlseg.problems.e2eaug.networks.spectral import spectral, turn
-from mlseg.segmentation.data import Augmentation
 from mlseg.segmentation.losses import Criterion
 
 
@@ -208,7 +208,7 @@ class Segmentor(Problem):
     Args:
         criterion: L_seg.
         synthetic_weight: lambda.
-        mask_augmentation, mask_seed: what the synthetic half's masks go through, and of its draws.
+        masks, mask_seed: what the synthetic half's masks go through, and of its draws.
         frozen_generator: the generator no longer changes.
         learns_weight: lambda is the architecture's, to begin with ``synthetic_weight``.
     """
@@ -218,29 +218,27 @@ class Segmentor(Problem):
         setup: Setup,
         *,
         criterion: Criterion,
-        num_classes: int,
         synthetic_weight: float,
-        mask_augmentation: Augmentation,
+        masks: Masks,
         mask_seed: int,
         frozen_generator: bool = False,
         learns_weight: bool = False,
     ) -> None:
         super().__init__(*setup)
-        self.criterion, self.num_classes = criterion, num_classes
+        self.criterion = criterion
         self.synthetic_weight = synthetic_weight
-        self.mask_augmentation = mask_augmentation
+        self.masks = masks
         self.mask_generator = torch.Generator().manual_seed(mask_seed)
         self.frozen_generator = frozen_generator
         self.learns_weight = learns_weight
         self._exported: nn.Module | None = None
 
     def get_batch(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Real images and masks, and the masks augmented: the draw is part of the batch."""
+        """Real images and masks, and what is drawn to augment the masks with."""
         image, mask = super().get_batch()
         if not self.synthetic_weight:
             return image, mask, None
-        _, augmented = self.mask_augmentation(None, mask, self.mask_generator)
-        return image, mask, augmented
+        return image, mask, self.masks.draw(mask, self.mask_generator)
 
     def training_step(self, batch: Any) -> dict[str, Tensor]:
         """``L_seg(real) + lambda L_seg(synthetic)``, each half its own pass over the network.
@@ -248,10 +246,11 @@ class Segmentor(Problem):
         The halves keep separate BatchNorm statistics: only so does the real half not depend on the
         generator, and have no part in a hypergradient.
         """
-        image, mask, augmented = batch
-        if augmented is None:
+        image, mask, drawn = batch
+        if drawn is None:
             return {"loss": self.criterion(self(image), mask)}
-        synthetic = self.synthesise(augmented)
+        label, augmented = self.masks(mask, drawn)
+        synthetic = self.synthesise(label)
         enters = [synthetic, *self.learned_weight()]
         if self.is_differentiated and not self.replaying:
             self.interface = Interface(
@@ -268,9 +267,8 @@ class Segmentor(Problem):
             "synthetic": synthetic_loss / (enters[1] if enters[1:] else self.synthetic_weight),
         }
 
-    def synthesise(self, mask: Tensor) -> Tensor:
-        """Images of ``mask`` (B, H, W) by the present generator, differentiable when A learns."""
-        label = encode(mask, self.num_classes)
+    def synthesise(self, label: Tensor) -> Tensor:
+        """Images of label maps by the present generator, differentiable when A learns."""
         if self.frozen_generator:
             if self._exported is None:
                 self._exported = self.generator.export()
@@ -299,45 +297,21 @@ class Segmentor(Problem):
 
 
 class Architecture(Problem):
-    """Level 3: the alphas, by the segmentor's loss on validation data."""
+    """Level 3: the alphas, and what else it learns, by the segmentor's loss on validation data."""
 
     def __init__(self, setup: Setup, *, criterion: Criterion) -> None:
         super().__init__(*setup)
         self.criterion = criterion
 
     def training_step(self, batch: Any) -> dict[str, Tensor]:
-        """``L_seg(D_val; W)``, and beside it lambda where that is learned."""
+        """``L_seg(D_val; W)``, and beside it what is learned besides the alphas."""
         image, mask = batch
         segmentor = self.segmentor.module
         segmentor.eval()
         loss = self.criterion(self.segmentor(image), mask)
         segmentor.train()
-        weight = self.module.synthetic_weight()
-        return {"loss": loss} if weight is None else {"loss": loss, "synthetic_weight": weight}
+        return {"loss": loss, **self.module.besides()}
 
     def forward(self) -> Tensor:
         """(cells, K) selection weights."""
         return self.module()
-
-
-def label_channels(num_classes: int) -> int:
-    """Channels of an encoded label map of K classes."""
-    return 1 if num_classes == 2 else num_classes
-
-
-def encode(mask: Tensor, num_classes: int) -> Tensor:
-    """A label map as the generator's input.
-
-    Args:
-        mask: (B, H, W) class indices; any other value (an ignore index) belongs to no class.
-        num_classes: K.
-
-    Returns:
-        (B, 1, H, W) for two classes, else one channel per class; 1 inside, -1 outside.
-    """
-    if num_classes == 2:
-        inside = (mask == 1).unsqueeze(1)
-    else:
-        classes = torch.arange(num_classes, device=mask.device).view(1, -1, 1, 1)
-        inside = mask.unsqueeze(1) == classes
-    return inside.to(torch.get_default_dtype()) * 2.0 - 1.0

@@ -19,7 +19,7 @@ from mlseg.engines.settings import Stage
 from mlseg.errors import UserError
 from mlseg.files import reachable, write_json
 from mlseg.multilevel.problem import Problem
-from mlseg.problems.e2eaug.levels import encode
+from mlseg.problems.e2eaug.masks import encode
 from mlseg.problems.e2eaug.settings import (
     DiscriminatorSettings,
     E2EAugSettings,
@@ -181,9 +181,7 @@ class ArchitectureRecord(Hooks):
                 "weights": module().tolist(),
                 "entropy": module.entropy().tolist(),
             }
-            weight = module.synthetic_weight()
-            if weight is not None:
-                entry["synthetic_weight"] = float(weight)
+            entry |= {name: float(value) for name, value in module.besides().items()}
             self.history.append(entry)
 
     def write(self, engine: Engine) -> None:
@@ -243,9 +241,9 @@ class SyntheticPictures(Hooks):
         masks = data.masks[:count].to(engine.device).long()
         draw = torch.Generator().manual_seed(0)  # the same augmentations in every picture
         alone = parallel.Part(0, count, count)
-        _, augmented = segmentor.mask_augmentation(None, masks, draw, alone)
+        label, augmented = segmentor.masks(masks, segmentor.masks.draw(masks, draw, alone))
         with self._generator.again.untraced():
-            made = self._generator(encode(augmented, spec.num_classes))
+            made = self._generator(label)
         palette = spec.palette
         rows = [
             Row(

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from mlseg.problems.e2eaug.levels import encode, label_channels
+from mlseg import checkpoint
+from mlseg.problems.e2eaug.learned_masks import LearnedMasks
+from mlseg.problems.e2eaug.masks import Augmented, Masks, label_channels
 from mlseg.problems.e2eaug.networks.finished import finished
 from mlseg.problems.e2eaug.settings import GanSettings
 from mlseg.problems.reporting import (
@@ -29,6 +31,7 @@ from mlseg.randomness import derived, seeded
 from mlseg.segmentation.data import (
     Augmentation,
     AugmentationSettings,
+    DatasetSpec,
     SegmentationData,
     to_uint8,
 )
@@ -96,17 +99,31 @@ def illustrated(
     if not path.exists() or not run.config.get("synthetic_weight"):
         return []
     generator = finished(path, label_channels(data.spec.num_classes), data.spec.channels)
-    settings = AugmentationSettings.model_validate(run.config["mask_augmentation"])
+    masks = _masks(run, data.spec)
     chosen = data.train.masks[[index % len(data.train) for index in range(count)]].long()
     with seeded(run.seed, "pairs"), torch.no_grad():
         draw = torch.Generator().manual_seed(derived(run.seed, "masks"))
-        _, masks = Augmentation(settings, data.spec.ignore_index)(None, chosen, draw)
-        images = to_uint8(generator.train()(encode(masks, data.spec.num_classes)))
-    maps = masks.to(torch.uint8).numpy()
+        label, augmented = masks(chosen, masks.draw(chosen, draw))
+        images = to_uint8(generator.train()(label))
+    maps = augmented.to(torch.uint8).numpy()
     return [
         ("masks, augmented", [colour(mask, data.spec.palette) for mask in maps]),
         ("images made of them", [to_rgb(image) for image in images]),
     ]
+
+
+def _masks(run: FinishedRun, spec: DatasetSpec) -> Masks:
+    """As the run augments them in the end."""
+    settings = AugmentationSettings.model_validate(run.config["mask_augmentation"])
+    level3 = run.config.get("level3", {})  # older runs have none
+    if not level3.get("mask_augmentation"):
+        return Augmented(Augmentation(settings, spec.ignore_index), spec.num_classes)
+    temperature = level3["mask_temperature"]
+    masks = LearnedMasks(settings, spec.num_classes, spec.ignore_index, temperature)
+    state = checkpoint.load(run.directory / "checkpoints" / checkpoint.LAST)
+    learned = state["problems"]["architecture"]["module"]
+    checkpoint.load_module(masks, {"logits": learned["masks.logits"]})
+    return masks
 
 
 @SECTIONS.register("e2eaug.choices")
@@ -135,7 +152,7 @@ def pairs(run: RecordedRun) -> list[Piece]:
 
 @PAGES.register("e2eaug.architecture")
 def architecture(run: RecordedRun) -> list[Piece]:
-    """The alphas over time, cell by cell, and what would be chosen in the end."""
+    """The alphas over time, cell by cell, what would be chosen in the end, what else is learned."""
     record = _record(run)
     if record is None:
         return []
@@ -153,6 +170,10 @@ def architecture(run: RecordedRun) -> list[Piece]:
         Block(f"Entropy: {record['entropy_unit']}."),
         Chart("Entropy of the alphas", {"mean over cells": Series(steps, entropy)}),
     ]
+    for name in history[0]:  # lambda, ranges
+        if isinstance(history[0][name], float):
+            course = [entry[name] for entry in history]
+            pieces.append(Chart(f"Learned besides: {name}", {name: Series(steps, course)}))
     for place, name in enumerate(names):
         lines = {
             candidate: Series(steps, [entry["weights"][place][index] for entry in history])

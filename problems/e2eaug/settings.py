@@ -10,6 +10,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, model_vali
 from mlseg.config import Settings
 from mlseg.config.components import Component
 from mlseg.multilevel.settings import ProblemSettings
+from mlseg.problems.e2eaug.learned_masks import starting_values
 from mlseg.problems.e2eaug.losses import Adversarial
 from mlseg.problems.e2eaug.networks.architecture import Selection
 from mlseg.problems.e2eaug.networks.discriminator import DISCRIMINATORS
@@ -117,19 +118,25 @@ class LevelThreeSettings(Settings):
 
     Attributes:
         synthetic_weight: lambda is learned too, from the config's on, by the same hypergradient.
+        mask_augmentation: ranges and probabilities of ``mask_augmentation`` are learned too, from
+            the config's on: of rotation, translation, scale and flips, as far as it has them. What
+            it applies to every mask begins at a probability of 0.9.
+        mask_temperature: of whether an operation happens, a relaxed Bernoulli variable: towards 0
+            it is either 0 or 1, and its gradient noisier.
         guidance: the generator also steps along what the segmentor's validation loss asks of it,
             at this size relative to its own gradient.
     """
 
     synthetic_weight: bool = False
+    mask_augmentation: bool = False
+    mask_temperature: PositiveFloat = 0.2
     guidance: NonNegativeFloat = 0.0
 
     @property
     def is_on(self) -> str | None:
         """The first setting that asks for something."""
-        return (
-            "synthetic_weight" if self.synthetic_weight else "guidance" if self.guidance else None
-        )
+        asks = ("synthetic_weight", "mask_augmentation", "guidance")
+        return next((name for name in asks if getattr(self, name)), None)
 
 
 class LevelSettings(Settings):
@@ -200,6 +207,8 @@ class E2EAugSettings(RunSettings):
                 else "with gan.frozen or alphas that aren't learned there is no level three"
             )
             raise ValueError(f"level3.{self.level3.is_on}: {why}; drop it")
+        if self.level3.mask_augmentation:
+            starting_values(self.mask_augmentation)
         if self.architecture.choice is not None and self.architecture.mode != "frozen":
             raise ValueError("architecture.choice: goes with architecture.mode: frozen")
         if self.architecture.draw is not None and self.architecture.mode != "random":

@@ -177,8 +177,8 @@ def _engine(
         if problem.train_data_loader:
             problem.set_train_data_loader(_Batches(problem.train_data_loader[0], dtype))
     # What it draws depends on torch's default; the same masks are wanted in either dtype.
-    augmentation = engine.segmentor.mask_augmentation
-    engine.segmentor.mask_augmentation = default_dtype(torch.float32)(augmentation.__call__)
+    masks = engine.segmentor.masks
+    masks.draw = default_dtype(torch.float32)(masks.draw)
     return engine
 
 

@@ -16,13 +16,9 @@ from mlseg.multilevel.problem import Problem
 from mlseg.problems.building import Builder
 from mlseg.problems.e2eaug import records
 from mlseg.problems.e2eaug.guidance import GuidedGenerator
-from mlseg.problems.e2eaug.levels import (
-    Architecture,
-    Discriminator,
-    Generator,
-    Segmentor,
-    label_channels,
-)
+from mlseg.problems.e2eaug.learned_masks import LearnedMasks
+from mlseg.problems.e2eaug.levels import Architecture, Discriminator, Generator, Segmentor
+from mlseg.problems.e2eaug.masks import Augmented, Masks, label_channels
 from mlseg.problems.e2eaug.networks.architecture import Architecture as ArchitectureModule
 from mlseg.problems.e2eaug.networks.discriminator import PairCritic
 from mlseg.problems.e2eaug.networks.generator import MaskToImage
@@ -72,12 +68,15 @@ def build(settings: E2EAugSettings, out: Path | None) -> Engine:
         adversarial=settings.gan.adversarial,
     )
     loader = make.loader("segmentor", levels.segmentor, data.train, settings.augmentation)
+    masks: Masks | None = None if alphas is None else alphas.masks
+    if masks is None:
+        augmentation = Augmentation(settings.mask_augmentation, spec.ignore_index)
+        masks = Augmented(augmentation, spec.num_classes)
     segmentor = Segmentor(
         make.level("segmentor", levels.segmentor, make.segmentor(), loader),
         criterion=criterion,
-        num_classes=spec.num_classes,
         synthetic_weight=settings.synthetic_weight,
-        mask_augmentation=Augmentation(settings.mask_augmentation, spec.ignore_index),
+        masks=masks,
         mask_seed=derived(settings.seed, "masks"),
         frozen_generator=settings.gan.frozen,
         learns_weight=level3.synthetic_weight,
@@ -141,15 +140,22 @@ def networks(
         return generator, discriminator, None
     wanted = settings.architecture
     spread = wanted.spread if wanted.mode == "random" else 1e-3
+    level3, masks = settings.level3, None
+    if level3.mask_augmentation:
+        masks = LearnedMasks(
+            settings.mask_augmentation,
+            spec.num_classes,
+            spec.ignore_index,
+            level3.mask_temperature,
+        )
     with seeded(seed if wanted.draw is None else wanted.draw, "architecture"):
         alphas = ArchitectureModule(
             generator.num_cells,
             spread,
             wanted.selection,
             candidates=generator.candidates,
-            synthetic_weight=settings.synthetic_weight
-            if settings.level3.synthetic_weight
-            else None,
+            synthetic_weight=settings.synthetic_weight if level3.synthetic_weight else None,
+            masks=masks,
         )
     if wanted.choice is not None:
         alphas.choose(wanted.choice)

@@ -4,9 +4,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from tiny_files import write_image
 from torch import nn
 
 from mlseg import problems, run
@@ -199,3 +201,22 @@ def test_a_run_that_a_system_ends_has_failed(
     config = tiny.write_config(tmp_path / "tiny.yaml")
     assert run.main([str(config), "--out", str(tmp_path / "run")]) == 1
     assert "failed: the process was ended from within" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("system", ["supervised", "e2eaug", "segan", "semi_supervised", "load"])
+def test_masks_of_one_class_are_refused_before_any_work(
+    system: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "data", tmp_path / "run"
+    for number in range(14):
+        for part, value in (("images", 10 * number), ("masks", 0)):
+            write_image(folder / part / f"p{number}.png", np.full((32, 32), value, np.uint8))
+    data = {"name": "folder", "root": str(folder), "image_size": 32, "train": 6, "val": 4}
+    if system == "semi_supervised":
+        data["unlabelled"] = 2
+    config = tiny.write_config(tmp_path / "c.yaml", system, {"data": data})
+    assert run.main([str(config), "--out", str(out)]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.count("\n") == 0, said
+    assert f"folder in {folder}: the masks of all 6 training images hold class 0" in said
+    assert not out.exists()

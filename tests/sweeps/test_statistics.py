@@ -100,6 +100,32 @@ def test_what_is_best_on_validation_images_is_shown(
     assert Path("out/rates.svg").exists()
 
 
+def test_points_of_some_rows_stand_about_their_tick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.axes import Axes
+
+    monkeypatch.chdir(tmp_path)
+    some = {"figure": "test", "x": "split", "series": "row", "where": {"row": ["flip"]}}
+    changes = {
+        "report.figures": {"test": {"of": "scores.best.{split}.{metric}"}},
+        "report.pictures": {"Some": some},
+    }
+    grid = Grid(grids.write(tmp_path, changes), Path("out"))
+    for cell in grid.shown:
+        finish(grid, cell, 0.5, 0.5)
+    drawn: list[list[float]] = []
+    former = Axes.errorbar
+
+    def errorbar(self: Axes, x: Any, *args: Any, **settings: Any) -> Any:
+        drawn.append(list(x))
+        return former(self, x, *args, **settings)
+
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    assert sweep.main(["grid.yaml", "--out", "out", "--table"]) == 0
+    assert drawn == [[0.0]]
+
+
 def test_a_figure_that_no_run_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

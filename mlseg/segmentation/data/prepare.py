@@ -118,7 +118,7 @@ def load_data(settings: DataSettings, unlabelled: bool = True) -> SegmentationDa
         return decode(examples, of, of.spec, settings.size, cache, settings.fit)
 
     made = {name: decoded(name) for name in splits.SPLITS}
-    notices = [] if wants_shapes_alone() else classes_missing(made, entry.spec)
+    notices = [] if wants_shapes_alone() else classes_missing(made, entry.spec, root)
     if left_out:
         notices.append(f"Not tested on, because missing: {'; '.join(left_out)}.")
     return SegmentationData(

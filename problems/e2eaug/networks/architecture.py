@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mlseg.errors import UserError
+from mlseg.problems.e2eaug.learned_masks import LearnedMasks
 from mlseg.problems.e2eaug.networks.cells import CANDIDATES
 
 _DECIDED = 40.0
@@ -29,9 +30,10 @@ class Architecture(nn.Module):
         generator: random generator for the initial alphas.
         candidates: names of the K operators of a cell.
         synthetic_weight: initial value of lambda, where that is learned with the alphas.
+        masks: of ranges that are learned with them.
 
-    `alphas` (num_cells, K) is its only parameter, but for `log_synthetic_weight` where that is
-    asked for, so this problem's optimizer holds nothing else.
+    `alphas` (num_cells, K) is its only parameter, but for `log_synthetic_weight` and those of
+    `masks` where they are asked for, so this problem's optimizer holds nothing else.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Architecture(nn.Module):
         generator: torch.Generator | None = None,
         candidates: Sequence[str] = CANDIDATES,
         synthetic_weight: float | None = None,
+        masks: LearnedMasks | None = None,
     ) -> None:
         super().__init__()
         self.selection = selection
@@ -51,6 +54,7 @@ class Architecture(nn.Module):
         self.log_synthetic_weight: nn.Parameter | None = None
         if synthetic_weight is not None:
             self.log_synthetic_weight = nn.Parameter(torch.tensor(math.log(synthetic_weight)))
+        self.masks = masks
 
     def forward(self) -> Tensor:
         """(cells, K) selection weights in [0, 1]; by softmax each row sums to 1."""
@@ -59,6 +63,14 @@ class Architecture(nn.Module):
     def synthetic_weight(self) -> Tensor | None:
         """Lambda, above zero whatever its parameter is; None where it isn't learned."""
         return None if self.log_synthetic_weight is None else self.log_synthetic_weight.exp()
+
+    def besides(self) -> dict[str, Tensor]:
+        """What is learned besides the alphas, by name."""
+        weight = self.synthetic_weight()
+        found = {} if weight is None else {"synthetic_weight": weight}
+        if self.masks is not None:
+            found |= {f"mask_{name}": value for name, value in self.masks.values().items()}
+        return found
 
     @torch.no_grad()
     def choose(self, candidate: str) -> None:

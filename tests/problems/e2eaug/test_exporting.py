@@ -9,7 +9,7 @@ import torch
 from commanding import one_line
 
 from mlseg import checkpoint, export, run
-from mlseg.problems.e2eaug.levels import encode
+from mlseg.problems.e2eaug.masks import encode
 from mlseg.problems.e2eaug.networks.pix2pix import Generator
 
 pytestmark = pytest.mark.slow  # trains for seconds

@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from mlseg.problems.e2eaug import levels as e2eaug
 from mlseg.problems.e2eaug.losses import feature_matching, gan_loss
+from mlseg.problems.e2eaug.masks import encode
 from mlseg.testing import updates
 
+LEARNED_MASKS = {
+    "level3.mask_augmentation": True,
+    "mask_augmentation": {"preset": "paper", "scale": [0.8, 1.2], "flip_vertical": 0.3},
+}
 PATHS = {"direct": ["segmentor"], "through G": ["generator"], "sum": ["generator", "segmentor"]}
 """The lower levels whose paths the architecture's gradient takes."""
 SGD = {
@@ -116,7 +120,7 @@ def reference(
 
     # Level 1: G' = G - step(dL_gan/dG), with the discriminator as it was then.
     image, mask = generator.cur_batch
-    label = e2eaug.encode(mask, generator.num_classes)
+    label = encode(mask, generator.num_classes)
     torch.set_rng_state(watched.random["generator"])
     point = leaves("generator")
     fake = call(generator.module, point, label, weights)
@@ -134,8 +138,15 @@ def reference(
         made = {k: p.detach() for k, p in made.items()}
 
     # Level 2: W' = W - step(dL_seg/dW), on real pairs and on images made by G'.
-    image, mask, augmented = segmentor.cur_batch
-    label = e2eaug.encode(augmented, segmentor.num_classes)
+    image, mask, drawn = segmentor.cur_batch
+    if engine.architecture.module.masks is None:
+        augmented = drawn
+        label = encode(augmented, generator.num_classes)
+    else:
+        logits = watched.before["architecture"]["masks.logits"].clone()
+        free["masks.logits"] = logits.requires_grad_()
+        point = {"logits": logits if direct else logits.detach()}
+        label, augmented = functional_call(segmentor.masks, point, (mask, drawn))
     torch.set_rng_state(watched.random["segmentor"])
     synthetic = call(generator.module, made, label, weights if direct else constant)
     point = leaves("segmentor")
@@ -148,7 +159,7 @@ def reference(
     segmentor.module.eval()
     loss = engine.architecture.criterion(call(segmentor.module, after, image), mask)
     segmentor.module.train()
-    (gradient,) = torch.autograd.grad(loss, free[of])
+    (gradient,) = torch.autograd.grad(loss, free[of], materialize_grads=True)
     return gradient
 
 
@@ -251,6 +262,30 @@ def test_a_learned_lambda(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         true = reference(watched, "sum", update, of)
         assert true.norm() > 0
         assert error(found, true) < allowed
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_learned_ranges_of_mask_augmentation(
+    generator: str, path: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the soft mask and the generator, whose own step has no part in them."""
+    monkeypatch.setattr(functional, "l1_loss", pseudo_huber)
+    spec, allowed = EXACT[name]
+    changes = {**SGD, **GENERATORS[generator], **method(**spec), **LEARNED_MASKS}
+    watched = Watched(path, changes, iterations=2)
+    update = {"generator": updates.sgd, "segmentor": updates.sgd}
+    found = dict(zip(("alphas", "masks.logits"), watched.gradients, strict=True))
+    for of, gradient in found.items():
+        true = reference(watched, path, update, of)
+        if of == "masks.logits" and path == "through G":
+            assert not gradient.any()
+            assert not true.any()
+            continue
+        assert (true != 0).all()
+        assert cosine(gradient, true) > 0.99
+        assert error(gradient, true) < allowed
 
 
 @pytest.mark.parametrize("generator", ["pix2pix", "spade"])

@@ -14,7 +14,7 @@ from mlseg import checkpoint
 from mlseg.config import load
 from mlseg.engines.segmentation import Segmentation
 from mlseg.errors import UserError
-from mlseg.problems.e2eaug import levels as e2eaug
+from mlseg.problems.e2eaug.masks import encode
 from mlseg.problems.e2eaug.networks.pix2pix import Generator
 from mlseg.problems.systems import load_system
 from mlseg.run import parse_run
@@ -363,10 +363,10 @@ def test_mistakes_in_the_config_are_one_line(
 
 def test_label_maps_as_the_generators_input() -> None:
     mask = torch.tensor([[[0, 1], [1, 255]]])
-    assert e2eaug.encode(mask, 2).tolist() == [[[[-1, 1], [1, -1]]]]
+    assert encode(mask, 2).tolist() == [[[[-1, 1], [1, -1]]]]
     mask = torch.tensor([[[0, 2], [1, 255]]])
     expected = [[[1, -1], [-1, -1]], [[-1, -1], [1, -1]], [[-1, 1], [-1, -1]]]
-    assert e2eaug.encode(mask, 3).tolist() == [expected]
+    assert encode(mask, 3).tolist() == [expected]
 
 
 def test_the_run_directory(tmp_path: Path) -> None:

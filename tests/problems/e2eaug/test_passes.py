@@ -55,6 +55,7 @@ def test_the_hop_goes_through_no_pass_twice(generator: str) -> None:
     "changes",
     [
         {"level3.synthetic_weight": True},
+        {"level3.mask_augmentation": True},
         {"level3.guidance": 0.3},
         {"generator.candidates": "rich"},
     ],

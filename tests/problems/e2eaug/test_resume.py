@@ -30,10 +30,11 @@ def test_e2eaug_unrolled_with_schedulers(tmp_path: Path) -> None:
     check(lambda out: tiny.build("e2eaug", changes, out), tmp_path, [6, 8], "saved")
 
 
-@pytest.mark.parametrize("row", ["frozen", "decoder", "level three", "rich"])
+@pytest.mark.parametrize("row", ["frozen", "decoder", "level three", "masks", "rich"])
 def test_rows_of_e2eaug(tmp_path: Path, row: str) -> None:
     rows: dict[str, Any] = {
         "level three": {"level3.synthetic_weight": True, "level3.guidance": 0.5},
+        "masks": {"level3.mask_augmentation": True, "mask_augmentation.scale": [0.9, 1.1]},
         "rich": {"generator.candidates": "rich"},
         "frozen": {"gan.frozen": True},
         "decoder": {"generator.search": "decoder"},

@@ -76,6 +76,7 @@ def test_a_dry_run_shows_the_path_of_each_hypergradient(
         ("architecture.choice=4-2-1", "architecture.choice: goes with"),
         ("architecture.draw=1", "architecture.draw: goes with"),
         ("level3={guidance: -1}", "level3.guidance"),
+        ("level3={mask_augmentation: true, mask_temperature: 0}", "level3.mask_temperature"),
         ("generator.candidates=poor", "generator.candidates"),
         ("gan.feature_matching=10", "gan.feature_matching: patchgan gives no features"),
         (
@@ -94,7 +95,10 @@ def test_mistakes_are_one_line(
     assert not out.exists(), "nothing was done"
 
 
-@pytest.mark.parametrize("setting", ["level3.guidance=1", "level3.synthetic_weight=true"])
+@pytest.mark.parametrize(
+    "setting",
+    ["level3.guidance=1", "level3.synthetic_weight=true", "level3.mask_augmentation=true"],
+)
 @pytest.mark.parametrize(
     "without", ["synthetic_weight=0", "gan.frozen=true", "architecture.mode=random"]
 )

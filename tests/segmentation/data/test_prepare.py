@@ -1,6 +1,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pydantic
 import pytest
 import torch
@@ -64,8 +65,9 @@ def test_own_classes_channels_and_size(folder: Path) -> None:
     two = own(folder, classes=["a", "b"], ignore_index=2)
     with pytest.raises(UserError, match="mask value 3"):
         load_data(two)
-    write_image(folder / "masks" / f"{data.val.ids[0]}.png", half_mask(value=1))
-    assert load_data(two).train.masks.unique().tolist() == [0, 2]
+    for id in (data.val.ids[0], data.train.ids[0]):
+        write_image(folder / "masks" / f"{id}.png", half_mask(value=1))
+    assert load_data(two).train.masks.unique().tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("fit", ["stretch", "pad"])
@@ -92,6 +94,75 @@ def test_a_class_that_no_training_example_holds_is_said(folder: Path) -> None:
     assert load_data(settings).notice == "No training example holds class 3 (d)."
     write_image(folder / "masks" / f"{data.train.ids[1]}.png", half_mask(value=3))
     assert load_data(settings).notice is None
+
+
+def fill(folder: Path, ids: list[str], value: int) -> None:
+    """Masks of one number all over."""
+    for id in ids:
+        write_image(folder / "masks" / f"{id}.png", np.full((10, 12), value, np.uint8))
+
+
+@pytest.mark.parametrize(("value", "name"), [(0, "0 (background)"), (255, "1 (foreground)")])
+def test_training_masks_of_one_class_are_refused(folder: Path, value: int, name: str) -> None:
+    data = load_data(own(folder))
+    fill(folder, data.train.ids, value)
+    with pytest.raises(UserError) as caught:
+        load_data(own(folder))
+    said = str(caught.value)
+    assert said == (
+        f"folder in {folder}: the masks of all 4 training images hold class {name} alone, from "
+        "which no segmentation can be learned; check the masks there, or train on others "
+        "(data.train, data.split_seed)"
+    )
+    fill(folder, [*data.val.ids, *data.test.ids], value)
+    with pytest.raises(UserError, match=r"check the masks there$"):
+        load_data(own(folder))
+
+
+def test_a_single_mask_of_one_class_is_as_good_as_any(folder: Path) -> None:
+    data = load_data(own(folder))
+    fill(folder, [split.ids[0] for split in (data.train, data.val, data.test)], 0)
+    assert load_data(own(folder)).notice is None
+
+
+def test_of_several_classes_two_suffice_to_learn(folder: Path) -> None:
+    data = load_data(own(folder))
+    ids = [*data.train.ids, *data.val.ids, *data.test.ids]
+    settings = own(folder, classes=["a", "b", "c"])
+    fill(folder, ids, 2)
+    with pytest.raises(UserError, match=r"all 4 training images hold class 2 \(c\) alone"):
+        load_data(settings)
+    fill(folder, ids[:1], 1)
+    said = load_data(settings).notice
+    assert said is not None
+    assert said.startswith("No training example holds class 0 (a). The masks of all 2 validation")
+    ignoring = own(folder, classes=["a", "b", "c"], ignore_index=255, fit="pad")
+    fill(folder, ids[1:], 255)
+    with pytest.raises(UserError, match=r"training images hold class 1 \(b\) alone"):
+        load_data(ignoring)
+    fill(folder, ids[:4], 255)
+    fill(folder, ids[4:], 1)
+    with pytest.raises(UserError, match="training images hold ignored pixels alone"):
+        load_data(ignoring)
+
+
+def test_validation_and_test_masks_of_one_class_are_said(folder: Path) -> None:
+    data = load_data(own(folder, val=1))
+    fill(folder, [*data.val.ids, *data.test.ids], 0)
+    assert load_data(own(folder, val=1)).notice == (
+        "The mask of the one validation image holds class 0 (background) alone: scores there "
+        "hardly choose weights. The masks of all 3 test images hold class 0 (background) alone: "
+        "scores there hardly tell how good they are."
+    )
+    fill(folder, data.val.ids, 255)
+    assert "holds class 1 (foreground) alone" in str(load_data(own(folder, val=1)).notice)
+
+
+def test_masks_that_are_not_read_may_be_of_one_class(folder: Path) -> None:
+    data = load_data(own(folder, unlabelled=3))
+    assert data.unlabelled is not None
+    fill(folder, data.unlabelled.ids, 0)
+    assert load_data(own(folder, unlabelled=3)).notice is None
 
 
 def test_pairs_with_official_splits(folder: Path) -> None:
