@@ -6,7 +6,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -183,6 +183,15 @@ def say_notes(tree: Tree) -> None:
     """Print what a command line has dropped from a config."""
     for note in tree.notes if parallel.is_first() else ():
         print(f"note: {printable(note)}", file=sys.stderr)
+
+
+INTERVAL = "95 % over images"
+"""What a row of a table is called that holds the intervals of the row above."""
+
+
+def interval_cells(spans: Mapping[str, Sequence[float]], shown: Sequence[str]) -> list[str]:
+    """The intervals of scores, for a table's cells; empty where there is none."""
+    return ["{:.3f}-{:.3f}".format(*spans[name]) if name in spans else "" for name in shown]
 
 
 _WIDEST = 10_000
