@@ -77,6 +77,8 @@ def _run(arguments: argparse.Namespace) -> int:
     run, form = arguments.run, arguments.format
     if form not in SUFFIXES:
         raise UserError(f"--format {form}: no such format; there are {', '.join(SUFFIXES)}")
+    if run.is_file():
+        raise UserError(f"{run}: a file; name the run directory that its weights are of")
     if not run.is_dir():
         raise UserError(f"{run}: no such run directory")
     path = arguments.out or run / f"{arguments.what}{SUFFIXES[form]}"

@@ -269,8 +269,14 @@ def check_outputs(
     if table is not None:
         if os.path.realpath(table) in {os.path.realpath(file) for file in made}:
             raise UserError(f"--csv: {table} is a file of --out already; name another")
+        if os.path.realpath(table) in _with_parents(os.path.realpath(folder)):
+            raise UserError(f"--csv: {table} is the folder of --out; name a file")
         wanted.append(("--csv", table))
     check_files(wanted, images, overwrite)
+
+
+def _with_parents(path: str) -> set[str]:
+    return {path, *map(str, Path(path).parents)}
 
 
 def check_files(

@@ -79,18 +79,26 @@ class Run:
         return int(max(steps, default=0))
 
 
+def require_run(directory: Path) -> None:
+    """Check that there is a run directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such run directory")
+    if not (directory / "config.yaml").is_file():
+        raise UserError(f"{directory}: no run directory (it has no config.yaml)")
+
+
 def read_run(directory: Path) -> Run:
     """Read a run directory.
 
     Raises:
         UserError: it is none.
     """
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such run directory")
-    path = directory / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{directory}: no run directory (it has no config.yaml)")
-    values = config.load(path).values
+    require_run(directory)
+    values = config.load(directory / "config.yaml").values
     results = mapping(_json(directory / RESULTS))
     recorded = RecordedRun(
         directory=directory,

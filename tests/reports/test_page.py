@@ -320,13 +320,15 @@ def test_nobodys_file_is_written_over(
     assert report.main([str(own), "--out", str(theirs)]) == 0, "by now it is ours"
 
 
-@pytest.mark.parametrize("made", ["nothing", "empty"])
+@pytest.mark.parametrize("made", ["nothing", "empty", "a file"])
 def test_what_is_no_run_is_refused(
     made: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = tmp_path / "run"
     if made == "empty":
         place.mkdir()
+    if made == "a file":
+        place.touch()
     for trust in ([], ["--trust"]):
         capsys.readouterr()
         assert report.main([str(place), *trust]) == 2
