@@ -9,6 +9,8 @@ segmentor's loss late (class weights) or early (an image perturbation). Three pi
 * ``one_step``: one hop, the upper loss's gradient by the segmentor's weights given, with the
   identity for the inverse Hessian: by finite differences (ours and Betty's, the same step) and by
   autograd (ours in both orders, and two hand-written calls);
+* ``step_and_hop``: a training step and such a hop by finite differences: a one-sided one, which has
+  its other side from the step, beside a central one and Betty's;
 * ``products``: the iteration of ``cg`` and ``neumann`` per Hessian-vector product, beside the bare
   product, all on graphs that are there already; and their whole hop beside Betty's;
 * ``unrolled``: inner steps from the same weights and then the outer gradient: ours with the
@@ -71,16 +73,35 @@ def one_step() -> Makers:
     def ours(**spec: Any) -> Callable[[Task], Contestant]:
         return lambda task: two_levels.our_hop(task, {"scale": "none", **spec})
 
-    def difference(task: Task) -> Contestant:
-        epsilon = DARTS_STEP / float(torch.nn.utils.get_total_norm(task.network().parameters()))
-        return ours(method="finite_difference", epsilon=epsilon)(task)
-
     return {
         "Betty darts": lambda task: two_levels.bettys_hop(task, "darts", darts_alpha=DARTS_STEP),
-        "mlseg finite_difference": difference,
+        "mlseg finite_difference": lambda task: ours(**_difference(task))(task),
         "double backward by hand": two_levels.hop_by_hand,
         "mlseg identity": ours(method="identity"),
         "mlseg identity, forward_over_reverse": ours(method="identity", **FORWARD),
+    }
+
+
+def _difference(task: Task) -> dict[str, Any]:
+    """Of the same step as Betty's."""
+    size = float(torch.nn.utils.get_total_norm(task.network().parameters()))
+    return {"method": "finite_difference", "epsilon": DARTS_STEP / size}
+
+
+def step_and_hop() -> Makers:
+    """A training step, and a hop over it by finite differences."""
+
+    def ours(scheme: str) -> Callable[[Task], Contestant]:
+        given = {"scheme": scheme, "scale": "none", "linearise": "before_step"}
+        return lambda task: two_levels.our_step_and_hop(task, {**_difference(task), **given})
+
+    return {
+        "Betty darts": lambda task: two_levels.bettys_step_and_hop(
+            task, "darts", darts_alpha=DARTS_STEP
+        ),
+        "mlseg central": ours("central"),
+        "mlseg forward": ours("forward"),
+        "mlseg one_sided": ours("one_sided"),
     }
 
 
@@ -139,6 +160,8 @@ def unrolled(inner: str) -> Makers:
 AGREEMENT: Sequence[tuple[str, str, float]] = (
     # The rounding unit of 1e-16 over their step of 1e-2, times thousands of operations.
     ("mlseg finite_difference", "Betty darts", 1e-6),
+    ("mlseg central", "Betty darts", 1e-6),
+    ("mlseg one_sided", "mlseg forward", 1e-9),
     ("mlseg identity", "double backward by hand", 1e-9),
     ("mlseg identity, forward_over_reverse", "double backward by hand", 1e-9),
     # Its correction of the moments' bias is in single precision, also with double weights:
@@ -348,7 +371,7 @@ class Targets:
         return "\n".join(lines)
 
 
-PARTS = ("passes", "one_step", "products", "unrolled")
+PARTS = ("passes", "one_step", "step_and_hop", "products", "unrolled")
 
 
 def main() -> None:
@@ -407,6 +430,10 @@ def main() -> None:
             targets.most(f"{group.title}: {ours} to {darts}", group.ratio(ours, darts), 1.0)
             ours = "mlseg identity"
             targets.most(f"{group.title}: {ours} to {by_hand}", group.ratio(ours, by_hand), 1.05)
+        if "step_and_hop" in arguments.parts:
+            group = run("a step and its hop", step_and_hop(), make_task, [darts := "Betty darts"])
+            ours = "mlseg one_sided"
+            targets.most(f"{group.title}: {ours} to {darts}", group.ratio(ours, darts), 0.8)
         if "products" in arguments.parts:
             count = arguments.products
             bare = "bare product"

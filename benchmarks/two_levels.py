@@ -61,6 +61,10 @@ INNER: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 }
 
 
+STILL = torch.optim.SGD, {"lr": 0.0}
+"""An optimizer whose step leaves the weights where they are."""
+
+
 def class_weights(nets: Nets, batch: Batch) -> Tensor:
     """Cross-entropy with weighted classes, of which the upper level has the logarithms."""
     image, target = batch
@@ -189,8 +193,12 @@ class BettyLevel(betty.problems.ImplicitProblem):
     training_step = Level.training_step
 
 
-def _problems(task: Task, spec: Mapping[str, Any], inner: str) -> list[Any]:
-    cls, settings = INNER[inner]
+def _problems(
+    task: Task,
+    spec: Mapping[str, Any],
+    inner: tuple[type[torch.optim.Optimizer], dict[str, Any]],
+) -> list[Any]:
+    cls, settings = inner
     return programs.build(
         task.graph,
         {"segmentor": task.network(), "upper": task.upper()},
@@ -206,20 +214,20 @@ def _problems(task: Task, spec: Mapping[str, Any], inner: str) -> list[Any]:
 
 def _after_a_step(task: Task, spec: Mapping[str, Any]) -> list[Any]:
     """A step on the first batch, which a hop then evaluates again, at the starting point."""
-    lower, upper = _problems(task, spec, "sgd")
+    lower, upper = _problems(task, spec, INNER["sgd"])
     lower.one_step_descent()
     task.put_back(lower.module)
     return [lower, upper]
 
 
-def _bettys_problems(task: Task, **settings: Any) -> list[BettyLevel]:
+def _bettys_problems(task: Task, rate: float, **settings: Any) -> list[BettyLevel]:
     modules = {"segmentor": task.network(), "upper": task.upper()}
     nets = {name: Network(module) for name, module in modules.items()}
     cls, options = INNER["sgd"]
     levels = []
     for name, loader in (("segmentor", task.train), ("upper", [task.val])):
         config = betty.configs.Config(**(settings if name == "segmentor" else {}))
-        given = options if name == "segmentor" else {"lr": 0.0}
+        given = {**options, "lr": rate if name == "segmentor" else 0.0}
         optimizer = cls(modules[name].parameters(), **given)
         levels.append(BettyLevel(name, config, modules[name], optimizer, train_data_loader=loader))
         levels[-1].rule, levels[-1].nets = task.graph.losses[name], nets
@@ -258,10 +266,40 @@ def our_hop(task: Task, spec: Mapping[str, Any], products: int | None = None) ->
 
 def bettys_hop(task: Task, name: str, **settings: Any) -> Contestant:
     """One of Betty's methods does the same."""
-    lower, upper = _bettys_problems(task, type=name, **settings)
+    lower, upper = _bettys_problems(task, INNER["sgd"][1]["lr"], type=name, **settings)
     lower.cur_batch = task.train[0]
     method = jvp_fn_mapping[name]
     return Contestant(lambda: list(method(task.vector, lower, upper, False)))
+
+
+def our_step_and_hop(task: Task, spec: Mapping[str, Any]) -> Contestant:
+    """A training step of the segmentor, and the hop over it, which evaluates its batch again.
+
+    The step's rate is zero, so that the hop sees the same weights in every round, and a method that
+    goes back to those before the step the same as one that doesn't.
+    """
+    lower, upper = _problems(task, spec, STILL)
+    method = resolve(spec)
+
+    def run() -> list[Tensor]:
+        lower.one_step_descent(task.train[0])
+        (gradient,), _ = method(task.vector, Hop(lower, [upper]))
+        return gradient
+
+    return Contestant(run)
+
+
+def bettys_step_and_hop(task: Task, name: str, **settings: Any) -> Contestant:
+    """The same with one of Betty's methods."""
+    lower, upper = _bettys_problems(task, 0.0, type=name, **settings)
+    method = jvp_fn_mapping[name]
+
+    def run() -> list[Tensor]:
+        lower.one_step_descent()
+        lower.cur_batch = task.train[0]
+        return list(method(task.vector, lower, upper, False))
+
+    return Contestant(run)
 
 
 def hop_by_hand(task: Task) -> Contestant:
@@ -328,7 +366,7 @@ def _check_products(hop: Hop, wanted: int) -> None:
 
 def our_unrolling(task: Task, inner: str, spec: Mapping[str, Any]) -> Contestant:
     """Training steps of the segmentor as they are, then the upper level's gradient as it is."""
-    lower, upper = _problems(task, spec, inner)
+    lower, upper = _problems(task, spec, INNER[inner])
 
     def run() -> list[Tensor]:
         for _ in range(task.steps):

@@ -15,6 +15,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+from torch._C import _len_torch_dispatch_stack
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.utils._python_dispatch import _disable_current_modes
 
 P = ParamSpec("P")
@@ -127,6 +129,8 @@ def _by_itself(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def alone(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not _len_torch_dispatch_stack() and not _len_torch_dispatch_stack_pre_dispatch():
+            return function(*args, **kwargs)
         with _disable_current_modes():
             return function(*args, **kwargs)
 
