@@ -183,6 +183,7 @@ def _run(arguments: argparse.Namespace) -> int:
             {
                 "data": name,
                 "root": arguments.root,
+                "layout": list(where) if any(where) else None,
                 "weights": arguments.weights,
                 "step": trained.step,
                 "checkpoint": trained.digest,

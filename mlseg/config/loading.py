@@ -274,10 +274,6 @@ def read_overrides(texts: Sequence[str]) -> list[Override]:
                 f"{COMMAND_LINE}: '{text}' is no override; write KEY=VALUE with a dotted "
                 "key, as in engine.iterations=100"
             )
-        if not written.strip():  # left by an unset variable, perhaps
-            raise UserError(
-                f"{COMMAND_LINE}: {key.strip()}: no value; write {key.strip()}=null for none"
-            )
         if parts[0] == "base":
             raise UserError(f"{COMMAND_LINE}: base: only a file can say what it inherits from")
         if len(parts) > yaml12.MAX_DEPTH:

@@ -19,7 +19,7 @@ from mlseg.reports.reading import LATER, MOST_BYTES
 
 MOST = 200
 """Evaluations that are kept; older ones go."""
-_SAME = ("data", "root", "checkpoint", "k", "threshold", "tta", "scored_at")
+_SAME = ("data", "root", "layout", "checkpoint", "k", "threshold", "tta", "scored_at")
 """What two evaluations have in common of which the second takes the first one's place."""
 
 

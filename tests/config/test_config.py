@@ -210,10 +210,6 @@ class TestOverrides:
     def test_what_is_none(self, folder: Path, text: str) -> None:
         assert f"command line: '{text}' is no override; write KEY=VALUE" in message(text)
 
-    @pytest.mark.parametrize("text", ["engine.size=", "engine.size=  "])
-    def test_an_unset_variable(self, folder: Path, text: str) -> None:
-        assert "engine.size: no value; write engine.size=null for none" in message(text)
-
     def test_base_is_for_files(self, folder: Path) -> None:
         assert "only a file can say" in message("base=basic.yaml")
 
