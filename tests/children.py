@@ -114,8 +114,8 @@ def signal_at(number: int, write: int) -> None:
     """The signal comes once so many files are written and not yet in their place."""
     writes = iter(range(1, write + 1))
 
-    def sync(descriptor: Any) -> None:
-        original(descriptor)
+    def sync(fd: Any) -> None:
+        original(fd)
         if next(writes, 0) == write:
             os.kill(os.getpid(), number)
 

@@ -36,6 +36,7 @@ def keep(run: Path, found: Sequence[Mapping[str, Any]]) -> bool:
     """
     if not (run / "config.yaml").is_file():
         return False  # weights without a run's records
+    done = False
     with unharmed(f"{EVALUATION} and {PAGE} of {run} with these scores"), at_rest(run):
         require_ours(run / PAGE)
         record = _record(run / EVALUATION)
@@ -47,16 +48,17 @@ def keep(run: Path, found: Sequence[Mapping[str, Any]]) -> bool:
             kept.append({**entry, "date": date})
         write(run, {**record, LATER: kept[-MOST:]})
         write_page([run], run / PAGE)
-        return True
-    return False
+        done = True
+    return done
 
 
 def refresh(run: Path) -> bool:
     """Write a run's page anew; returns as :func:`keep`."""
+    done = False
     with unharmed(f"{PAGE} of {run} with this choice"), at_rest(run):
         write_page([run], run / PAGE)
-        return True
-    return False
+        done = True
+    return done
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -83,10 +83,10 @@ def test_evaluate_prints_intervals_and_leaves_its_scores_on_the_page(
     assert (entry["scores"], entry["intervals"]) == (scores, spans)
     assert (entry["data"], entry["threshold"], entry["weights"]) == ("test", 0.3, "best")
     head, row = Page(own / PAGE).table("Scored by evaluate")
-    shown = dict(zip([text for text, _ in head], [text for text, _ in row], strict=True))
-    assert shown["score"] == f"{scores['jaccard']:.4f}"
-    assert shown["95 % over images"] == "{:.3f} to {:.3f}".format(*spans["jaccard"])
-    assert shown["threshold"] == "0.3"
+    about = dict(zip([text for text, _ in head], [text for text, _ in row], strict=True))
+    assert about["score"] == f"{scores['jaccard']:.4f}"
+    assert about["95 % over images"] == "{:.3f} to {:.3f}".format(*spans["jaccard"])
+    assert about["threshold"] == "0.3"
 
     for more in (["--threshold", "0.3"], ["--tta", "flips"]):  # again, and another one
         assert evaluate.main([str(own), *more]) == 0
