@@ -65,6 +65,8 @@ UNROLLED: dict[str, dict[str, Any]] = {
     "mlseg, weights": {"store": "weights"},
     "mlseg, weights, forward_over_reverse": {"store": "weights", **FORWARD},
 }
+UNROLLED_GOALS = {"mlseg, graphs": (0.80, 1.10), "mlseg, weights": (1.00, 0.30)}
+"""Time and memory, to the better of the two libraries."""
 
 
 def one_step() -> Makers:
@@ -345,19 +347,17 @@ class Targets:
         self._add(what, f"{value:.2f}", f"at most {limit:.2f}", round(value, 2) <= limit)
 
     def unrolled(self, group: Group) -> None:
-        """Faster than both libraries, or far smaller and not much slower."""
+        """To the faster of both libraries, and the memory to the smaller's."""
         theirs = [n for n in ("higher", "TorchOpt") if n in group.seconds]
         fastest = min(theirs, key=lambda n: statistics.median(group.seconds[n]))
         smallest = min(group.bytes[n] for n in theirs)
-        for name in UNROLLED:
-            if name not in group.seconds:
-                continue
+        for name, (most, largest) in UNROLLED_GOALS.items():
             time, size = group.ratio(name, fastest), group.bytes[name] / smallest
             self._add(
                 f"{group.title}: {name} to {fastest}",
                 f"time {time:.2f}, memory {size:.2f}",
-                "time at most 0.90; or memory at most 0.40, time at most 1.35",
-                round(time, 2) <= 0.9 or (round(size, 2) <= 0.4 and round(time, 2) <= 1.35),
+                f"time at most {most:.2f}, memory at most {largest:.2f}",
+                round(time, 2) <= most and round(size, 2) <= largest,
             )
 
     def _add(self, what: str, found: str, wanted: str, met: bool) -> None:
@@ -429,7 +429,7 @@ def main() -> None:
             ours = "mlseg finite_difference"
             targets.most(f"{group.title}: {ours} to {darts}", group.ratio(ours, darts), 1.0)
             ours = "mlseg identity"
-            targets.most(f"{group.title}: {ours} to {by_hand}", group.ratio(ours, by_hand), 1.05)
+            targets.most(f"{group.title}: {ours} to {by_hand}", group.ratio(ours, by_hand), 0.75)
         if "step_and_hop" in arguments.parts:
             group = run("a step and its hop", step_and_hop(), make_task, [darts := "Betty darts"])
             ours = "mlseg one_sided"
@@ -439,7 +439,7 @@ def main() -> None:
             bare = "bare product"
             group = run("a product", iterations(count), make_task, [bare], count)
             for ours in ("mlseg cg", "mlseg neumann"):
-                targets.most(f"{group.title}: {ours} to {bare}", group.ratio(ours, bare), 1.05)
+                targets.most(f"{group.title}: {ours} to {bare}", group.ratio(ours, bare), 0.80)
             hops = implicit_hops(count)
             run(f"{count} products, one hop", hops, make_task, ["Betty neumann", "Betty cg"])
         if "unrolled" in arguments.parts:
