@@ -52,7 +52,8 @@ class Way:
     def read(cls, text: str) -> Way:
         """From the command line."""
         numbers = text.removeprefix("torchrun:")
-        return cls(*map(int, numbers.split("x")), launched=numbers != text)
+        processes, threads = map(int, numbers.split("x"))
+        return cls(processes, threads, launched=numbers != text)
 
 
 def seconds(
