@@ -66,9 +66,10 @@ install: $(STAMP)
 run: $(STAMP)
 	@$(BIN)/python -m mlseg.run $(CONFIG) $(ARGS)
 
-# One thread per worker: the networks of the tests are too small to share out.
+# One thread per worker: the networks of the tests are too small to share out. Neighbours stay in one
+# process, so that what they share is made once.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal $(ARGS)
 
 test-processors: $(STAMP)
 	@$(BIN)/python tests/processors.py --cores $(TEST_WORKERS) $(ARGS)

@@ -35,7 +35,9 @@ class Mixed(nn.Module):
 def nas(on: On) -> Outcome:
     """DARTS: weights below, architecture above; Adam with weight decay, cosine rate, clipping."""
 
-    class Architecture(on.base):  # type: ignore[name-defined]
+    Base: Any = on.base
+
+    class Architecture(Base):
         def training_step(self, batch: Any) -> Tensor:
             x, y = batch
             return functional.cross_entropy(self.weights(x, self.module()), y)
@@ -49,7 +51,7 @@ def nas(on: On) -> Outcome:
         def configure_optimizer(self) -> Any:
             return Adam(self.module.parameters(), 3e-2, betas=(0.5, 0.999), weight_decay=1e-3)
 
-    class Weights(on.base):  # type: ignore[name-defined]
+    class Weights(Base):
         def training_step(self, batch: Any) -> Tensor:
             x, y = batch
             return functional.cross_entropy(self.module(x, self.architecture()), y)
@@ -79,13 +81,15 @@ def nas(on: On) -> Outcome:
 def saliency_nas(on: On) -> Outcome:
     """Three levels, two paths, warm starts: a second net is trained where the first is attacked."""
 
-    class Outer(on.base):  # type: ignore[name-defined]
+    Base: Any = on.base
+
+    class Outer(Base):
         def training_step(self, batch: Any) -> Tensor:
             (x, y), alphas = batch, self.module()
             first = functional.cross_entropy(self.inner1(x, alphas), y)
             return first + functional.cross_entropy(self.inner2(x, alphas), y)
 
-    class Inner2(on.base):  # type: ignore[name-defined]
+    class Inner2(Base):
         def training_step(self, batch: Any) -> Tensor:
             (x, y), alphas = batch, self.outer()
             generator = torch.Generator().manual_seed(self.count)
@@ -99,7 +103,7 @@ def saliency_nas(on: On) -> Outcome:
             first = functional.cross_entropy(self.inner1(saliency, alphas), y)
             return first + functional.cross_entropy(self.module(saliency, alphas), y)
 
-    class Inner1(on.base):  # type: ignore[name-defined]
+    class Inner1(Base):
         def training_step(self, batch: Any) -> Tensor:
             x, y = batch
             return functional.cross_entropy(self.module(x, self.outer()), y)
@@ -138,21 +142,23 @@ def learning_by_ignoring(on: On) -> Outcome:
         def forward(self, index: Tensor) -> Tensor:
             return self.raw[index]
 
-    class Pretrain(on.base):  # type: ignore[name-defined]
+    Base: Any = on.base
+
+    class Pretrain(Base):
         def training_step(self, batch: Any) -> Tensor:
             x, y, index = batch
             loss = functional.cross_entropy(self.module(x), y, reduction="none")
             weights = self.reweight(index).sigmoid()
             return loss @ weights / weights.sum().detach().item()
 
-    class Finetune(on.base):  # type: ignore[name-defined]
+    class Finetune(Base):
         def training_step(self, batch: Any) -> Tensor:
             x, y = batch
             pairs = zip(self.module.parameters(), self.pretrain.parameters(), strict=True)
             near = sum((a - b).pow(2).sum() for a, b in pairs)
             return functional.cross_entropy(self.module(x), y) + 7e-3 * near
 
-    class Reweight(on.base):  # type: ignore[name-defined]
+    class Reweight(Base):
         def training_step(self, batch: Any) -> Tensor:
             x, y = batch
             return functional.cross_entropy(self.finetune(x), y)
@@ -204,7 +210,9 @@ def maml(on: On) -> Outcome:
         pairs = zip(net.parameters(), other.parameters(), strict=True)
         return 0.25 * sum((a - b).pow(2).sum() for a, b in pairs)
 
-    class Outer(on.base):  # type: ignore[name-defined]
+    Base: Any = on.base
+
+    class Outer(Base):
         def training_step(self, batch: Any) -> Any:
             x, y = batch
             loss = functional.cross_entropy(self.inner(x), y)
@@ -213,7 +221,7 @@ def maml(on: On) -> Outcome:
         def get_batch(self) -> Any:
             return self.env.batch["test"]
 
-    class Inner(on.base):  # type: ignore[name-defined]
+    class Inner(Base):
         def training_step(self, batch: Any) -> Tensor:
             x, y = batch
             return functional.cross_entropy(self.module(x), y) + near(self, self.outer)

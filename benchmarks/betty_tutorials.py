@@ -20,7 +20,9 @@ from torch.optim.lr_scheduler import MultiStepLR
 def penalised_regression(on: On, iterations: int, unroll: int, **config: Any) -> Any:
     """Logistic regression from zero, the penalty of each coefficient learned on other data."""
 
-    class Outer(on.base):  # type: ignore[name-defined]
+    Base: Any = on.base
+
+    class Outer(Base):
         def training_step(self, batch: Any) -> Tensor:
             x, y = batch
             return functional.binary_cross_entropy_with_logits(x @ self.inner(), y.to(x))
@@ -29,7 +31,7 @@ def penalised_regression(on: On, iterations: int, unroll: int, **config: Any) ->
             for p in self.trainable_parameters():
                 p.data.clamp_(min=1e-8)
 
-    class Inner(on.base):  # type: ignore[name-defined]
+    class Inner(Base):
         def training_step(self, batch: Any) -> Tensor:
             (x, y), w = batch, self.module()
             loss = functional.binary_cross_entropy_with_logits(x @ w, y.to(x))
@@ -117,14 +119,16 @@ def reweighting(
 ) -> tuple[Any, list[float]]:
     """A classifier, a net that weighs its examples by their loss, and a validation."""
 
-    class Reweight(on.base):  # type: ignore[name-defined]
+    Base: Any = on.base
+
+    class Reweight(Base):
         def training_step(self, batch: Any) -> Any:
             x, y = batch
             logits = self.classifier(x)
             accuracy = (logits.argmax(1) == y).double().mean().item()
             return {"loss": functional.cross_entropy(logits, y), "accuracy": accuracy}
 
-    class Classifier(on.base):  # type: ignore[name-defined]
+    class Classifier(Base):
         def training_step(self, batch: Any) -> Tensor:
             x, y = batch
             loss = functional.cross_entropy(self.module(x), y, reduction="none").unsqueeze(1)

@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 import betty.configs
 import betty.engine
 import torch
-from betty.logging import logger as betty_logger
-from betty.logging.logger_base import get_logger
 from betty.problems import Problem as BettyProblem
 from rich.console import RenderableType
 
@@ -20,7 +18,7 @@ from mlseg import checkpoint, parallel
 from mlseg.engines import notices, several, state, validation
 from mlseg.engines.hooks import Hooks, Work
 from mlseg.engines.interruption import Interrupted, Interruption
-from mlseg.engines.nan_guard import NanGuard, not_finite, what_is_kept
+from mlseg.engines.nan_guard import NanGuard, check_losses, check_states, what_is_kept
 from mlseg.engines.recording import Recorder
 from mlseg.engines.settings import (
     Dependencies,
@@ -31,18 +29,16 @@ from mlseg.engines.settings import (
     both_ways,
     wanted_device,
 )
+from mlseg.engines.stages import Staged
 from mlseg.errors import RunError, UserError
-from mlseg.machine import choose_device
 from mlseg.multilevel.config import Config
-from mlseg.multilevel.graph import KnowsLevels, introduce
 from mlseg.multilevel.own_names import Shown
-from mlseg.multilevel.plain import check_graph, check_hops, check_problem, told_of_rebuilding
 from mlseg.multilevel.problem import Problem
 
 H = TypeVar("H", bound=Hooks)
 
 
-class Engine(KnowsLevels, betty.engine.Engine):
+class Engine(Staged):
     """Runs problems, ours or plain Betty's, stage by stage.
 
     Beyond Betty's engine: validation that chooses the best checkpoint, early stopping, a progress
@@ -152,83 +148,6 @@ class Engine(KnowsLevels, betty.engine.Engine):
         self._guard = NanGuard(self.problems, self.device)
         several.begin(self)
 
-    # ------------------------------------------------------------------- set-up
-
-    def initialize(self) -> None:
-        """Betty's set-up: what can't run is said first, nothing is announced."""
-        self.parse_config()
-        several.check(self)
-        shared = self.configure_systems()
-        self.logger = betty_logger(self.logger_type)
-        introduce(self.problems, self)
-        for problem in self.problems:
-            check_problem(problem, torch.device(self.device))
-        self.parse_dependency()
-        if self.env is not None:
-            self.env.configure_distributed_training(shared)
-            self.env.configure_device(self.device)
-            self.env.initialize()
-        for problem in self.problems:
-            self._initialize(problem, shared)
-
-    def _initialize(self, problem: BettyProblem, shared: dict[str, Any]) -> None:
-        problem.add_logger(self.logger)
-        problem.configure_distributed_training(shared)
-        problem.configure_device(self.device)
-        problem.configure_roll_back(self._roll_back)
-        console = get_logger()
-        level = console.level
-        console.setLevel("WARNING")
-        try:
-            with told_of_rebuilding(problem):
-                problem.initialize()
-        finally:
-            console.setLevel(level)
-        if self.env is not None:
-            problem.add_env(self.env)
-
-    def set_problem_attr(self, problem: BettyProblem) -> str:
-        """Betty's makes an attribute of the problem; here :func:`introduce` has made it known."""
-        return str(problem.name)
-
-    def configure_systems(self) -> dict[str, Any]:
-        """Choose the device. What several processes share, Betty isn't told of: only who writes."""
-        self._rank = parallel.rank()
-        device = choose_device(self._wanted_device)
-        # Betty's is a string, which programs compare.
-        self.device: Any = str(device) if self._as_on_betty else device
-        return {
-            "strategy": "default",
-            "backend": None,
-            "world_size": 1,
-            "rank": parallel.rank(),
-            "local_rank": 0,
-        }
-
-    def parse_dependency(self) -> None:
-        """Betty's parsing; a problem that is idle in this stage is no leaf.
-
-        Raises:
-            UserError: the dependencies are no graph of these problems.
-        """
-        check_graph(*both_ways(self.dependencies), self.problems)
-        super().parse_dependency()
-        active = self._stage.problems
-        if active is not None:
-            self.leaves = [p for p in self.leaves if any(p is a for a in active)]
-
-    @property
-    def _stage(self) -> Stage:
-        """The present stage."""
-        return self._stages[self._stage_index]
-
-    @property
-    def _total_iterations(self) -> int | None:
-        """Over all stages; None where a hook ends one of them."""
-        if any(stage.open_ended for stage in self._stages):
-            return None
-        return sum(stage.iterations for stage in self._stages)
-
     @property
     def _metric(self) -> str | None:
         """The validation figure that chooses the best weights; None: the first one."""
@@ -241,26 +160,6 @@ class Engine(KnowsLevels, betty.engine.Engine):
             if isinstance(hook, kind):
                 return hook
         raise KeyError(f"this engine has no {kind.__name__}")
-
-    def enter_stage(self, index: int) -> None:
-        """Make stage `index` the present one: its graph, its leaves."""
-        self._stage_index = index
-        self.set_dependency({"u2l": self._stage.u2l, "l2u": self._stage.l2u})
-
-    def set_dependency(self, dependencies: Mapping[str, Dependencies]) -> None:
-        """Give the present stage another graph.
-
-        Raises:
-            UserError: it is none, or a level on it can't be passed by upper levels' gradients.
-        """
-        self._stage.u2l, self._stage.l2u = both_ways(dependencies)
-        super().set_dependency(dependencies)
-        for problem in self.problems:
-            check_hops(problem, self.problems)
-            if isinstance(problem, Problem):
-                problem.connect()
-            else:
-                problem.ready = [False] * len(problem.children)
 
     def next_stage(self) -> None:
         """End the present stage, and make the one after it the present one."""
@@ -376,7 +275,7 @@ class Engine(KnowsLevels, betty.engine.Engine):
             if self._stage_index == len(self._stages) - 1:
                 return False
             if any(hook.overrides("stage_end") for hook in self._hooks):
-                self._check_finite()
+                check_losses(self)
             self.next_stage()
         if self._stage_step == 0:
             self._recorder.event("stage_start", self.global_step, stage=self._stage.name)
@@ -391,24 +290,6 @@ class Engine(KnowsLevels, betty.engine.Engine):
         last_stage = self._stage_index == len(self._stages) - 1
         return self._stopped_early or (last_stage and self._stage_step == self._stage.iterations)
 
-    def _check_finite(self) -> None:
-        """Raise RunError if any loss so far was not finite; synchronises."""
-        found = self._guard.first()
-        if found is not None:
-            name, step = found
-            raise not_finite(self, "the loss", name, step)
-
-    def _check_states(self, problems: Mapping[str, Any]) -> None:
-        """Raise RunError if parameters, buffers or optimizer state aren't finite; synchronises.
-
-        Args:
-            problems: states of problems by name, as a checkpoint is to hold them.
-        """
-        found = self._guard.first_state(problems)
-        if found is not None:
-            problem, kind, name = found
-            raise not_finite(self, kind, problem, self.global_step, f" ({name})")
-
     def _log(self) -> None:
         stepped = [
             problem
@@ -418,7 +299,7 @@ class Engine(KnowsLevels, betty.engine.Engine):
         self._logged = {problem.name: problem.count for problem in self.problems}
         figures = {problem.name: problem._metrics for problem in stepped}
         lines = self._recorder.log(self.global_step, figures, self._rates())
-        self._check_finite()
+        check_losses(self)
         for hook in self._hooks:
             hook.logged(self, lines)
         notices.after_log(self, lines)
@@ -487,7 +368,7 @@ class Engine(KnowsLevels, betty.engine.Engine):
         """Write a checkpoint; never one with a NaN in it. All processes take part."""
         if self._directory is None:
             return
-        self._check_finite()
+        check_losses(self)
         self._recorder.flush()
         before, self._clock = self._clock, time.monotonic()
         self._seconds += self._clock - before
@@ -501,7 +382,7 @@ class Engine(KnowsLevels, betty.engine.Engine):
         Raises:
             RunError: something in it isn't finite, or it can't be written.
         """
-        self._check_states(saved["problems"])
+        check_states(self, saved["problems"])
         path = self.checkpoint_path(name)
         if parallel.is_first():
             checkpoint.save(path, saved)

@@ -58,16 +58,23 @@ def figures(metrics: SegmentationMetrics, reliability: Reliability | None) -> di
     names = list(next(iter(per_image.values())))
     columns = {name: [per_image[image][name] for image in ids] for name in names}
     pixels = confusion.sum((1, 2))
-    found = {name: intervals.of_mean(values) for name, values in columns.items()}
-    found["miou"] = intervals.of_pooled_miou(confusion.numpy())
     return {
         "images": ids,
         "size": (1 - confusion[:, 0].sum(1) / pixels).tolist(),
         "scores": columns,
         "classes": classes(confusion, metrics.classes),
-        "intervals": {name: list(pair) for name, pair in found.items() if pair is not None},
+        "intervals": spans(metrics),
         **({} if reliability is None else {"reliability": reliability.compute()}),
     }
+
+
+def spans(metrics: SegmentationMetrics) -> dict[str, list[float]]:
+    """95 % intervals of means over images and of the mIoU, by name; of one image there are none."""
+    (ids, confusion), per_image = metrics.counted(), metrics.per_image()
+    names = next(iter(per_image.values()))
+    found = {name: intervals.of_mean([per_image[i][name] for i in ids]) for name in names}
+    found["miou"] = intervals.of_pooled_miou(confusion.numpy())
+    return {name: list(pair) for name, pair in found.items() if pair is not None}
 
 
 def classes(confusion_NKK: Tensor, names: Sequence[str]) -> dict[str, dict[str, float]]:

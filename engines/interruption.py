@@ -57,6 +57,8 @@ class Interruption:
         return self._agreed(parallel.end_of_questions())
 
     def _agreed(self, number: int) -> bool:
+        if number > 0:
+            parallel.end_of_questions()  # the next run of these processes is asked anew
         self.number = number or self.number
         return number > 0
 

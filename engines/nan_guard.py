@@ -120,7 +120,27 @@ class NanGuard:
         return first_not_finite(tensors)
 
 
-def not_finite(engine: Engine, what: str, problem: str, step: int, which: str = "") -> RunError:
+def check_losses(engine: Engine) -> None:
+    """Raise RunError if any loss so far was not finite; synchronises."""
+    found = engine._guard.first()
+    if found is not None:
+        name, step = found
+        raise _not_finite(engine, "the loss", name, step)
+
+
+def check_states(engine: Engine, problems: Mapping[str, Any]) -> None:
+    """Raise RunError if parameters, buffers or optimizer state aren't finite; synchronises.
+
+    Args:
+        problems: states of problems by name, as a checkpoint is to hold them.
+    """
+    found = engine._guard.first_state(problems)
+    if found is not None:
+        problem, kind, name = found
+        raise _not_finite(engine, kind, problem, engine.global_step, f" ({name})")
+
+
+def _not_finite(engine: Engine, what: str, problem: str, step: int, which: str = "") -> RunError:
     """The error to raise; a hypergradient that brought it about is named in its place."""
     mend = "try a lower learning rate or gradient clipping"
     cause = engine._guard.hypergradient()

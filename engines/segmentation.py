@@ -178,7 +178,7 @@ class Segmentation(Hooks):
                         lost[name] = f"{engine.checkpoint_path(name)}: missing"
             except UserError as error:  # damaged while the run went on
                 lost[name] = str(error)
-        self._write_evaluation(engine)
+        intervals = self._write_evaluation(engine)
         return {
             "metric": engine.metric,
             "scored_at": engine.settings.scoring,
@@ -186,6 +186,7 @@ class Segmentation(Hooks):
                 name: {split: metrics.compute() for split, metrics in counts.items()}
                 for name, counts in self.counts.items()
             },
+            **({"intervals": intervals} if intervals else {}),
             "data": self.data.spec.name,
             "provenance": self.data.provenance,
             "split_hash": self.data.split_hash,
@@ -241,18 +242,21 @@ class Segmentation(Hooks):
                 "of": made,
             }
 
-    def _write_evaluation(self, engine: Engine) -> None:
-        """``evaluation.json``: what the page of a run shows of its images."""
+    def _write_evaluation(self, engine: Engine) -> dict[str, Any]:
+        """``evaluation.json``: what the page of a run shows of its images.
+
+        Returns:
+            its intervals, by weights and split.
+        """
+        found: dict[str, Any] = {}
         if engine.recorder.directory is None:
-            return
+            return found
         with unharmed(evaluation.EVALUATION):
-            found = {
-                weights: {
+            for weights, counts in self.counts.items():
+                found[weights] = {
                     split: evaluation.figures(metrics, self._reliability[weights].get(split))
                     for split, metrics in counts.items()
                 }
-                for weights, counts in self.counts.items()
-            }
             spec = self.data.spec
             evaluation.write(
                 engine.recorder.directory,
@@ -264,6 +268,10 @@ class Segmentation(Hooks):
                     "pictures": self._pictures,
                 },
             )
+        return {
+            weights: {split: own["intervals"] for split, own in splits.items()}
+            for weights, splits in found.items()
+        }
 
     @contextmanager
     def weights(self, engine: Engine, name: str) -> Iterator[bool]:

@@ -11,7 +11,7 @@ import torch
 from betty.misc.early_stopping import EarlyStopping
 
 from mlseg import parallel
-from mlseg.engines.nan_guard import what_is_kept
+from mlseg.engines.nan_guard import check_losses, what_is_kept
 from mlseg.engines.recording import read_scalars
 from mlseg.errors import RunError
 from mlseg.multilevel.problem import Problem
@@ -26,7 +26,7 @@ def validate(engine: Engine) -> dict[str, float]:
     Raises:
         RunError: a loss so far or the figure that counts isn't finite, or there is no such figure.
     """
-    engine._check_finite()
+    check_losses(engine)
     engine.eval()
     try:
         values = _figures(engine)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from mlseg import threads
+from mlseg import signals, threads
 from mlseg.errors import EXIT_USER_ERROR
 
 COMMANDS = {
@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mlseg: no command '{name}'; {hint}", file=sys.stderr)
         return EXIT_USER_ERROR
     threads.bound_spinning()
+    if argv is None:  # the program's own, not a call from another
+        signals.end_at_once()
     # Only now: a command brings torch and more with it.
     code: int | None = import_module(COMMANDS[name][0]).main(rest)
     return code or 0

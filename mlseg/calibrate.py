@@ -8,8 +8,8 @@ A grid search, as SegAN chose k = 0.3 and threshold 0.4 (section 3 of the paper)
 divided by k, the probabilities averaged over the runs, brought to each mask's own size, and cut at
 the threshold. The choice is stored in every run's ``calibration.json``, from where evaluate and
 predict take it for exactly these weights; the grid is printed, and written beside it as
-``calibration_grid*.csv`` and ``.png``. No test image is looked at. A run that names code from
-outside mlseg needs ``--trust``.
+``calibration_grid*.csv`` and ``.png``, and every run's ``report.html`` says what was chosen. No
+test image is looked at. A run that names code from outside mlseg needs ``--trust``.
 
 For one network at its own size k and the threshold t are one number, since a probability above t
 is a logit z > k log(t / (1 - t)); what k adds shows when probabilities are averaged or upsampled
@@ -21,10 +21,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlseg import threads
+from mlseg import signals, threads
 
 if __name__ == "__main__":
     threads.bound_spinning()  # before torch is loaded
+    signals.end_at_once()
 
 import torch
 from rich.table import Table
@@ -37,7 +38,8 @@ from mlseg.errors import UserError
 from mlseg.evaluate import above_zero, add_trust, choose_threads, own_data, probability
 from mlseg.files import replacing, require_writable, write_text, writing
 from mlseg.machine import choose_device
-from mlseg.segmentation import calibration
+from mlseg.reports.keeping import refresh
+from mlseg.segmentation import calibration, intervals
 from mlseg.segmentation.data import Samples, to_float
 from mlseg.segmentation.metrics import SCORES, confusion_by_threshold, image_scores
 from mlseg.segmentation.nets import class_probabilities
@@ -96,12 +98,15 @@ def _run(arguments: argparse.Namespace) -> int:
     native = (arguments.scale or trained.scoring) == "native"
     metric = arguments.metric or trained.spec.metric
     ks, thresholds = sorted(set(arguments.k)), sorted(set(arguments.thresholds))
-    grid, choice = choose(ensemble, samples, device, ks, thresholds, native, metric)
+    values, choice, before = chosen(ensemble, samples, device, ks, thresholds, native, metric)
+    grid = values.mean(2)
     console = make_console()
     print_whole(console, table(grid, ks, thresholds, choice))
+    now = values[ks.index(choice.k), thresholds.index(choice.threshold)].tolist()
     console.print(
-        f"k {choice.k:g}, threshold {choice.threshold:g}: {metric} {choice.value:.4f}; "
-        f"with {calibration.describe(ensemble)} it was {choice.before:.4f}"
+        f"k {choice.k:g}, threshold {choice.threshold:g}: {metric} {choice.value:.4f}{_span(now)}; "
+        f"with {calibration.describe(ensemble)} it was {choice.before:.4f}{_span(before)}",
+        soft_wrap=True,
     )
     for remark in at_the_edge(grid, ks, thresholds, choice):
         console.print(remark)
@@ -112,6 +117,8 @@ def _run(arguments: argparse.Namespace) -> int:
         draw(member.run / f"{stem}.png", grid, ks, thresholds, choice)
     for path in calibration.keep(ensemble, choice):
         console.print(f"Stored in {path}")
+    for member in ensemble.members:
+        refresh(member.run)
     return 0
 
 
@@ -125,10 +132,25 @@ def choose(
     metric: str,
 ) -> tuple[Tensor, calibration.Choice]:
     """The grid of :func:`search` and the best of its cells."""
-    grid = search(ensemble, samples, device, ks, thresholds, native, metric)
+    values, choice, _ = chosen(ensemble, samples, device, ks, thresholds, native, metric)
+    return values.mean(2), choice
+
+
+def chosen(
+    ensemble: Ensemble,
+    samples: Samples,
+    device: torch.device,
+    ks: Sequence[float],
+    thresholds: Sequence[float],
+    native: bool,
+    metric: str,
+) -> tuple[Tensor, calibration.Choice, list[float]]:
+    """The values of :func:`by_image`, the best of their means, and each image's without it."""
+    values = by_image(ensemble, samples, device, ks, thresholds, native, metric)
+    grid = values.mean(2)
     before = score(ensemble, samples, device, threshold=ensemble.threshold, native=native)
     row, column = best_cell(grid, ks, thresholds)
-    return grid, calibration.Choice(
+    choice = calibration.Choice(
         k=ks[row],
         threshold=thresholds[column],
         metric=metric,
@@ -139,9 +161,9 @@ def choose(
         runs=[member.run.resolve().name for member in ensemble.members],
         checkpoints=calibration.digests(ensemble),
     )
+    return values, choice, [own[metric] for own in before.per_image().values()]
 
 
-@torch.no_grad()
 def search(
     ensemble: Ensemble,
     samples: Samples,
@@ -153,13 +175,33 @@ def search(
 ) -> Tensor:
     """The metric, mean over images, for every k and threshold.
 
+    Args, Raises: as of :func:`by_image`.
+
+    Returns:
+        (len(ks), len(thresholds)) float64, on the CPU.
+    """
+    return by_image(ensemble, samples, device, ks, thresholds, native, metric).mean(2)
+
+
+@torch.no_grad()
+def by_image(
+    ensemble: Ensemble,
+    samples: Samples,
+    device: torch.device,
+    ks: Sequence[float],
+    thresholds: Sequence[float],
+    native: bool,
+    metric: str,
+) -> Tensor:
+    """The metric of each image that has one, for every k and threshold.
+
     Every image passes every network once; for each k one count of its pixels serves all thresholds.
 
     Args:
         thresholds: in ascending order.
 
     Returns:
-        (len(ks), len(thresholds)) float64, on the CPU.
+        (len(ks), len(thresholds), N) float64, on the CPU.
 
     Raises:
         UserError: there is no validation image.
@@ -181,8 +223,7 @@ def search(
                 for member, z in zip(ensemble.members, logits, strict=True)
             ]
             means.append(torch.stack(found).mean(0)[:, 1])
-        by_image = torch.stack(means, 1)  # (B, len(ks), H, W)
-        for own in by_image:
+        for own in torch.stack(means, 1):  # (len(ks), H, W)
             mask = next(masks).to(device)
             native_size = mask.shape[0], mask.shape[1]
             foreground = at_native(own[None], native_size, samples.fit)[0]
@@ -198,7 +239,12 @@ def search(
         raise UserError("no image to score: every pixel has the ignore index")
     confusion = confusion[:, :, scored]
     flat = image_scores(confusion.flatten(0, 2))[metric]
-    return flat.reshape(confusion.shape[:3]).mean(2)
+    return flat.reshape(confusion.shape[:3])
+
+
+def _span(values: Sequence[float]) -> str:
+    found = intervals.of_mean(values)
+    return "" if found is None else " (95 % over images: {:.3f} to {:.3f})".format(*found)
 
 
 def best_cell(grid: Tensor, ks: Sequence[float], thresholds: Sequence[float]) -> tuple[int, int]:

@@ -103,8 +103,11 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # whatever a file may hold makes the unpickler fail in any way
         mend = _other(path) or "use another one of the run, or start the run again"
+        said = one_line(error)
+        if said.startswith("Weights only load failed"):  # torch's advice is to trust it
+            said = "it holds more than tensors and plain values"
         raise UserError(
-            f"{path}: truncated or not a checkpoint (damaged: {one_line(error)}); {mend}"
+            f"{path}: truncated or not a checkpoint (damaged: {said}); {mend}"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else None

@@ -4,9 +4,8 @@ import argparse
 import contextlib
 import errno
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mlseg import parallel
+from mlseg import parallel, signals
 from mlseg.config import Tree
 from mlseg.engines.interruption import Interrupted
 from mlseg.errors import (
@@ -41,12 +40,14 @@ def guarded(
     A closed pipe or terminal ends no run: what can't be shown isn't. Output that can't be written
     for any other reason, to a full disk, is a failure once the work is done.
 
+    SIGINT, SIGTERM and SIGHUP end it as exceptions do: nothing half-written stays, 130, 143 or 129.
+
     Args:
         in_several: whether the command is one that several processes (torchrun) do together.
     """
     if not in_several:
         command = _alone(command)
-    with _lasting("stderr"), _lasting("stdout") as output:
+    with signals.raised(), _lasting("stderr"), _lasting("stdout") as output:
         code = _guarded(command, arguments)
         if output is not None:
             output.flush()
@@ -147,9 +148,9 @@ def _guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.N
     except Interrupted as interrupted:
         _say(f"{interrupted}; go on with --resume")
         return interrupted.exit_code
-    except KeyboardInterrupt:
-        _say("interrupted")
-        return 128 + signal.SIGINT
+    except KeyboardInterrupt as interrupt:
+        _say(f"{interrupt}: interrupted" if str(interrupt) else "interrupted")
+        return signals.exit_code(interrupt)
 
 
 def _say(line: str) -> None:
@@ -183,6 +184,15 @@ def say_notes(tree: Tree) -> None:
     """Print what a command line has dropped from a config."""
     for note in tree.notes if parallel.is_first() else ():
         print(f"note: {printable(note)}", file=sys.stderr)
+
+
+INTERVAL = "95 % over images"
+"""What a row of a table is called that holds the intervals of the row above."""
+
+
+def interval_cells(spans: Mapping[str, Sequence[float]], shown: Sequence[str]) -> list[str]:
+    """The intervals of scores, for a table's cells; empty where there is none."""
+    return ["{:.3f}-{:.3f}".format(*spans[name]) if name in spans else "" for name in shown]
 
 
 _WIDEST = 10_000

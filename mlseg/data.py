@@ -6,9 +6,13 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from mlseg import parallel
-from mlseg.commands import make_console, print_whole, require_one_process
-from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, RunError, UserError, printable
+from mlseg import signals
+
+if __name__ == "__main__":
+    signals.end_at_once()
+
+from mlseg.commands import guarded, make_console, print_whole
+from mlseg.errors import EXIT_USER_ERROR, UserError
 from mlseg.segmentation.data.entry import DATA_SETS, data_set
 from mlseg.segmentation.data.fetch import fetch, how_to_get
 from mlseg.segmentation.data.settings import resolve_root
@@ -16,39 +20,39 @@ from mlseg.segmentation.data.settings import resolve_root
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done; 2 a mistake, or a set that must be got by hand; 1 the network failed."""
-    parser = argparse.ArgumentParser(
+    return guarded(_data, parser().parse_args(arguments))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Its arguments."""
+    made = argparse.ArgumentParser(
         "python -m mlseg.data",
         description="Fetch a data set, or say where it is. Without a name: list all.",
     )
-    parser.add_argument("name", nargs="?", help="data set, as in a config")
-    parser.add_argument("--root", help="its folder (default data/NAME; see $MLSEG_DATA)")
-    parser.add_argument("--limit", type=int, help="fetch only the first N examples of each part")
-    parser.add_argument("--part", action="append", help="official part: train, val or test")
-    given = parser.parse_args(arguments)
-    try:
-        require_one_process()
-        if given.name is None:
-            _list()
-            return 0
-        entry = data_set(given.name)
-        if given.limit is not None and given.limit < 1:
-            raise UserError(f"--limit must be at least 1, got {given.limit}")
-        if entry.synthetic:
-            raise UserError(f"{given.name} is drawn when a run needs it; there is nothing to fetch")
-        if not entry.archives:
-            print(how_to_get(entry), file=sys.stderr)
-            return EXIT_USER_ERROR
-        fetch(entry, resolve_root(entry.spec.name, given.root), given.limit, given.part)
-    except RunError as error:
-        print(f"failed: {printable(str(error))}", file=sys.stderr)
-        return EXIT_RUN_ERROR
-    except ValueError as error:  # UserError is one
-        if parallel.speaks():
-            print(f"error: {printable(str(error))}", file=sys.stderr)
+    made.add_argument("name", nargs="?", help="data set, as in a config")
+    made.add_argument("--root", help="its folder (default data/NAME; see $MLSEG_DATA)")
+    made.add_argument("--limit", type=int, help="fetch only the first N examples of each part")
+    made.add_argument("--part", action="append", help="official part: train, val or test")
+    return made
+
+
+def _data(given: argparse.Namespace) -> int:
+    if given.name is None:
+        _list()
+        return 0
+    entry = data_set(given.name)
+    if given.limit is not None and given.limit < 1:
+        raise UserError(f"--limit must be at least 1, got {given.limit}")
+    if entry.synthetic:
+        raise UserError(f"{given.name} is drawn when a run needs it; there is nothing to fetch")
+    if not entry.archives:
+        print(how_to_get(entry), file=sys.stderr)
         return EXIT_USER_ERROR
+    try:
+        fetch(entry, resolve_root(entry.spec.name, given.root), given.limit, given.part)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
+        print("what is there is whole, and the same command goes on", file=sys.stderr)
+        raise
     return 0
 
 

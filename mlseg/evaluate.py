@@ -6,8 +6,12 @@
     python -m mlseg.evaluate runs/try --data folder --root my/images --out scores.json
 
 Scores are means over images by the runs' selected weights, counted at each mask's own size
-(``--scale trained``: at the size the run was trained at). What ``mlseg.calibrate`` chose for
+(``--scale trained``: at the size the run was trained at); below each the interval that holds 95 %
+of the means of images drawn with replacement. What ``mlseg.calibrate`` chose for
 exactly these weights is used, unless ``--k`` or ``--threshold`` say otherwise.
+
+Scores of a single run are added to its ``evaluation.json`` and ``report.html`` too, where these can
+be written; what training ended with stays.
 
 A run may be somebody else's. Its files are read, and none of the modules that it names is imported
 but mlseg's own; a run with parts from elsewhere needs ``--trust``. Nothing is downloaded for it.
@@ -22,21 +26,32 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlseg import threads
+from mlseg import signals, threads
 
 if __name__ == "__main__":
     threads.bound_spinning()  # before torch is loaded
+    signals.end_at_once()
 
 import torch
 from rich.table import Table
 
 from mlseg import config
-from mlseg.commands import guarded, make_console, named
+from mlseg.commands import (
+    INTERVAL,
+    guarded,
+    interval_cells,
+    make_console,
+    named,
+    print_whole,
+)
 from mlseg.config.registry import say_foreign, strangers, trusted
+from mlseg.engines.evaluation import spans
 from mlseg.engines.segmentation import check_same_data
 from mlseg.errors import UserError
 from mlseg.files import require_file, require_writable, write_json
 from mlseg.machine import choose_device
+from mlseg.reports.keeping import keep
+from mlseg.reports.page import PAGE
 from mlseg.resuming import require_untouched
 from mlseg.run import parse_run
 from mlseg.segmentation.calibration import calibrated, describe
@@ -129,6 +144,7 @@ def _run(arguments: argparse.Namespace) -> int:
     title = f"{names}, {arguments.weights} weights (step {steps}), {describe(ensemble)}, {scale}"
     table = Table("data", "images", *shown, title=title)
     figures: dict[str, Any] = {}
+    intervals: dict[str, dict[str, list[float]]] = {}
     for name, samples in sets.items():
         metrics = score(
             ensemble,
@@ -140,12 +156,16 @@ def _run(arguments: argparse.Namespace) -> int:
         )
         values = metrics.compute()
         figures[name] = {**values, "per_image": metrics.per_image()}
+        intervals[name] = spans(metrics)
         table.add_row(
             name,
             str(len(samples)),
             *(f"{values[key]:.4f}" if key in values else "" for key in shown),
         )
-    make_console().print(table)
+        if intervals[name]:
+            table.add_row(INTERVAL, "", *interval_cells(intervals[name], shown))
+    console = make_console()
+    print_whole(console, table)
     if arguments.out is not None:
         report = {
             "runs": [str(run) for run in arguments.runs],
@@ -157,7 +177,29 @@ def _run(arguments: argparse.Namespace) -> int:
             "scored_at": scale,
             "threads": chosen.record(),
         }
-        write_json(arguments.out, {**report, "scores": figures})
+        write_json(arguments.out, {**report, "scores": figures, "intervals": intervals})
+    if len(ensemble.members) == 1 and trained.run.is_dir():
+        entries = [
+            {
+                "data": name,
+                "root": arguments.root,
+                "layout": list(where) if any(where) else None,
+                "weights": arguments.weights,
+                "step": trained.step,
+                "checkpoint": trained.digest,
+                "k": trained.k,
+                "threshold": ensemble.threshold,
+                "tta": arguments.tta,
+                "scored_at": scale,
+                "metric": trained.spec.metric,
+                "images": len(sets[name]),
+                "scores": {k: v for k, v in values.items() if k != "per_image"},
+                "intervals": intervals[name],
+            }
+            for name, values in figures.items()
+        ]
+        if keep(trained.run, entries):
+            console.print(f"Also on {trained.run / PAGE}", soft_wrap=True)
     return 0
 
 

@@ -20,20 +20,22 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mlseg import threads
+from mlseg import signals, threads
 
 if __name__ == "__main__":
     threads.bound_spinning()  # before torch is loaded
+    signals.end_at_once()
 
 from mlseg import config
 from mlseg.commands import guarded, make_console, named
 from mlseg.config.registry import strangers
 from mlseg.errors import UserError
 from mlseg.evaluate import above_zero, add_trust, probability
-from mlseg.files import replacing, require_file, require_writable, write_json, writing
+from mlseg.files import replacing, require_file, require_writable, writing
 from mlseg.segmentation.exporting import SOFTWARE, SUFFIXES, Source, find, require, write
 from mlseg.segmentation.trained import run_threads
 
@@ -75,6 +77,8 @@ def _run(arguments: argparse.Namespace) -> int:
     run, form = arguments.run, arguments.format
     if form not in SUFFIXES:
         raise UserError(f"--format {form}: no such format; there are {', '.join(SUFFIXES)}")
+    if run.is_file():
+        raise UserError(f"{run}: a file; name the run directory that its weights are of")
     if not run.is_dir():
         raise UserError(f"{run}: no such run directory")
     path = arguments.out or run / f"{arguments.what}{SUFFIXES[form]}"
@@ -90,10 +94,19 @@ def _run(arguments: argparse.Namespace) -> int:
         full_precision=arguments.precision == "fp32",
     )
     thing = find(arguments.what, _system(run), source)
-    with writing(path), replacing(path) as temporary:
+    with writing(path), ExitStack() as both:
+        beside = both.enter_context(replacing(sidecar(path)))
+        temporary = both.enter_context(replacing(path))
         facts = write(thing, form, temporary, run)
-    about = {"file": path.name, "what": arguments.what, "run": str(run), **facts}
-    write_json(sidecar(path), {**about, "weights": arguments.weights})
+        about = {"file": path.name, "what": arguments.what, "run": str(run), **facts}
+        about["weights"] = arguments.weights
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(about, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        # Both are whole; one without the other would be nobody's, and in the way of the next.
+        with signals.held_back():
+            both.pop_all().close()
     checked = facts["checked"]
     make_console().print(
         f"{path}: {form}, {path.stat().st_size / 2**20:.1f} MiB; differs from mlseg's own by "

@@ -194,6 +194,18 @@ def locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def at_rest(directory: Path) -> Iterator[None]:
+    """Hold a run directory for a moment in which no process is at work in it.
+
+    Raises:
+        Held: one is.
+        RunError: nothing can be written there.
+    """
+    with locked(directory / _LOCK):
+        yield
+
+
 def held(directory: Path) -> bool:
     """Whether a process has claimed this run directory at this moment."""
     path = directory / _LOCK

@@ -35,10 +35,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from mlseg import threads
+from mlseg import signals, threads
 
 if __name__ == "__main__":
     threads.bound_spinning()  # before torch is loaded
+    signals.end_at_once()
 
 from rich.progress import track
 
@@ -268,8 +269,14 @@ def check_outputs(
     if table is not None:
         if os.path.realpath(table) in {os.path.realpath(file) for file in made}:
             raise UserError(f"--csv: {table} is a file of --out already; name another")
+        if os.path.realpath(table) in _with_parents(os.path.realpath(folder)):
+            raise UserError(f"--csv: {table} is the folder of --out; name a file")
         wanted.append(("--csv", table))
     check_files(wanted, images, overwrite)
+
+
+def _with_parents(path: str) -> set[str]:
+    return {path, *map(str, Path(path).parents)}
 
 
 def check_files(

@@ -26,17 +26,26 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from pathlib import Path
 from typing import Any
 
-from mlseg import threads
+from mlseg import signals, threads
 
 if __name__ == "__main__":
     threads.bound_spinning()  # before torch is loaded
+    signals.end_at_once()
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from mlseg import checkpoint, config, parallel
-from mlseg.commands import guarded, make_console, named, say_notes
+from mlseg.commands import (
+    INTERVAL,
+    guarded,
+    interval_cells,
+    make_console,
+    named,
+    print_whole,
+    say_notes,
+)
 from mlseg.config import keys
 from mlseg.config.registry import run_imports
 from mlseg.dry_run import dry_run, timed_dry_run
@@ -395,7 +404,10 @@ def report(engine: Engine, results: dict[str, Any], console: Console) -> None:
                     str(int(values["images"])),
                     *(f"{values[name]:.4f}" for name in shown),
                 )
-        console.print(table)
+                spans = results.get("intervals", {}).get(weights, {}).get(split)
+                if spans:
+                    table.add_row("", INTERVAL, "", *interval_cells(spans, shown))
+        print_whole(console, table)
     for summary in engine.summaries():
         console.print(summary)
 

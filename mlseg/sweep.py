@@ -18,10 +18,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlseg import threads
+from mlseg import signals, threads
 
 if __name__ == "__main__":
     threads.bound_spinning()  # before torch is loaded
+    signals.end_at_once()
 
 from rich.console import Console
 from rich.table import Table

@@ -38,6 +38,16 @@ def state_to_device(
     return value if on_host else value.to(device)
 
 
+def optimizer_to_device(optimizer: torch.optim.Optimizer, device: torch.device | str) -> None:
+    """Move an optimizer's state to where its parameters are."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    state[key] = state_to_device(key, value, group, device)
+
+
 def batch_to_device(batch: Any, device: torch.device | str) -> Any:
     """A batch on ``device``, of the same types all through.
 

@@ -194,15 +194,10 @@ class Builder:
             self.started.add(name, found)
         if init is not None:
             with replayed(None):
-                taken = start_from(init, network, settings, self.spec.classes, self._wider)
+                taken = start_from(init, network, settings, self.spec.channels, self.spec.classes)
             TAKEN[network] = taken.record()
         # The layout that CPUs and tensor cores like.
         return network.to(memory_format=torch.channels_last)
-
-    def _wider(self) -> nn.Module:
-        """The segmentor with a class more."""
-        spec = self.spec
-        return build_segmentor(self.settings.segmentor, spec.channels, spec.num_classes + 1)
 
     def loader(
         self,

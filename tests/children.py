@@ -110,6 +110,19 @@ def limit_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
 
+def signal_at(number: int, write: int) -> None:
+    """The signal comes once so many files are written and not yet in their place."""
+    writes = iter(range(1, write + 1))
+
+    def sync(fd: Any) -> None:
+        original(fd)
+        if next(writes, 0) == write:
+            os.kill(os.getpid(), number)
+
+    original, os.fsync = os.fsync, sync
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as in a process that nobody has prepared
+
+
 def fill_up_later() -> None:
     """From the second checkpoint on, writes beyond 20 000 bytes of a file fail."""
     saves = iter([checkpoint.save])

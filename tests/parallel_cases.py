@@ -3,13 +3,17 @@
 Each case gives tensors. Between one process and several they differ by rounding alone.
 """
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import resuming
 import tiny
 import torch
+from e2eaug_generators import GENERATORS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -186,7 +190,7 @@ CASES["penalty problem"] = penalised
 # ------------------------------------------------------------------------------ systems
 
 
-def system(name: str, changes: dict[str, Any]) -> Answer:
+def system(name: str, changes: dict[str, Any], dtype: torch.dtype = torch.float64) -> Answer:
     """A whole run: stages, validations, everything but a directory; its weights and figures."""
     engine: Any = tiny.build(name, {**SHARED, **changes})
     for module in {id(m): m for p in engine.problems for m in p.module.modules()}.values():
@@ -196,6 +200,9 @@ def system(name: str, changes: dict[str, Any]) -> Answer:
             module.dropout = 0.0
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    if dtype == torch.float32:
+        engine.run()
+        return parameters(engine)  # a pixel more or less is right
     for problem in engine.problems:
         problem.module.double()
         problem.module.register_forward_pre_hook(_doubled)
@@ -210,6 +217,8 @@ class Scale(nn.BatchNorm2d):
     """In the place of BatchNorm, with its parameters, and without statistics of a batch."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if not self.affine:
+            return input
         return input * self.weight[:, None, None] + self.bias[:, None, None]
 
 
@@ -224,6 +233,31 @@ SHARED: dict[str, Any] = {
     "engine.validate_every": 5,
 }
 DICE = {"cross_entropy": 1.0, "dice": 0.5, "jaccard": 0.5}
+OTHER_TERMS = {"cross_entropy": 1.0, "tversky": 0.5, "focal": 0.5, "boundary": 0.01}
+GAN_BATCHES: dict[str, Any] = {
+    f"problems.{level}.batch_size": 6 for level in ("generator", "segmentor", "architecture")
+}
+SGD = {"name": "sgd", "lr": 0.001}
+"""Where nothing depends on a bias before a norm Adam makes steps out of a rounding."""
+LOAD: dict[str, Any] = {
+    "data.val": 8,
+    "engine.iterations": 60,
+    "problems.pretraining.optimizer": {"name": "sgd", "lr": 0.01},
+    **{
+        f"problems.{level}.batch_size": 6 for level in ("pretraining", "generator", "discriminator")
+    },
+}
+WINDOWS: dict[str, Any] = {  # pixels that don't count
+    "data.name": "synthetic_scenes",
+    "augmentation": {"preset": "combine", "window": 16},
+    "data.unlabelled": 7,
+    "problems.segmentor.batch_size": 6,
+}
+DCT: dict[str, Any] = {
+    "method": "dct",
+    "partner": {"name": "unet", "channels": 4, "levels": 2},
+    "problems.partner": {"batch_size": 12},
+}
 SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "supervised": ("supervised", {"augmentation": "combine", "loss": DICE}),
     "supervised, pairs added": (
@@ -242,9 +276,25 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
         "e2eaug",
         {
             "loss": DICE,
-            **{f"problems.{level}.batch_size": 6 for level in ("generator", "segmentor")},
-            "problems.architecture.batch_size": 6,
+            **GAN_BATCHES,
         },
+    ),
+    **{
+        f"e2eaug, {generator}": (
+            "e2eaug",
+            {
+                **GENERATORS[generator],
+                **GAN_BATCHES,
+                "problems.generator.optimizer": SGD,
+                "problems.discriminator.optimizer": SGD,
+                **more,
+            },
+        )
+        for generator, more in {"spade": {}, "asapnet": {"loss": OTHER_TERMS}}.items()
+    },
+    "e2eaug, level three learns more": (
+        "e2eaug",
+        {"level3": {"synthetic_weight": True, "guidance": 0.5}, "loss": DICE, **GAN_BATCHES},
     ),
     "e2eaug, learned masks": (
         "e2eaug",
@@ -252,10 +302,7 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
             "engine.iterations": 3,
             "gan.pretrain": 0,
             "level3.mask_augmentation": True,
-            **{
-                f"problems.{level}.batch_size": 6
-                for level in ("generator", "segmentor", "architecture")
-            },
+            **GAN_BATCHES,
         },
     ),
     "e2eaug, BatchNorm synchronised": (
@@ -263,10 +310,7 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "sync_batchnorm": True,
             "engine.iterations": 3,
-            **{
-                f"problems.{level}.batch_size": 6
-                for level in ("generator", "segmentor", "architecture")
-            },
+            **GAN_BATCHES,
         },
     ),
     "segan": (
@@ -281,25 +325,59 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
             "warmup_epochs": 1,
         },
     ),
-    "load": (
+    "segan, a scalar critic": (
+        "segan",
+        {"problems.critic.batch_size": 6, "critic.output": "scalar", "critic.clamp": None},
+    ),
+    "load": ("load", {**LOAD, "adversarial.reduction": "sum"}),
+    "load, part of the fakes": (
+        "load",
+        {**LOAD, "adversarial.cross_entropy": 1.0, "fakes.fraction": 0.5},
+    ),
+    "load, descent and ascent": (
         "load",
         {
-            "data.val": 8,
-            "engine.iterations": 60,
-            "adversarial.reduction": "sum",
-            "problems.pretraining.optimizer": {"name": "sgd", "lr": 0.01},
-            **{
-                f"problems.{level}.batch_size": 6
-                for level in ("pretraining", "generator", "discriminator")
-            },
+            **LOAD,
+            "adversarial.cross_entropy": 1.0,
+            "descent_ascent": 5,
+            "problems.discriminator.batch_size": 12,
         },
     ),
+    "ctbct by SGD": (
+        "semi_supervised",
+        {**WINDOWS, "sync_batchnorm": True, "partner.stochastic_depth": 0.0},
+    ),
+    "dct by SGD": ("semi_supervised", {**WINDOWS, **DCT}),
+    "dct by SGD, in float32": ("semi_supervised", {**WINDOWS, **DCT}),
 }
 for _title, (_name, _changes) in SYSTEMS.items():
     if _name == "supervised" or (tiny.PLACE / _name / "tiny.yaml").exists():
         _changes = {**({"problems.segmentor.batch_size": 6} if _name == "supervised" else {}),
                     **_changes}  # fmt: skip
-        CASES[f"system {_title}"] = partial(system, _name, _changes)
+        _dtype = torch.float32 if "float32" in _title else torch.float64
+        CASES[f"system {_title}"] = partial(system, _name, _changes, _dtype)
+
+
+def goes_on(changes: dict[str, Any]) -> Answer:
+    """A run that is stopped and goes on comes to where it would have."""
+    folder = Path(parallel.from_first(tempfile.mkdtemp()))
+    changes = {**changes, "data.train": 12}
+
+    def make(out: Path) -> Any:
+        return tiny.build("semi_supervised", changes, out)
+
+    try:
+        resuming.check(make, folder, [1, 3], "saved")
+    finally:
+        parallel.together()
+        if parallel.is_first():
+            shutil.rmtree(folder)
+    return {}
+
+
+if (tiny.PLACE / "semi_supervised" / "tiny.yaml").exists():
+    CASES["ctbct goes on"] = partial(goes_on, WINDOWS)
+    CASES["dct goes on"] = partial(goes_on, {**WINDOWS, **DCT})
 
 
 def scores() -> Answer:
@@ -322,7 +400,9 @@ CASES["scores"] = scores
 
 def cases(count: int) -> list[str]:
     """Those that ``count`` processes go through; three of them not through all."""
-    left_out = ("two levels", "synchronised", "with hooks", "accumulating") if count > 2 else ()
+    methods = ("two levels", "synchronised", "with hooks", "accumulating")
+    systems = ("e2eaug, ", "scalar", "load, ", "system dct by SGD, in float32", "goes on")
+    left_out = (*methods, *systems) if count > 2 else ()
     return [name for name in CASES if not any(words in name for words in left_out)]
 
 

@@ -112,7 +112,8 @@ def run(setting: Setting, cores: int, quick: bool, arguments: Sequence[str]) -> 
     with tempfile.TemporaryDirectory() as folder, log.open("w") as said:
         report = Path(folder) / "report.xml"
         which = "numerical and not slow" if quick else "numerical"
-        command = [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "-m", which]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", which]
+        command += ["-n", str(workers), "--dist", "worksteal"]
         done = subprocess.run(
             [*command, f"--junitxml={report}", *arguments],
             env=setting.environment(),

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from commanding import one_line, train
+from commanding import one_line, train, trained
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mlseg import calibrate, compare, config, evaluate, predict, run
 from mlseg import data as data_command
 from mlseg.commands import guarded, make_console
-from mlseg.errors import UserError
 from mlseg.segmentation.data.entry import DATA_SETS, data_set
 
 
@@ -48,123 +47,6 @@ def test_a_run_leaves_its_whole_directory(
     assert said.err.count("SYNTHETIC") == 2, "once at the start, once at the end"
     title = "Scores, mean over images, counted at the size of each mask's file"
     assert title in " ".join(said.out.split())
-
-
-def test_evaluate_gives_what_the_run_gave(tmp_path: Path) -> None:
-    out = train(tmp_path)
-    scores = tmp_path / "scores.json"
-    assert evaluate.main([str(out), "--out", str(scores), "--device", "cpu"]) == 0  # as it trained
-    evaluated = json.loads(scores.read_text())["scores"]["test"]
-    reported = json.loads((out / "results.json").read_text())["scores"]["best"]["test"]
-    per_image = evaluated.pop("per_image")
-    assert evaluated == reported
-    assert {"thresholded_jaccard", "hd95", "pooled_dice", "pooled_sensitivity"} <= set(reported)
-    mean = sum(image["jaccard"] for image in per_image.values()) / len(per_image)
-    assert mean == pytest.approx(reported["jaccard"])
-
-
-def test_evaluate_on_another_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = train(tmp_path)
-    folder = tmp_path / "own"
-    for part in ("images", "masks"):
-        (folder / part).mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for index in range(2):
-        image = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
-        Image.fromarray(image).save(folder / "images" / f"{index}.png")
-        mask = np.zeros((40, 50), np.uint8)
-        mask[10:30, 10:40] = 255
-        Image.fromarray(mask).save(folder / "masks" / f"{index}.png")
-    capsys.readouterr()
-    assert evaluate.main([str(out), "--data", "folder", "--root", str(folder)]) == 0
-    assert "folder" in capsys.readouterr().out
-    assert evaluate.main([str(out), "--data", "camvid"]) == 2
-    assert "camvid" in one_line(capsys)
-
-
-@pytest.mark.parametrize(
-    ("name", "mend"),
-    [
-        ("synthetic_scenes", "name a data set by --data"),
-        ("voc2012", "--data voc2012 scores its validation part, which has chosen the weights"),
-    ],
-)
-def test_evaluate_without_a_test_split_says_so(
-    name: str, mend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    changes = [f"data.name={name}", "data.when_missing=synthetic", "data.test=0"]
-    out = train(tmp_path, *changes, "data.root=none")
-    capsys.readouterr()
-    assert evaluate.main([str(out), "--out", str(tmp_path / "scores.json")]) == 2
-    said = one_line(capsys)
-    assert "its test split is empty" in said
-    assert said.rstrip(")").endswith(mend)
-    assert not (tmp_path / "scores.json").exists()
-
-
-def test_predict_writes_masks_at_each_images_own_size(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = train(tmp_path)
-    images = tmp_path / "images"
-    images.mkdir()
-    sizes = {"wide": (90, 31), "tall": (33, 64), "grey": (48, 48)}
-    for name, size in sizes.items():
-        mode = "L" if name == "grey" else "RGB"
-        Image.effect_noise(size, 60).convert(mode).save(images / f"{name}.png")
-    masks = tmp_path / "masks"
-    assert predict.main([str(out), str(images), "--out", str(masks)]) == 0
-    for name, size in sizes.items():
-        mask = Image.open(masks / f"{name}.png")
-        assert mask.size == size
-        assert set(np.unique(np.asarray(mask))) <= {0, 255}
-        assert Image.open(masks / f"{name}_overlay.png").size == size
-    for where, count in ((images / "wide.png", 1), (images / "*a*.png", 1)):
-        some = tmp_path / f"some_{count}_{where.stem.strip('*')}"
-        assert predict.main([str(out), str(where), "--out", str(some)]) == 0
-        assert len(list(some.iterdir())) == 2 * count
-    capsys.readouterr()
-
-    (images / "broken.jpg").write_bytes(b"no image")
-    (images / "drawing.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    cut_off = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00"
-    Image.new("RGB", (40, 40)).save(images / "turned.jpg", exif=cut_off)
-    assert predict.main([str(out), str(images), "--out", str(tmp_path / "again")]) == 1
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    assert "broken.jpg: not a readable image" in said
-    assert "drawing.png: not a readable image" in said
-    done = {path.name for path in (tmp_path / "again").iterdir()}
-    assert {f"{name}.png" for name in sizes} <= done, "the others are segmented all the same"
-    assert predict.main([str(out), str(tmp_path / "none"), "--out", str(masks)]) == 2
-    assert "none" in one_line(capsys)
-
-
-def test_what_predict_takes_for_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "photographs"
-    for name in ("a.png", "b/c.JPG", "b/._c.png", "__MACOSX/d.png", ".thumbs/e.png", "._a.png"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    (folder / "Thumbs.db").touch()
-    (folder / "folder.png").mkdir()
-    (folder / "gone.png").symlink_to("/nowhere/gone.png")
-    (folder / "up").symlink_to(folder)
-    (folder / "b" / "up").symlink_to(tmp_path)
-    (folder / os.fsdecode(b"caf\xe9.png")).touch()
-
-    def found(where: str) -> set[str]:
-        return {str(path.relative_to(folder)) for path in predict.find_images(where)}
-
-    here = {"a.png", "gone.png", os.fsdecode(b"caf\xe9.png")}
-    assert found(str(folder)) == here
-    assert found(f"{folder}/*.png") == here
-    assert found(f"{folder}/**/*.[pJ]*") == here | {"b/c.JPG"}
-    assert found(f"{folder}/**/c.*") == found(f"{folder}/*/c.*") == {"b/c.JPG"}
-    assert found(f"{folder}/._a.png") == {"._a.png"}, "where it is named"
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert found("~/photographs") == found("~/photographs/*.png") == here
-    with pytest.raises(UserError, match="no images there"):
-        predict.find_images(f"{folder}/none/**/*.png")
 
 
 def test_a_tilde_is_the_home(
@@ -238,7 +120,7 @@ def test_a_timed_dry_run_takes_the_steps(
 def test_resume_takes_the_runs_own_config(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = train(tmp_path)
+    out = trained(tmp_path)
     capsys.readouterr()
     assert run.main(["--resume", str(out), "engine.iterations=6"]) == 0
     assert json.loads((out / "results.json").read_text())["steps"] == 6
@@ -342,15 +224,6 @@ def build(settings: Settings, out: Path | None) -> Engine:
     assert "games:bild" in one_line(capsys)
 
 
-def test_predictions_that_would_overwrite_each_other(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("x.png", "x_overlay.png"):
-        Image.new("RGB", (8, 8)).save(tmp_path / name)
-    assert predict.main([str(tmp_path), str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "x_overlay.png" in one_line(capsys)
-
-
 def test_without_validation_data_nothing_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -378,7 +251,7 @@ def test_output_that_nobody_reads_ends_no_run(
 def test_a_result_that_cannot_be_written_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = train(tmp_path)
+    out = trained(tmp_path)
     capsys.readouterr()
     with monkeypatch.context() as patch, open("/dev/full", "w", encoding="utf-8") as full:
         patch.setattr(sys, "stdout", full)
@@ -389,7 +262,7 @@ def test_a_result_that_cannot_be_written_is_a_failure(
 def test_a_checkpoint_cuts_off_no_file_but_the_runs_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, precious = train(tmp_path), tmp_path / "precious.txt"
+    out, precious = trained(tmp_path), tmp_path / "precious.txt"
     precious.write_text("precious")
     last = out / "checkpoints" / "last.pt"
     state = torch.load(last, weights_only=True)
@@ -401,44 +274,6 @@ def test_a_checkpoint_cuts_off_no_file_but_the_runs_own(
         assert "records.offsets" in one_line(capsys)
     assert precious.read_text() == "precious"
     assert not (tmp_path / "made.txt").exists()
-
-
-def test_predict_overwrites_nothing_but_its_own(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, images, masks = train(tmp_path), tmp_path / "images", tmp_path / "masks"
-    images.mkdir()
-    Image.effect_noise((40, 40), 60).convert("RGB").save(images / "a.png")
-    before = (images / "a.png").read_bytes()
-
-    def said(*more: str, where: Path = masks) -> str:
-        capsys.readouterr()
-        assert predict.main([str(out), str(images), "--out", str(where), *more]) == 2
-        return one_line(capsys)
-
-    (tmp_path / "link").symlink_to(images)
-    for where in (images, tmp_path / "link"):
-        for more in ((), ("--overwrite",)):
-            assert "is one of the images" in said(*more, where=where)
-    assert (images / "a.png").read_bytes() == before
-    assert "is a file; name a folder" in said(where=images / "a.png")
-
-    masks.mkdir()
-    theirs, target = masks / "a_overlay.png", tmp_path / "target.png"
-    theirs.write_bytes(b"somebody's work")
-    assert "a_overlay.png is there already" in said()
-    theirs.unlink()
-    target.write_bytes(b"elsewhere")
-    theirs.symlink_to(target)
-    assert "a_overlay.png is there already" in said()
-    assert not (masks / "a.png").exists(), "refused before any work"
-
-    again = [str(out), str(images), "--out", str(masks)]
-    assert predict.main([*again, "--overwrite"]) == 0
-    assert target.read_bytes() == b"elsewhere", "the link was replaced"
-    assert not theirs.is_symlink()
-    assert predict.main(again) == 0, "its own files are its to replace"
-    assert {path.name for path in masks.iterdir()} == {"a.png", "a_overlay.png"}
 
 
 def test_too_much_memory_or_too_many_threads_are_one_line(

@@ -11,6 +11,7 @@ GROUND = (
     "errors",
     "files",
     "randomness",
+    "signals",
     "checkpoint",
     "machine",
     "parallel",

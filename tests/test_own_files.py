@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from commanding import one_line, train
+from commanding import one_line, trained
 
 from mlseg import compare, evaluate, run
 from mlseg.errors import UserError
@@ -32,7 +32,7 @@ def test_a_file_system_without_locks_is_refused(
 def test_a_directory_is_one_runs_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = train(tmp_path)
+    out = trained(tmp_path)
     with claimed(out, tmp_path):
         for arguments in (["--resume", str(out)], [str(tmp_path / "tiny.yaml"), "--out", str(out)]):
             capsys.readouterr()
@@ -80,7 +80,7 @@ def test_a_directory_with_somebodys_files_is_no_runs(
 def test_evaluate_overwrites_nothing_but_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, scores = train(tmp_path), tmp_path / "scores.json"
+    out, scores = trained(tmp_path), tmp_path / "scores.json"
     for text in ("precious", "[]", "{}", "[" * 10**5):
         scores.write_text(text)
         capsys.readouterr()

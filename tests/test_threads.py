@@ -18,6 +18,23 @@ from mlseg.problems.systems import RunSettings
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", *threads.SPINNING)
 
+UP_TO_TORCH = """
+import os, runpy, sys
+
+class Torch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(*(f"{k}={os.environ[k]}" for k in sorted(os.environ) if k in KEYS), flush=True)
+            os._exit(0)
+
+KEYS = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+sys.meta_path.insert(0, Torch())
+_, name, *sys.argv[1:] = sys.argv
+runpy.run_module(name, run_name="__main__", alter_sys=True)
+sys.exit("torch was never asked for")
+"""
+"""Runs a module with arguments until it imports torch."""
+
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -74,12 +91,17 @@ class TestSpinning:
     def test_every_command_bounds_it_before_torch_is_loaded(
         self, name: str, tmp_path: Path
     ) -> None:
-        """OpenMP says itself, when it is loaded, what it goes by."""
-        for command in ((f"mlseg.{name}",), ("mlseg", name)):
-            said = python("-m", *command, "--help", cwd=tmp_path, OMP_DISPLAY_ENV="verbose")
-            if "GOMP_SPINCOUNT" not in said:
-                pytest.skip("this torch doesn't come with GNU's OpenMP")
-            assert f"GOMP_SPINCOUNT = '{threads.SPINNING['GOMP_SPINCOUNT']}'" in said
+        """What the environment is when torch is asked for, where each of them ends here."""
+        for module, arguments in ((f"mlseg.{name}", []), ("mlseg", [name])):
+            said = python("-c", UP_TO_TORCH, module, *arguments, "--help", cwd=tmp_path)
+            assert said.strip() == "GOMP_SPINCOUNT=10000 KMP_BLOCKTIME=1"
+
+    def test_openmp_heeds_it(self, tmp_path: Path) -> None:
+        """It says itself, when it is loaded, what it goes by."""
+        said = python("-m", "mlseg.run", "--help", cwd=tmp_path, OMP_DISPLAY_ENV="verbose")
+        if "GOMP_SPINCOUNT" not in said:
+            pytest.skip("this torch doesn't come with GNU's OpenMP")
+        assert f"GOMP_SPINCOUNT = '{threads.SPINNING['GOMP_SPINCOUNT']}'" in said
 
     def test_importing_a_command_leaves_the_environment_alone(self, tmp_path: Path) -> None:
         code = "import os; before = dict(os.environ); import mlseg.run; print(before == os.environ)"

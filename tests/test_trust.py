@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from commanding import one_line, train
+from commanding import one_line, trained
 from PIL import Image
 
 from mlseg import calibrate, checkpoint, evaluate, predict
@@ -42,7 +42,7 @@ def test_a_foreign_run_brings_no_code(
     Its checkpoints don't hold the config that it was made with, as older ones: else a config that
     was changed is refused for that.
     """
-    out = train(tmp_path)
+    out = trained(tmp_path)
     for name in ("best.pt", "last.pt"):
         path = out / "checkpoints" / name
         state = checkpoint.load(path)
@@ -66,7 +66,7 @@ def test_a_foreign_run_brings_no_code(
 def test_a_foreign_checkpoint_brings_no_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = train(tmp_path)
+    out = trained(tmp_path)
     (tmp_path / "evil.py").write_text(EVIL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", *sys.path])

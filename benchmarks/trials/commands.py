@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -22,13 +23,14 @@ def trial(draw: random.Random, folder: Path, fixtures: Fixtures) -> Outcome:
         some = str(fixtures.pictures["colour.png"].parent / "*.png")
         task = Task("predict", (run, some, "--out", str(out)), place)
     elif kind == "evaluate":
+        run = str(shutil.copytree(reference.directory, folder / "run"))  # it adds to its records
         task = Task("evaluate", (run, "--out", str(out / "scores.json")), place)
     else:
         settings = "data={name: folder, root: %s, image_size: 32, train: 4, val: 2, test: 2}"
         more = ["engine.iterations=1", "engine.tensorboard=false", f"data.cache_dir={out}"]
         begin = (str(reference.config), settings % fixtures.pairs, *more)
         task = Task("run", (*begin, "--out", str(folder / "run")), place)
-    most = {"predict": 25, "evaluate": 4, "cache": 12}[kind]
+    most = {"predict": 25, "evaluate": 12, "cache": 12}[kind]
     kills = draw.randint(1, 3)
     but = (out, folder / "run", folder / LOGS)
     before = files(folder, but=but)
@@ -51,5 +53,9 @@ def trial(draw: random.Random, folder: Path, fixtures: Fixtures) -> Outcome:
     if kind == "predict":
         whole(out)
     else:
-        json.loads((out / "scores.json").read_text(encoding="utf-8"))
+        record = Path(run, "evaluation.json")
+        for path in (out / "scores.json", record):
+            json.loads(path.read_text(encoding="utf-8"))
+        rests = [path.name for path in Path(run).rglob("*.partial")]
+        expect(not rests, f"{rests} are left")
     return Outcome("right", kills=kills)

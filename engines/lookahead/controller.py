@@ -27,19 +27,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from mlseg.checkpoint import require_form
 from mlseg.config import Settings
-from mlseg.errors import RunError
-
-Action = Literal[
-    "evaluate", "step", "snapshot", "promote", "restore", "flush", "delete", "append", "train",
-    "note", "stop",
-]  # fmt: skip
+from mlseg.engines.lookahead.commands import Command, not_finite, note, snapshot
 
 
 class LookaheadSettings(Settings):
@@ -84,59 +78,6 @@ class LookaheadSettings(Settings):
         if self.on_peak == "flush" and self.retained_peaks != 1:
             raise ValueError("retained_peaks: a flush keeps none; set on_peak to retain as well")
         return self
-
-
-@dataclass(frozen=True)
-class Command:
-    """Something to carry out.
-
-    =========  ====================================================================================
-    action     values
-    =========  ====================================================================================
-    evaluate   score the present model on the hold-out; the controller waits for the number
-    step       one update of the present model, then evaluate; the controller waits for the number
-    snapshot   ``slot``: copy the present model and its optimizer into "start" or "peak"; ``model``,
-               ``miou``: its name and score
-    promote    the peak's snapshot becomes the start's
-    restore    put the start's snapshot back
-    flush      ``keep``: positions in the buffer that stay, in this order
-    delete     ``position`` in the buffer
-    append     ``label``, ``position``: maps of all images by the present model
-    train      train the discriminator to early stopping
-    note       ``event`` and its values, for the records
-    stop       nothing is left to do; the present model is the result
-    =========  ====================================================================================
-    """
-
-    action: Action
-    values: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Controller(Protocol):
-    """What the engine asks of a controller."""
-
-    updates: int
-    cycle: int
-
-    def begin(self) -> list[Command]:
-        """Commands up to the first number."""
-
-    def observe(self, mu: float) -> list[Command]:
-        """Commands that follow from the number asked for, up to the next."""
-
-    @property
-    def best(self) -> tuple[str, float]:
-        """Name and mIoU of the best model accepted so far."""
-
-    @property
-    def longest(self) -> tuple[int, int]:
-        """Updates and cycles of a run without a peak in which no cycle diverges."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything it remembers, as plain values."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
 
 
 class Lookahead:
@@ -197,7 +138,7 @@ class Lookahead:
         """
         assert not self.stopped
         if not math.isfinite(mu):
-            raise _not_finite(mu, self.updates, self.cycle, self.best)
+            raise not_finite(mu, self.updates, self.cycle, self.best)
         if self.cycle == 0:
             return self._init(mu)
         commands = self._after_step(mu)
@@ -212,8 +153,8 @@ class Lookahead:
         self.mu = self.mu_0 = self.mu_s = self.mu_p = mu
         self.buffer = [self.start]
         return [
-            _snapshot("start", self.start, mu),
-            _note("start", model=self.start, miou=mu),
+            snapshot("start", self.start, mu),
+            note("start", model=self.start, miou=mu),
             Command("append", {"label": self.start, "position": 0}),
             Command("train"),
             *self._cycle(),
@@ -226,7 +167,7 @@ class Lookahead:
         self.gamma = self.omega = 0
         self.peak = None
         return [
-            _note("cycle", cycle=self.cycle, model=self.start, miou=self.mu, psi=self.psi),
+            note("cycle", cycle=self.cycle, model=self.start, miou=self.mu, psi=self.psi),
             Command("step"),
         ]
 
@@ -237,15 +178,15 @@ class Lookahead:
         where = {"cycle": self.cycle, "update": self.updates, "miou": mu}
         # Copies come before notes, whose writing may fail: what has been found is kept.
         copies: list[Command] = []
-        notes = [_note("update", **where, gamma=self.gamma, omega=self.omega)]
+        notes = [note("update", **where, gamma=self.gamma, omega=self.omega)]
         if mu > threshold:
             if mu > self.mu_p:
-                copies.append(_snapshot("peak", name, mu))
-                notes.append(_note("peak", **where, threshold=threshold, before=self.mu_p))
+                copies.append(snapshot("peak", name, mu))
+                notes.append(note("peak", **where, threshold=threshold, before=self.mu_p))
                 self.mu_p, self.peak = mu, name
             if self._search_is_over():
-                copies.append(_snapshot("start", name, mu))
-                notes.append(_note("restart", **where, before=self.mu_s, omega=self.omega))
+                copies.append(snapshot("start", name, mu))
+                notes.append(note("restart", **where, before=self.mu_s, omega=self.omega))
                 self.mu_s, self.start = mu, name
                 self.omega = self.gamma = 0
             self.omega += 1
@@ -266,7 +207,7 @@ class Lookahead:
             commands = self._end_with(self.peak, ending)
         else:
             commands = self._end_without(ending)
-        note = _note(
+        end = note(
             "cycle_end",
             cycle=self.cycle,
             reason=reason,
@@ -283,9 +224,9 @@ class Lookahead:
         if self.psi == self.settings.cycles:
             self.stopped = True
             stop = {"updates": self.updates, "cycles": self.cycle}
-            note_stop = _note("stop", **stop, model=self.start, miou=self.mu_s)
-            return [*promotion, note, *commands, note_stop, Command("stop")]
-        return [*promotion, note, *commands, Command("train"), *self._cycle()]
+            last = note("stop", **stop, model=self.start, miou=self.mu_s)
+            return [*promotion, end, *commands, last, Command("stop")]
+        return [*promotion, end, *commands, Command("train"), *self._cycle()]
 
     def _end_with(self, peak: str, ending: str) -> list[Command]:
         """A peak: it becomes the start; the buffer holds its maps and the ending model's."""
@@ -319,8 +260,8 @@ class Lookahead:
         return [*commands, *self._roll_back()]
 
     def _roll_back(self) -> list[Command]:
-        note = _note("rollback", cycle=self.cycle, model=self.start, miou=self.mu_s)
-        return [Command("restore"), note]
+        back = note("rollback", cycle=self.cycle, model=self.start, miou=self.mu_s)
+        return [Command("restore"), back]
 
     # --------------------------------------------------------------------- state
 
@@ -334,88 +275,3 @@ class Lookahead:
         require_form(self.state_dict(), state, "controller")
         vars(self).update(state)
         self.buffer = list(state["buffer"])
-
-
-class StraightAhead:
-    """Without lookahead: a given number of updates in a row, the best on the hold-out kept.
-
-    No rollback, no buffer; as many evaluations to choose from as the lookahead has had. LoAd's
-    control, and plain alternating descent and ascent.
-
-    Args:
-        length: number of updates.
-    """
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.updates = 0
-        self.cycle = 0
-        self.mu_best = math.nan
-        self.name = "g0"
-
-    @property
-    def best(self) -> tuple[str, float]:
-        """The best so far."""
-        return self.name, self.mu_best
-
-    @property
-    def longest(self) -> tuple[int, int]:
-        """All updates, in one cycle."""
-        return self.length, 1
-
-    def begin(self) -> list[Command]:
-        """Ask for the start model's mIoU."""
-        return [Command("evaluate")]
-
-    def observe(self, mu: float) -> list[Command]:
-        """Take the mIoU that was asked for.
-
-        Raises:
-            RunError: it is not finite.
-        """
-        if not math.isfinite(mu):
-            raise _not_finite(mu, self.updates, self.cycle, self.best)
-        if self.cycle == 0:
-            self.cycle, self.mu_best = 1, mu
-            return [
-                _snapshot("start", "g0", mu),
-                _note("start", model="g0", miou=mu),
-                Command("step"),
-            ]
-        self.updates += 1
-        where = {"cycle": self.cycle, "update": self.updates, "miou": mu}
-        commands = [_note("update", **where)]
-        if mu > self.mu_best:
-            commands.append(_note("peak", **where, before=self.mu_best))
-            self.name, self.mu_best = f"g{self.updates}", mu
-            commands.insert(0, _snapshot("start", self.name, mu))
-        if self.updates < self.length:
-            return [*commands, Command("step")]
-        stop = {"updates": self.updates, "model": self.name, "miou": self.mu_best}
-        return [*commands, Command("restore"), _note("stop", **stop), Command("stop")]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Every attribute."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        require_form(self.state_dict(), state, "controller")
-        vars(self).update(state)
-
-
-def _not_finite(mu: float, updates: int, cycle: int, best: tuple[str, float]) -> RunError:
-    if cycle == 0:
-        return RunError(f"the hold-out mIoU of the start model is {mu}; check the start model")
-    return RunError(
-        f"the hold-out mIoU is {mu} after update {updates + 1} (cycle {cycle}); the best model so "
-        f"far, {best[0]} with {best[1]:.4f}, is kept; try a lower learning rate"
-    )
-
-
-def _snapshot(slot: str, model: str, miou: float) -> Command:
-    return Command("snapshot", {"slot": slot, "model": model, "miou": miou})
-
-
-def _note(event: str, **values: Any) -> Command:
-    return Command("note", {"event": event, **values})

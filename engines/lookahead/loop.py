@@ -12,7 +12,7 @@ from betty.problems import Problem as BettyProblem
 from mlseg.checkpoint import require_form
 from mlseg.engines.engine import Engine
 from mlseg.engines.hooks import Hooks, Work
-from mlseg.engines.lookahead.controller import Command, Controller
+from mlseg.engines.lookahead.commands import Command, Controller
 from mlseg.engines.lookahead.discriminator_training import DiscriminatorTraining
 from mlseg.engines.lookahead.hold_out import HoldOut
 from mlseg.engines.lookahead.map_buffer import MapBuffer

@@ -11,7 +11,7 @@ from mlseg.comparison.cells import Figures
 from mlseg.comparison.phases import Measured, Results, Spread, of, spread
 from mlseg.comparison.settings import Comparison
 from mlseg.comparison.tables import MIB, score_name
-from mlseg.files import writing
+from mlseg.files import replacing, writing
 
 _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _MARKERS = "osD^vP*X<>hpd8"
@@ -229,10 +229,8 @@ def _tidy(axes: Any) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    with writing(path):
-        temporary = path.with_name(f".{path.name}.partial")
+    with writing(path), replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
-        temporary.replace(path)
 
 
 def _slug(label: str) -> str:

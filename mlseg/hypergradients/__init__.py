@@ -2,7 +2,7 @@
 
 ``register`` makes a method known by name, ``resolve`` finds it, ``names`` lists all. ``Method`` is
 what to derive from, or one of its kinds: ``OneStep`` and ``Scaled`` (one step of descent),
-``Implicit`` (a linear system). :mod:`mlseg.hypergradients.base` says what a method is given.
+``Implicit`` (a linear system). :mod:`mlseg.hypergradients.hop` says what a method is given.
 
 A method's class is an attribute of this module as well, found when it is asked for:
 ``mlseg.hypergradients.ConjugateGradients``.
@@ -11,18 +11,10 @@ A method's class is an attribute of this module as well, found when it is asked 
 from typing import Any
 
 import mlseg._betty  # noqa: F401, its version is checked before anything is built on it
-from mlseg.hypergradients.base import (
-    Cotangents,
-    Diagnostics,
-    Differentiating,
-    Hop,
-    Interface,
-    Level,
-    Method,
-    Stepping,
-    Vector,
-)
+from mlseg.hypergradients.base import Diagnostics, Differentiating, Method
+from mlseg.hypergradients.hop import Cotangents, Hop
 from mlseg.hypergradients.implicit import Implicit, Krylov, System
+from mlseg.hypergradients.level import Interface, Level, Stepping, Vector
 from mlseg.hypergradients.one_step import OneStep, Scaled
 from mlseg.hypergradients.registry import classes, names, register, resolve
 from mlseg.hypergradients.substitution import pointed_at

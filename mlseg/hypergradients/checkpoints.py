@@ -299,7 +299,7 @@ def check_replays(name: str, hooks: frozenset[str], below: bool, precision: str)
 
     Args:
         name: the level's.
-        hooks, below: of its :class:`~mlseg.hypergradients.base.Stepping`.
+        hooks, below: of its :class:`~mlseg.hypergradients.level.Stepping`.
         precision: of its training steps.
 
     Raises:

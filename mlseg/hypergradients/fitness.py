@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from mlseg import parallel
 from mlseg.errors import RunError, UserError
-from mlseg.hypergradients.base import Level, Method
+from mlseg.hypergradients.base import Method
+from mlseg.hypergradients.level import Level
 from mlseg.hypergradients.second_order.refusals import check_differentiable
 
 

@@ -15,8 +15,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from mlseg import parallel
 from mlseg.errors import UserError
-from mlseg.hypergradients.base import Cotangents, Level, Vector
 from mlseg.hypergradients.gradient_hooks import applied
+from mlseg.hypergradients.hop import Cotangents
+from mlseg.hypergradients.level import Level, Vector
 from mlseg.hypergradients.optimizers import COUNT
 from mlseg.hypergradients.replay import Replay
 from mlseg.hypergradients.substitution import check_none_left, substituted

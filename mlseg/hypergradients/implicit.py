@@ -34,16 +34,10 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from mlseg import parallel
-from mlseg.hypergradients.base import (
-    Cotangents,
-    Diagnostics,
-    Differentiating,
-    Hop,
-    Level,
-    Point,
-    Vector,
-)
+from mlseg.hypergradients.base import Diagnostics, Differentiating
+from mlseg.hypergradients.hop import Cotangents, Hop, Point
 from mlseg.hypergradients.kronecker import Factors, Kronecker, without_factors
+from mlseg.hypergradients.level import Level, Vector
 from mlseg.hypergradients.optimizers import objective
 from mlseg.hypergradients.second_order.products import pull_through
 from mlseg.hypergradients.trajectory import Keeps

@@ -35,7 +35,8 @@ from torch.nn import functional
 
 from mlseg import parallel
 from mlseg.config import Settings
-from mlseg.hypergradients.base import Hop, Level
+from mlseg.hypergradients.hop import Hop
+from mlseg.hypergradients.level import Level
 from mlseg.hypergradients.vectors import flatten, unflatten
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]

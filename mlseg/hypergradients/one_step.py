@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar, Literal
 
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Level, Method, Point, Vector
+from mlseg.hypergradients.base import Diagnostics, Method
+from mlseg.hypergradients.hop import Cotangents, Hop, Point
+from mlseg.hypergradients.level import Level, Vector
 from mlseg.hypergradients.optimizers import check_known, objective, one_step_scale
 from mlseg.hypergradients.trajectory import Keeps
 

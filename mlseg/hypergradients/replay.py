@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mlseg import parallel
-from mlseg.hypergradients.base import Hop
 from mlseg.hypergradients.gradient_hooks import applied, hooked
+from mlseg.hypergradients.hop import Hop
 from mlseg.hypergradients.optimizers import Moments, optimizer_of
 from mlseg.hypergradients.optimizers.step_map import StepMap
 from mlseg.hypergradients.second_order.fused import formulas

@@ -33,7 +33,7 @@ _FIRST_CHECKS, _CHECK_EVERY = (1, 10, 100), 1000
 
 
 class Again:
-    """A problem's loss, evaluated again; see :class:`mlseg.hypergradients.base.Again`.
+    """A problem's loss, evaluated again; see :class:`mlseg.hypergradients.level.Again`.
 
     Args:
         problem: whose loss.

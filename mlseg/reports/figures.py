@@ -26,8 +26,10 @@ def score(run: Run, weights: str, split: str, metric: str) -> float | None:
 
 
 def interval(run: Run, weights: str, split: str, metric: str) -> tuple[float, float] | None:
-    """Of ``evaluation.json``."""
+    """Of ``evaluation.json``, or of ``results.json``, which has the same."""
     found = numbers(at(run.evaluation, "scores", weights, split, "intervals", metric))
+    if not found:
+        found = numbers(at(run.recorded.results, "intervals", weights, split, metric))
     return (found[0], found[1]) if len(found) == 2 else None
 
 

@@ -35,7 +35,7 @@ def image_table(run: Run, prefix: str) -> Section | None:
         prefix: of the places on the page, which others have as well.
     """
     found = headline(run)
-    if found is None or not run.evaluation:
+    if found is None or not run.evaluation.get("scores"):
         sheet = last_validation(run.recorded.directory)
         return None if sheet is None else Section("Images", [sheet])
     weights, split, metric = found

@@ -16,7 +16,7 @@ from mlseg.errors import UserError
 from mlseg.files import require_writable, write_text
 from mlseg.reports import comparing, sections, systems
 from mlseg.reports.parts import Section
-from mlseg.reports.reading import Run, read_run
+from mlseg.reports.reading import Run, read_run, require_run
 
 PAGE = "report.html"
 MARK = '<meta name="generator" content="mlseg report">'
@@ -54,6 +54,8 @@ def write_page(directories: Sequence[Path], path: Path, overwrite: bool = False)
         UserError: something else is there, a directory is no run's, or nothing can be written.
         RunError: it couldn't be written after all.
     """
+    for directory in directories:
+        require_run(directory)
     require_ours(path, overwrite)
     write_text(path, page(directories))
 

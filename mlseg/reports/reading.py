@@ -20,10 +20,13 @@ from mlseg.errors import UserError
 from mlseg.files import require_file
 from mlseg.problems.reporting import RecordedRun, Series
 from mlseg.reports.starting import STARTS
+from mlseg.segmentation.calibration import FILE as CHOICES
 
 RESULTS = "results.json"
-_MOST = 2**28
-"""Bytes of a file that is read whole."""
+LATER = "later"
+"""Key of ``evaluation.json``: what ``evaluate`` found since, the newest last."""
+MOST_BYTES = 2**28
+"""Of a file that is read whole."""
 _LINES = 2**25
 """Bytes of lines that are looked at; of longer files a part of the lines, drawn by chance."""
 _LARGEST = 1e100
@@ -41,6 +44,7 @@ class Run:
         evaluation: ``evaluation.json``.
         starts: ``starts.json``: commands, machines, what the config sets.
         times: ``times.jsonl``.
+        choices: ``calibration.json``.
         missing: what isn't there, in words.
         label: among several runs.
         split_provenance: of the data, as ``splits.json`` has it.
@@ -50,6 +54,7 @@ class Run:
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     starts: Sequence[Mapping[str, Any]] = ()
     times: Mapping[str, Series] = field(default_factory=dict)
+    choices: Sequence[Mapping[str, Any]] = ()
     missing: list[str] = field(default_factory=list)
     label: str = ""
     split_provenance: str = "not known"
@@ -74,18 +79,26 @@ class Run:
         return int(max(steps, default=0))
 
 
+def require_run(directory: Path) -> None:
+    """Check that there is a run directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such run directory")
+    if not (directory / "config.yaml").is_file():
+        raise UserError(f"{directory}: no run directory (it has no config.yaml)")
+
+
 def read_run(directory: Path) -> Run:
     """Read a run directory.
 
     Raises:
         UserError: it is none.
     """
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such run directory")
-    path = directory / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{directory}: no run directory (it has no config.yaml)")
-    values = config.load(path).values
+    require_run(directory)
+    values = config.load(directory / "config.yaml").values
     results = mapping(_json(directory / RESULTS))
     recorded = RecordedRun(
         directory=directory,
@@ -95,17 +108,20 @@ def read_run(directory: Path) -> Run:
         curves=_curves(_lines(directory / METRICS)),
     )
     evaluation, starts = _json(directory / EVALUATION), _json(directory / STARTS)
+    choices = _json(directory / CHOICES)
     run = Run(
         recorded,
         evaluation=mapping(evaluation),
         starts=[mapping(s) for s in starts] if isinstance(starts, list) else [],
         times=_curves({"problem": "", **line} for line in _lines(directory / TIMES)).get("", {}),
+        choices=[mapping(c) for c in choices] if isinstance(choices, list) else [],
         label=directory.name or str(directory),
         split_provenance=str(at(_json(directory / "splits.json"), "provenance") or "not known"),
     )
+    of_images = run.evaluation.get("scores")
     contents = {
         RESULTS: (results, "final scores"),
-        EVALUATION: (run.evaluation, "scores of every image, intervals, reliability, pictures"),
+        EVALUATION: (of_images, "scores of every image, intervals, reliability, pictures"),
         STARTS: (run.starts, "command, revision, machine, what the config sets itself"),
         TIMES: (run.times, "seconds per step, memory"),
         METRICS: (recorded.curves, "curves"),
@@ -152,7 +168,7 @@ def at(values: Any, *keys: str) -> Any:
 
 def _json(path: Path) -> Any:
     try:
-        require_file(path, _MOST)
+        require_file(path, MOST_BYTES)
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # UserError and JSON's are ValueErrors
         return None

@@ -12,6 +12,7 @@ from mlseg.reports.charts import short
 from mlseg.reports.curves import curves
 from mlseg.reports.figures import FIRST, headline, interval, plain, provenance, score
 from mlseg.reports.images import calibration, image_table
+from mlseg.reports.later import since
 from mlseg.reports.parts import (
     Cell,
     Fold,
@@ -224,6 +225,7 @@ def every(run: Run, prefix: str) -> Sequence[Section]:
     found = [
         summary(run),
         scores(run),
+        since(run),
         curves(run),
         class_table(run),
         image_table(run, prefix),

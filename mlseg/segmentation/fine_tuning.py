@@ -1,25 +1,26 @@
 """A segmentor that starts from what another run has learned: ``init: RUN_OR_FILE``.
 
 Tensors of the same name and shape are taken over. Where the classes are others, whatever gives one
-output per class is new.
+output per class is new. It is for the config's own segmentor, which has to be the run's. What fits
+in parts, under other names, with classes in another order or of another library is
+``segmentor.weights`` (:mod:`~mlseg.segmentation.nets.starting`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mlseg import checkpoint
 from mlseg.errors import UserError, printable
 from mlseg.files import reachable
 from mlseg.segmentation.nets.segmentor import SegmentorSettings
+from mlseg.segmentation.nets.starting import LEAST, listed, outputs_of
+from mlseg.segmentation.nets.weights import learned
 from mlseg.segmentation.trained import weights_of
-
-LEAST = 0.5
-"""Of a network's tensors that have to be there: with fewer it is another network's file."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,10 @@ def said(record: Mapping[str, Any]) -> str:
         f"init: {record['loaded']} of {record['tensors']} tensors are those of {record['source']}"
     )
     if record["classes"] is not None:
-        line += f"; new head: its classes are others ({_listed(record['classes'])})"
+        line += f"; new head: its classes are others ({listed(record['classes'], 4)})"
     for what, names in (("new", record["new"]), ("not used", record["unused"])):
         if names:
-            line += f"; {what}: {_listed(names)}"
+            line += f"; {what}: {listed(names, 4)}"
     return line
 
 
@@ -84,8 +85,8 @@ def start_from(
     named: str,
     network: nn.Module,
     settings: SegmentorSettings,
+    in_channels: int,
     classes: Sequence[str],
-    wider: Callable[[], nn.Module],
 ) -> Taken:
     """Give a fresh segmentor the weights of a run, or of a file of ``export --format torch``.
 
@@ -94,8 +95,8 @@ def start_from(
     Args:
         named: the run's directory, whose best weights are taken, or a file.
         settings: of the network.
-        classes: of the data, in their order.
-        wider: makes the same network with a class more, which shows what depends on their number.
+        in_channels: of the data's images.
+        classes: the data's, in their order.
 
     Raises:
         UserError: there is no such run, or its weights are another network's, or have learned
@@ -109,15 +110,10 @@ def start_from(
     if not isinstance(state.get("segmentor"), Mapping):
         raise UserError(f"init: {path}: no segmentor in it; name a run or a file of mlseg.export")
     with checkpoint.taking(f"init: {path}: its segmentor", "name another run or file"):
-        about = state["segmentor"]
-        theirs = [str(name) for name in about["classes"]]
-        its = dict(about["settings"])
-        pixels = settings.seen_by(its)
-        given = state["problems"][about["problem"]]["module"]
-        tensors = {k: t for k, t in given.items() if isinstance(k, str) and isinstance(t, Tensor)}
-    own, same = network.state_dict(), theirs == list(classes)
-    other = {} if same else wider().state_dict()
-    heads = {name for name in other if name in own and own[name].shape != other[name].shape}
+        weights, its = learned(state, path, settings), dict(state["segmentor"]["settings"])
+    own, tensors = network.state_dict(), weights.tensors
+    same = weights.classes == tuple(classes)
+    heads = () if same else outputs_of(network, settings, in_channels, classes).heads
     taken = {
         name: tensors[name]
         for name, tensor in own.items()
@@ -130,10 +126,10 @@ def start_from(
             "isn't there, or has another shape): it is another network's; name its settings under "
             f"segmentor ({printable(', '.join(f'{k}: {v}' for k, v in its.items()), 200)})"
         )
-    if pixels != settings.normalised:
+    if weights.pixels != settings.normalised:
         raise UserError(
-            f"init: {path} has learned from pixels as segmentor.normalise={pixels} gives them, "
-            f"not {settings.normalised}; set segmentor.normalise to {pixels}"
+            f"init: {path} has learned from pixels as segmentor.normalise={weights.pixels} gives "
+            f"them, not {settings.normalised}; set segmentor.normalise to {weights.pixels}"
         )
     with checkpoint.taking(f"init: {path}: its weights", "name another run or file"):
         checkpoint.load_module(network, {**own, **taken})
@@ -144,10 +140,5 @@ def start_from(
         tensors=len(own),
         new=[name for name in own if name not in taken],
         unused=[name for name in tensors if name not in taken],
-        classes=None if same else theirs,
+        classes=None if same else list(weights.classes or ()),
     )
-
-
-def _listed(names: Sequence[str], most: int = 4) -> str:
-    shown = ", ".join(printable(name, 80) for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

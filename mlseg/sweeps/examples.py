@@ -2,52 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
-from PIL import Image
 
 from mlseg.errors import UserError
 from mlseg.evaluate import own_data
-from mlseg.files import replacing, writing
 from mlseg.problems.reporting import FinishedRun
 from mlseg.segmentation.data import Samples, SegmentationData
 from mlseg.segmentation.data.splits import seeded_order
 from mlseg.segmentation.metrics import SegmentationMetrics
 from mlseg.segmentation.nets import decide
-from mlseg.segmentation.pictures import Row, colour, legend, sheet, to_rgb
+from mlseg.segmentation.pictures import Picture, Row, colour, legend, sheet, to_rgb
 from mlseg.segmentation.scoring import predictions
 from mlseg.segmentation.trained import load_runs
 from mlseg.sweeps.frame import Finished
-from mlseg.sweeps.settings import ExamplesSettings, file_stem
+from mlseg.sweeps.settings import ExamplesSettings
 from mlseg.sweeps.showing import digits_of, plain
 
 CPU = torch.device("cpu")
 
 
-def draw(finished: Finished, out: Path) -> dict[str, Path]:
-    """Every picture of examples that the report names and that a row has finished for.
-
-    Returns:
-        PNG files by name.
+def draw(finished: Finished) -> Iterator[tuple[str, Picture]]:
+    """Every picture of examples by name that the report asks for and that a row has finished for.
 
     Raises:
         UserError: rows are on other data or splits, or an image isn't there.
-        RunError: a file can't be written.
     """
-    found = {}
     for name, wanted in finished.grid.settings.report.examples.items():
         if wanted is None:
             continue
         rows = _rows(finished, wanted)
         if rows:
-            path = found[name] = out / f"{file_stem(name)}.png"
-            picture = Image.fromarray(_sheet(finished, f"report.examples.{name}", wanted, rows))
-            with writing(path), replacing(path) as temporary:
-                picture.save(temporary, "PNG")
-    return found
+            yield name, _sheet(finished, f"report.examples.{name}", wanted, rows)
 
 
 def _rows(finished: Finished, wanted: ExamplesSettings) -> dict[str, list[FinishedRun]]:
@@ -62,7 +49,7 @@ def _rows(finished: Finished, wanted: ExamplesSettings) -> dict[str, list[Finish
 
 def _sheet(
     finished: Finished, key: str, wanted: ExamplesSettings, rows: dict[str, list[FinishedRun]]
-) -> np.ndarray:
+) -> Picture:
     first = next(iter(rows.values()))[0]
     for runs in rows.values():
         for run in runs:

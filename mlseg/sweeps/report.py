@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlseg import machine
-from mlseg.files import write_json, write_text
+from mlseg.files import replacing, write_json, write_text, writing
 from mlseg.sweeps.checks import fits
 from mlseg.sweeps.frame import Finished, Spread, aggregate, spread
 from mlseg.sweeps.grid import Cell, Grid
 from mlseg.sweeps.running import finished as is_finished
 from mlseg.sweeps.running import results
-from mlseg.sweeps.settings import BESIDE_AXES, TableSettings, Where
+from mlseg.sweeps.settings import BESIDE_AXES, TableSettings, Where, file_stem
 from mlseg.sweeps.showing import NOTHING, digits_of, markdown, plain, show
 
 if TYPE_CHECKING:
@@ -47,11 +47,11 @@ def write(grid: Grid, finished: Finished) -> str:
         RunError: a file can't be written.
     """
     import pandas as pd
+    from PIL import Image
 
-    from mlseg.sweeps import examples
+    from mlseg.sweeps import examples, sheets
     from mlseg.sweeps.pictures import draw
     from mlseg.sweeps.sections import run_section
-    from mlseg.sweeps.sheets import draw_sheets
 
     report, made = grid.settings.report, _Made()
     order = [*grid.axes, *BESIDE_AXES]
@@ -68,8 +68,11 @@ def write(grid: Grid, finished: Finished) -> str:
                 made.lines += markdown(block.head, block.rows) if block.head else []
     if any("minus this" in record["figure"] for record in made.records):
         made.lines += ["", _DIFFERENCES]
-    drawn = {**draw(finished, grid.out), **draw_sheets(finished, grid.out)}
-    drawn |= examples.draw(finished, grid.out)
+    drawn = draw(finished, grid.out)
+    for name, picture in itertools.chain(sheets.draw(finished), examples.draw(finished)):
+        path = drawn[name] = grid.out / f"{file_stem(name)}.png"
+        with writing(path), replacing(path) as temporary:
+            Image.fromarray(picture).save(temporary, "PNG")
     for name, path in drawn.items():
         made.lines += ["", f"![{name}]({path.name})"]
     text = "\n".join(made.lines) + "\n"

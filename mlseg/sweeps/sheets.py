@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import torch
-from PIL import Image
 
 from mlseg.errors import UserError
-from mlseg.files import replacing, writing
 from mlseg.problems.reporting import ILLUSTRATIONS, FinishedRun
 from mlseg.segmentation.data import DataSettings, SegmentationData, load_data, to_float
 from mlseg.segmentation.nets import decide
@@ -24,17 +20,12 @@ Place = tuple[tuple[str, str], ...]
 """Values of the axes that aren't in rows."""
 
 
-def draw_sheets(finished: Finished, out: Path) -> dict[str, Path]:
-    """Every sheet of the report, one for each value of the axes that aren't in its rows.
-
-    Returns:
-        PNG files by name.
+def draw(finished: Finished) -> Iterator[tuple[str, Picture]]:
+    """Every sheet of the report by name, one for each value of the axes that aren't in its rows.
 
     Raises:
         UserError: the runs' images can't be found, or a run's weights not be loaded.
-        RunError: a file can't be written.
     """
-    found = {}
     for name, settings in finished.grid.settings.report.sheets.items():
         if settings is None:
             continue
@@ -42,12 +33,7 @@ def draw_sheets(finished: Finished, out: Path) -> dict[str, Path]:
         shared = set.intersection(*(set(place) for place in groups)) if groups else set()
         for place, runs in groups.items():
             said = [name, *(value for pair in place if pair not in shared for value in pair[1:])]
-            path = out / f"{re.sub(r'[^A-Za-z0-9]+', '_', ' '.join(said)).strip('_').lower()}.png"
-            picture = _drawn(settings, finished, runs)
-            with writing(path), replacing(path) as temporary:
-                Image.fromarray(picture).save(temporary, format="png")
-            found[", ".join(said)] = path
-    return found
+            yield ", ".join(said), _drawn(settings, finished, runs)
 
 
 def _groups(finished: Finished, settings: SheetSettings) -> dict[Place, dict[str, FinishedRun]]:

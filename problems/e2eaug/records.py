@@ -14,6 +14,7 @@ from torch import nn
 from mlseg import checkpoint, parallel
 from mlseg.engines.engine import Engine
 from mlseg.engines.hooks import Hooks
+from mlseg.engines.nan_guard import check_states
 from mlseg.engines.settings import Stage
 from mlseg.errors import UserError
 from mlseg.files import reachable, write_json
@@ -96,7 +97,7 @@ class Pretraining(Hooks):
             state = {name: part.module.state_dict() for name, part in self._parts.items()}
             if "architecture" in state:  # lambda is no part of a GAN
                 state["architecture"] = {"alphas": state["architecture"]["alphas"]}
-            engine._check_states({name: {"module": own} for name, own in state.items()})
+            check_states(engine, {name: {"module": own} for name, own in state.items()})
         if engine.recorder.directory is not None:
             checkpoint.save(engine.checkpoint_path("gan"), {**state, "shape": self._shape})
         for player in self._players:

@@ -181,7 +181,8 @@ class E2EAugSettings(RunSettings):
     def _fill_in_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        defaults = PRESETS.get(values.get("preset", "paper"), PRESETS["paper"])
+        preset = values.get("preset")  # whatever a file says: the field's type is checked later
+        defaults = PRESETS.get(preset if isinstance(preset, str) else "", PRESETS["paper"])
         generator = values.get("generator")
         if isinstance(generator, dict) and generator.get("name") in ("spade", "asapnet"):
             defaults = merged(defaults, _SPADE)

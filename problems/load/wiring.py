@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from mlseg import parallel
 from mlseg.engines.engine import Engine
 from mlseg.engines.hooks import Hooks
-from mlseg.engines.lookahead.controller import Controller, Lookahead, StraightAhead
+from mlseg.engines.lookahead.commands import Controller
+from mlseg.engines.lookahead.controller import Lookahead
 from mlseg.engines.lookahead.discriminator_training import DiscriminatorTraining
 from mlseg.engines.lookahead.hold_out import HoldOut, hold_out_indices, require_every_class
 from mlseg.engines.lookahead.label_maps import LabelMapBatches
 from mlseg.engines.lookahead.loop import LOOKAHEAD, LookaheadLoop
 from mlseg.engines.lookahead.map_buffer import MapBuffer
+from mlseg.engines.lookahead.straight_ahead import StraightAhead
 from mlseg.engines.segmentation import Segmentation, require_validation
 from mlseg.engines.settings import Stage
 from mlseg.errors import UserError

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mlseg import parallel
 from mlseg.precision import full
 from mlseg.segmentation.losses import LOSSES
 
@@ -22,7 +23,8 @@ def squared_dice(
 
         mean over c of 1 - (2 sum p_c y_c + s) / (sum p_c^2 + sum y_c^2 + s),  s = 1e-5
 
-    The sums go over all pixels of the batch that count.
+    The sums go over all pixels of the batch that count; in several processes over the whole batch,
+    by a collective.
 
     Args:
         probability_BKHW: (B, K, H, W), of each class.
@@ -37,9 +39,11 @@ def squared_dice(
         true = true & counted_BHW[:, None]
         probability_BKHW = probability_BKHW * counted_BHW[:, None]
     pixels = (0, 2, 3)
-    both = 2 * (probability_BKHW * true).sum(pixels) + 1e-5
-    each = probability_BKHW.square().sum(pixels) + true.sum(pixels) + 1e-5
-    return (1 - both / each).mean()
+    both_K = 2 * (probability_BKHW * true).sum(pixels)
+    each_K = probability_BKHW.square().sum(pixels) + true.sum(pixels)
+    if parallel.several():
+        both_K, each_K = parallel.summed(torch.stack([both_K, each_K]))
+    return (1 - (both_K + 1e-5) / (each_K + 1e-5)).mean()
 
 
 @LOSSES.register("cross_entropy_and_squared_dice")
@@ -52,6 +56,8 @@ class CrossEntropyAndSquaredDice(nn.Module):
     Source: Luo et al., MIDL 2022, equation 2.
     """
 
+    in_several = True
+
     def __init__(self, ignore_index: int | None = None) -> None:
         super().__init__()
         self.ignore_index = ignore_index
@@ -62,8 +68,10 @@ class CrossEntropyAndSquaredDice(nn.Module):
         ignored = -100 if self.ignore_index is None else self.ignore_index
         total = functional.cross_entropy(logits, target_BHW, ignore_index=ignored, reduction="sum")
         counts = counted(target_BHW, self.ignore_index)
-        number = target_BHW.numel() if counts is None else counts.sum().clamp_min(1)
-        return 0.5 * (total / number + squared_dice(logits.softmax(1), target_BHW, counts))
+        # With no pixel left out there are as many in every process's share.
+        everywhere = target_BHW.numel()
+        mean = total / everywhere if counts is None else parallel.ratio(total, counts.sum())
+        return 0.5 * (mean + squared_dice(logits.softmax(1), target_BHW, counts))
 
 
 def jensen_shannon(
@@ -105,7 +113,7 @@ def _mean(value_BHW: Tensor, counted_BHW: Tensor | None) -> Tensor:
         return value_BHW.mean()
     # Not a product: where nothing counts the value may be anything.
     kept = torch.where(counted_BHW, value_BHW, 0.0)
-    return kept.sum() / counted_BHW.sum().clamp_min(1)
+    return parallel.ratio(kept.sum(), counted_BHW.sum())
 
 
 def counted(mask_BHW: Tensor, ignore_index: int | None) -> Tensor | None:

@@ -22,6 +22,7 @@ from mlseg.segmentation.losses import build_loss
     "semi_supervised",
     SemiSupervisedSettings,
     "two networks that teach each other on images without masks: CTBCT, DCT",
+    in_several=True,
 )
 def build(settings: SemiSupervisedSettings, out: Path | None) -> Engine:
     """Data, networks, the two problems, the engine."""
@@ -61,7 +62,10 @@ def build(settings: SemiSupervisedSettings, out: Path | None) -> Engine:
     if teaches:
         size = settings.unlabelled_batch_size or levels.segmentor.batch_size
         others = levels.segmentor.model_copy(update={"batch_size": size})
-        loaders.append(make.loader("unlabelled", others, data.unlabelled, settings.augmentation))
+        key = "unlabelled_batch_size"
+        loaders.append(
+            make.loader("unlabelled", others, data.unlabelled, settings.augmentation, key)
+        )
     segmentor = peer("segmentor", levels.segmentor, make.segmentor(), tuple(loaders))
     second = None
     if settings.method == "dct":

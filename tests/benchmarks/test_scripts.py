@@ -189,7 +189,7 @@ def test_parallel(script: Script, tmp_path: Path) -> None:
     config = tiny.write_config(tmp_path / "tiny.yaml")
     more = ("--config", config, "--rounds", 1, "--iterations", 1)
     shown = script("parallel", "--ways", "1x1", *more)
-    assert columns(shown, 0, 2) == [("1x1", "1.00")]
+    assert columns(shown, 0, 2, 4) == [("1x1", "1.000", "1.000")]
 
 
 def test_threads(script: Script) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import waiting
 import yaml
+from commanding import one_line
 from PIL import Image
 
 from mlseg import compare
@@ -111,12 +112,6 @@ def whole(directory: str = "out") -> Any:
         Path(directory, "compare.json").read_text(),
         parse_constant=lambda name: pytest.fail(f"{name} is no JSON"),
     )
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    said = capsys.readouterr().err.strip()
-    assert said.count("\n") == 0, said
-    return said
 
 
 def test_it_leaves_everything(capsys: pytest.CaptureFixture[str]) -> None:

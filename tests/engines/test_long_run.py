@@ -63,8 +63,8 @@ def watched(system: str, out: Path, *more: Hooks) -> Watch:
     }
     watch = Watch(36, 62)
     if "lookahead" in tiny.values(system):  # ends by itself, and has a buffer to fill
-        watch = Watch(210, 310)
-        changes |= {"lookahead.cycles": 20, "lookahead.patience": 50}
+        watch = Watch(60, 90)
+        changes |= {"lookahead.cycles": 60, "lookahead.patience": 12}
     else:
         changes["engine.iterations"] = watch.last
     engine = tiny.build(system, changes, out)

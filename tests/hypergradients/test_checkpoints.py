@@ -23,6 +23,8 @@ from mlseg.segmentation.data.synthetic import synthetic_lesions
 from mlseg.testing.exact import distance
 from mlseg.testing.programs import sgd
 
+pytestmark = pytest.mark.slow
+
 
 def few(states: int, **more: Any) -> dict[str, Any]:
     return {"method": "unrolled", "store": {"states": states}, **more}

@@ -124,7 +124,11 @@ def error(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape",
+    # Two paths hold a long one.
+    [pytest.param(s, marks=pytest.mark.slow if s == "long path" else ()) for s in SHAPES],
+)
 @pytest.mark.parametrize(
     "family",
     # A thousand steps, where the others take a hundred.
@@ -132,6 +136,10 @@ def error(value: torch.Tensor, truth: torch.Tensor) -> float:
 )
 @pytest.mark.parametrize("method", names())
 def test_accuracy(method: str, family: str, shape: str, dtype: str) -> None:
+    # Forward differentiation takes a tangent for each number above.
+    long = family == "convolutional" and (dtype == "float32" or method == "forward")
+    if long and shape != "two levels":
+        pytest.skip("the other families have been in this shape")
     check(method, family, shape, dtype, "cpu")
 
 

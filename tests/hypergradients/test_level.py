@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mlseg.hypergradients import Hop, Level, Stepping, Trajectory, names, resolve
-from mlseg.hypergradients.base import Again, Interface
+from mlseg.hypergradients.level import Again, Interface
 from mlseg.hypergradients.registry import classes
 from mlseg.multilevel.problem import Problem
 

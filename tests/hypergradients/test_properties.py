@@ -272,6 +272,7 @@ def test_a_warm_start_goes_on(method: str) -> None:
     assert errors[-1] < 0.05 * errors[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [4, 5, 7])
 @pytest.mark.parametrize(
     "method",

@@ -208,6 +208,7 @@ def test_those_on_what_is_computed_are_right_for_first_derivatives() -> None:
         assert gradient(method, Hooked("computed")) == pytest.approx(truth, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_modules() -> None:
     def net() -> Any:
         return torch.compile(Checkpointed(None), backend="aot_eager")

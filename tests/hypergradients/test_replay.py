@@ -20,6 +20,8 @@ from mlseg.testing import programs
 from mlseg.testing.exact import distance
 from mlseg.testing.programs import GRAPHS
 
+pytestmark = pytest.mark.slow
+
 
 def snapshot(engine: Any) -> dict[str, Any]:
     """All that training depends on: weights, buffers, optimizers, random streams."""

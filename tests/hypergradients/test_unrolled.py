@@ -102,6 +102,7 @@ def test_on_a_gpu_the_same_without_waiting(optimizer: str, method: str) -> None:
     assert distance(found["cuda"].cpu(), found["cpu"]) < (differences if divides else 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("optimizer", NOT_BY_TORCH)
 def test_optimizers_that_torch_differentiates_wrongly(optimizer: str, method: str) -> None:

@@ -48,6 +48,7 @@ def test_the_gradient_is_the_hypergradient_up_to_one_over_the_strength(made: Set
     assert errors[1] / errors[2] == pytest.approx(10.0, rel=0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from commanding import one_line
 from PIL import Image
 from torch import Tensor
 
@@ -53,12 +54,6 @@ def fresh(runs: list[Path]) -> list[Path]:
     for path in runs:
         (path / calibration.FILE).unlink(missing_ok=True)
     return runs
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    said = capsys.readouterr().err.strip()
-    assert said.count("\n") == 0, said
-    return said
 
 
 def data_of(path: Path) -> Any:

@@ -117,7 +117,12 @@ def by_onnx(path: Path, image: np.ndarray) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(
     ("name", "description"),
-    [("unet", {"fit": "pad", "classes": ["a", "b", "c"]}), ("segan", {"window": [24, 24]})],
+    [
+        ("unet", {"fit": "pad", "classes": ["a", "b", "c"]}),
+        ("segan", {"window": [24, 24]}),
+        ("deeplabv3", {}),
+        ("fpn", {"settings": {"encoder": "resnet18"}}),
+    ],
 )
 def test_onnx_gives_what_predict_gives(
     name: str, description: dict[str, Any], tmp_path: Path
@@ -234,6 +239,8 @@ def test_what_can_not_be_exported_is_one_line(
     assert "has none; it has segmentor" in one_line(capsys)
     assert export.main([str(tmp_path / "none")]) == 2
     assert "no such run directory" in one_line(capsys)
+    assert export.main([str(run / "checkpoints" / "best.pt")]) == 2
+    assert "a file; name the run directory that its weights are of" in one_line(capsys)
     assert export.main([str(run), "--format", "caffe"]) == 2
     assert "no such format; there are onnx, torch, torchscript" in one_line(capsys)
     state = checkpoint.load(run / "checkpoints" / "best.pt")

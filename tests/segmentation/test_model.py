@@ -179,6 +179,8 @@ def test_what_can_not_be_loaded_is_one_line(runs: list[Path], tmp_path: Path) ->
         return str(caught.value)
 
     assert "no such run directory" in said(tmp_path / "none")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+    assert "(damaged: it holds more than tensors and plain" in said(tmp_path / "module.pt")
     assert "config.yaml: truncated or not a checkpoint" in said(str(runs[0] / "config.yaml"))
     assert "no run is named" in said([])
     assert "is no path" in said([3])

@@ -190,8 +190,11 @@ def test_what_is_anothers_stays(
     every = [option for more in theirs.values() for option in more]
     for more in (["--overwrite"], []):
         assert predict.main([str(lesions), str(images), "--out", str(out), *every, *more]) == 0
-    for bad in (images / "a.png", out / "a.png", tmp_path):
+    for bad in (images / "a.png", out / "a.png", tmp_path, out):
         capsys.readouterr()
         assert predict.main([str(lesions), str(images), "--out", str(out), "--csv", str(bad)]) == 2
         assert "--csv" in one_line(capsys)
+    new = ["--out", str(tmp_path / "new"), "--csv", str(tmp_path / "new")]
+    assert predict.main([str(lesions), str(images), *new]) == 2
+    assert "is the folder of --out; name a file" in one_line(capsys)
     assert not list(out.glob("b_overlay_overlay*"))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from commanding import one_line
 from PIL import Image
 from tiny_files import write_image
 
@@ -64,12 +65,6 @@ def padded(own: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on windows of padded images."""
     out = tmp_path_factory.mktemp("runs") / "padded"
     return train(own, out, augmentation={"window": 16, "flip_horizontal": 0.5})
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    said = capsys.readouterr().err.strip()
-    assert said.count("\n") == 0, said
-    return said
 
 
 @pytest.mark.parametrize("scale", ["native", "trained"])

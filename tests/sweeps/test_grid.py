@@ -18,6 +18,10 @@ TUNED: dict[str, Any] = {
 }
 
 
+def sheet(settings: dict[str, Any]) -> dict[str, Any]:
+    return {"report.sheets": {"Figure 8": {"rows": "row", **settings}}}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -92,6 +96,11 @@ TUNED: dict[str, Any] = {
             {"dependencies.a": {"cell": {"row": "off"}, "result": "scores.best.test.jaccard"}},
             "dependencies.a.result: what a cell takes would be chosen on test data",
         ),
+        (sheet({"rows": "rwo"}), "report.sheets.Figure 8.rows: no axis 'rwo'; did you mean 'row'?"),
+        (sheet({"where": {"row": "of"}}), "where.row: no value of row 'of'; did you mean 'off'?"),
+        (sheet({"besides": {"of": "e2eaug.pairs"}}), "besides.of: no value of row 'of'"),
+        (sheet({"besides": {"off": "e2eaug.pair"}}), "did you mean 'e2eaug.pairs'?"),
+        (sheet({"images": 0}), "report.sheets.Figure 8.images"),
     ],
 )
 def test_mistakes(

@@ -1,7 +1,6 @@
 """Sheets of a sweep: rows of methods, columns of images, and what a system shows besides."""
 
 from pathlib import Path
-from typing import Any
 
 import grids
 import numpy as np
@@ -56,28 +55,3 @@ def test_rows_columns_and_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     first = path.read_bytes()
     assert sweep.main(["grid.yaml", "--out", "out", "--table"]) == 0
     assert path.read_bytes() == first, "the same from the same runs"
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"rows": "rwo"}, "report.sheets.Figure 8.rows: no axis 'rwo'; did you mean 'row'?"),
-        ({"where": {"row": "of"}}, "where.row: no value of row 'of'; did you mean 'off'?"),
-        ({"besides": {"of": "e2eaug.pairs"}}, "besides.of: no value of row 'of'"),
-        ({"besides": {"off": "e2eaug.pair"}}, "did you mean 'e2eaug.pairs'?"),
-        ({"images": 0}, "report.sheets.Figure 8.images"),
-    ],
-)
-def test_mistakes(
-    changes: dict[str, Any],
-    said: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    grids.write(tmp_path, {"report.sheets": {"Figure 8": {"rows": "row", **changes}}})
-    assert sweep.main(["grid.yaml", "--out", "out"]) == 2
-    text = capsys.readouterr().err.strip()
-    assert text.count("\n") == 0
-    assert said in text

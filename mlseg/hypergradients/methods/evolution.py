@@ -10,7 +10,9 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from mlseg.errors import UserError
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Level, Method, Vector
+from mlseg.hypergradients.base import Diagnostics, Method
+from mlseg.hypergradients.hop import Cotangents, Hop
+from mlseg.hypergradients.level import Level, Vector
 from mlseg.hypergradients.optimizers import Moments, optimizer_of
 from mlseg.hypergradients.registry import register
 from mlseg.hypergradients.replay import Replay

@@ -7,8 +7,8 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from mlseg.errors import UserError
-from mlseg.hypergradients.base import Level
 from mlseg.hypergradients.implicit import Implicit, Operator, Solution, System
+from mlseg.hypergradients.level import Level
 from mlseg.hypergradients.registry import register
 
 

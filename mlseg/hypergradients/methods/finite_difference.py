@@ -9,7 +9,9 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from mlseg.errors import UserError
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Level, Vector
+from mlseg.hypergradients.base import Diagnostics
+from mlseg.hypergradients.hop import Cotangents, Hop
+from mlseg.hypergradients.level import Level, Vector
 from mlseg.hypergradients.one_step import Scaled
 from mlseg.hypergradients.registry import register
 from mlseg.hypergradients.substitution import pointed_at

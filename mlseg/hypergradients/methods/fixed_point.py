@@ -7,9 +7,11 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from mlseg import parallel
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Differentiating, Hop, Level, Vector
+from mlseg.hypergradients.base import Diagnostics, Differentiating
 from mlseg.hypergradients.gradient_hooks import applied, transposed
+from mlseg.hypergradients.hop import Cotangents, Hop
 from mlseg.hypergradients.implicit import finished
+from mlseg.hypergradients.level import Level, Vector
 from mlseg.hypergradients.optimizers import Moments, optimizer_of
 from mlseg.hypergradients.optimizers.step_map import StepMap
 from mlseg.hypergradients.registry import register

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from mlseg import parallel
 from mlseg.errors import UserError
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Differentiating, Hop, Level, Vector
+from mlseg.hypergradients.base import Diagnostics, Differentiating
 from mlseg.hypergradients.gradient_hooks import applied, pushed
+from mlseg.hypergradients.hop import Cotangents, Hop
+from mlseg.hypergradients.level import Level, Vector
 from mlseg.hypergradients.optimizers import Moments, optimizer_of
 from mlseg.hypergradients.registry import register
 from mlseg.hypergradients.replay import Replay

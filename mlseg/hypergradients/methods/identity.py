@@ -1,6 +1,8 @@
 """Identity inverse Hessian, the mixed second derivative by automatic differentiation."""
 
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Differentiating, Hop, Vector
+from mlseg.hypergradients.base import Diagnostics, Differentiating
+from mlseg.hypergradients.hop import Cotangents, Hop
+from mlseg.hypergradients.level import Vector
 from mlseg.hypergradients.one_step import Scaled
 from mlseg.hypergradients.registry import register
 from mlseg.hypergradients.second_order.fused import SecondOrder

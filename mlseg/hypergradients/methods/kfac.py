@@ -8,9 +8,10 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from mlseg.hypergradients.base import Hop, Level
+from mlseg.hypergradients.hop import Hop
 from mlseg.hypergradients.implicit import Implicit, Solution, System
 from mlseg.hypergradients.kronecker import Decay, Factors, Kronecker, without_factors
+from mlseg.hypergradients.level import Level
 from mlseg.hypergradients.registry import register
 from mlseg.hypergradients.trajectory import group_settings
 from mlseg.hypergradients.vectors import flatten, unflatten

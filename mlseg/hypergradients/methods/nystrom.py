@@ -8,7 +8,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from mlseg.hypergradients.base import Hop
+from mlseg.hypergradients.hop import Hop
 from mlseg.hypergradients.implicit import Implicit, Operator, Solution, System
 from mlseg.hypergradients.registry import register
 

@@ -6,7 +6,9 @@ from typing import Literal
 
 from pydantic import PositiveFloat
 
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Hop, Level, Vector
+from mlseg.hypergradients.base import Diagnostics
+from mlseg.hypergradients.hop import Cotangents, Hop
+from mlseg.hypergradients.level import Level, Vector
 from mlseg.hypergradients.methods.finite_difference import difference
 from mlseg.hypergradients.one_step import OneStep
 from mlseg.hypergradients.optimizers import optimizer_of

@@ -12,9 +12,11 @@ from torch import Tensor
 from mlseg import parallel
 from mlseg.config import Settings
 from mlseg.errors import UserError
-from mlseg.hypergradients.base import Cotangents, Diagnostics, Differentiating, Hop, Level, Vector
+from mlseg.hypergradients.base import Diagnostics, Differentiating
 from mlseg.hypergradients.checkpoints import backwards, check_replays
 from mlseg.hypergradients.gradient_hooks import applied, transposed
+from mlseg.hypergradients.hop import Cotangents, Hop
+from mlseg.hypergradients.level import Level, Vector
 from mlseg.hypergradients.optimizers import Moments, optimizer_of
 from mlseg.hypergradients.registry import register
 from mlseg.hypergradients.replay import Replay

@@ -10,7 +10,7 @@ from mlseg.errors import UserError
 from mlseg.hypergradients.optimizers.base import Optimizer, registered
 
 if TYPE_CHECKING:
-    from mlseg.hypergradients.base import Level
+    from mlseg.hypergradients.level import Level
 
 
 def known() -> list[type[Optimizer]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mlseg.errors import RunError
-from mlseg.hypergradients.base import Level
+from mlseg.hypergradients.level import Level
 from mlseg.hypergradients.substitution import pointed_at
 from mlseg.hypergradients.vectors import filled, norm
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mlseg.hypergradients.base import Level
+from mlseg.hypergradients.level import Level
 from mlseg.hypergradients.substitution import check_none_left, substituted
 
 Mode = Literal["double_backward", "forward_over_reverse"]

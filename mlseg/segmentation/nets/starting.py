@@ -10,10 +10,7 @@ shapes as well.
 
 from __future__ import annotations
 
-import logging
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,34 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from mlseg import checkpoint
-from mlseg.errors import UserError, one_line, printable
-from mlseg.files import reachable, require_file
+from mlseg.errors import UserError, printable
+from mlseg.files import reachable
 from mlseg.randomness import replayed
-from mlseg.segmentation.data.palettes import VOC_CLASSES
 from mlseg.segmentation.nets.segmentor import SegmentorSettings, build_segmentor
+from mlseg.segmentation.nets.weights import Weights, downloaded, encoder_of, read
 
 LEAST = 0.5
 """Of a network's tensors that have to be in a file: with fewer it is a file of something else."""
-
-_HOLDERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "network", "net")
-"""Keys under which training scripts save a network's weights beside other things."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What is in a file.
-
-    Attributes:
-        source: the file, or the name of what was downloaded.
-        tensors: by name.
-        classes: names of its classes, where they are known.
-        pixels: what its network saw of pixels, where that is known; see ``normalise``.
-    """
-
-    source: str
-    tensors: Mapping[str, Tensor]
-    classes: tuple[str, ...] | None = None
-    pixels: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +61,7 @@ def said(record: Mapping[str, Any]) -> str:
     line = f"Starts from {record['source']}: {record['loaded']} of {record['tensors']} tensors"
     for what, names in (("new", record["new"]), ("not used", record["unused"])):
         if names:
-            line += f"; {what}: {_listed(names)}"
+            line += f"; {what}: {listed(names)}"
     return "; ".join([line, *record["notes"]])
 
 
@@ -140,137 +117,12 @@ def start(
         named = settings.said("encoder_weights")
         if named is None:
             return None
-        encoder = _encoder(network, settings.name)
+        encoder = encoder_of(network, settings.name)
         if reachable(named).is_file() or "/" in named or Path(named).suffix:
             weights = read(named, "segmentor.encoder_weights", settings)
         else:
-            weights = _downloaded(network, settings, named)
+            weights = downloaded(network, settings, named)
         return take(encoder, weights, "segmentor.encoder_weights")
-
-
-# --------------------------------------------------------------------------- files
-
-
-def read(named: str, key: str, settings: SegmentorSettings) -> Weights:
-    """The weights in a file of torch or of safetensors, or in a run's directory.
-
-    Nothing that a file holds is executed (``weights_only``).
-
-    Args:
-        key: of the config, for errors.
-        settings: of the network that is to have them.
-
-    Raises:
-        UserError: it can't be read, or holds no tensors by name.
-    """
-    path = reachable(named)
-    if path.is_dir() and (path / "checkpoints").is_dir():
-        path = path / "checkpoints" / checkpoint.BEST
-    if not path.is_file():
-        raise UserError(f"{key}: {path}: no such file of weights")
-    try:
-        require_file(path)
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            held: Any = load_file(path)
-        else:
-            if zipfile.is_zipfile(path):
-                checkpoint.verify(path)
-            held = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from None
-    except Exception as error:  # whatever a file may hold makes the unpickler fail in any way
-        raise UserError(
-            f"{key}: {path}: no file of weights, or one of a whole module, which would run code as "
-            "it is read; save its state dict, torch.save(model.state_dict(), FILE) "
-            f"[{one_line(error)}]"
-        ) from error
-    return _described(held, path, key, settings)
-
-
-def _described(held: Any, path: Path, key: str, settings: SegmentorSettings) -> Weights:
-    if isinstance(held, Mapping) and isinstance(held.get("segmentor"), Mapping):
-        with checkpoint.taking(f"{key}: {path}: its segmentor", "name another run's checkpoint"):
-            found = held["segmentor"]
-            tensors = held["problems"][found["problem"]]["module"]
-            classes = tuple(map(str, found["classes"]))
-            pixels = settings.seen_by(dict(found["settings"]))
-            return Weights(str(path), _tensors(tensors), classes, pixels)
-    tensors = _tensors(held)
-    for holder in _HOLDERS:
-        if tensors or not isinstance(held, Mapping):
-            break
-        tensors = _tensors(held.get(holder))
-    if not tensors:
-        raise UserError(f"{key}: {path}: it holds no tensors by name; name a state dict")
-    name = checkpoint.first_not_finite(tensors)
-    if name is not None:
-        raise UserError(f"{key}: {path}: {name[:80]} is not finite; name another file")
-    published = tensors.get("classifier.4.bias")  # torchvision's DeepLabV3
-    known = published is not None and published.shape == (len(VOC_CLASSES),)
-    return Weights(str(path), tensors, tuple(VOC_CLASSES) if known else None)
-
-
-def _tensors(held: Any) -> dict[str, Tensor]:
-    if not isinstance(held, Mapping):
-        return {}
-    return {k: t for k, t in held.items() if isinstance(k, str) and isinstance(t, Tensor)}
-
-
-# ----------------------------------------------------------------------- libraries
-
-
-def _encoder(network: nn.Module, name: str) -> nn.Module:
-    for owner in (network, getattr(network, "network", None), getattr(network, "model", None)):
-        for part in ("encoder", "backbone"):
-            found = getattr(owner, part, None)
-            if isinstance(found, nn.Module):
-                return found
-    raise UserError(
-        f"segmentor.encoder_weights: {name!r} has no part called encoder or backbone; give the "
-        "weights of all of it (segmentor.weights), or take a network with an encoder, such as "
-        "{name: unetplusplus, encoder: resnet34}"
-    )
-
-
-def _downloaded(network: nn.Module, settings: SegmentorSettings, name: str) -> Weights:
-    """The weights of a network's encoder that its library publishes under a name."""
-    published: Callable[[str, str], Mapping[str, Tensor]] | None
-    published = getattr(network, "published_encoder", None)
-    if published is None:
-        raise UserError(
-            f"segmentor.encoder_weights: nothing is published under {name!r} for "
-            f"{settings.name!r}; name a file, or take a network of segmentation-models-pytorch, "
-            "such as {name: unetplusplus, encoder: resnet34}"
-        )
-    try:
-        with _quietly():
-            tensors = published(name, settings.normalised)
-    except UserError as error:
-        raise UserError(f"segmentor.encoder_weights: {error}") from None
-    except Exception as error:  # of any of the libraries between here and there
-        raise UserError(
-            f"segmentor.encoder_weights: {name} can't be downloaded here "
-            f"({type(error).__name__}: {one_line(error, 100)}); download it where there is a "
-            "network and name the file"
-        ) from error
-    encoder = (settings.model_extra or {}).get("encoder") or settings.name
-    return Weights(f"{name} ({encoder})", tensors)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Within this block what libraries log of their attempts isn't shown: their last word is."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-# ------------------------------------------------------------------------- networks
 
 
 def take(network: nn.Module, weights: Weights, key: str, outputs: Outputs | None = None) -> Started:
@@ -400,7 +252,7 @@ def _match_classes(
         return "classes brought from the file's order into the data's"
     for name in heads:
         del taken[name]
-    return f"new head: the file's classes are others ({_listed(known)})"
+    return f"new head: the file's classes are others ({listed(known)})"
 
 
 def _match_channels(
@@ -424,6 +276,7 @@ def _match_channels(
     return said
 
 
-def _listed(names: Sequence[str], most: int = 3) -> str:
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Some names, and how many more there are."""
     shown = ", ".join(printable(name, 80) for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

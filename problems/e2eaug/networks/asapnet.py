@@ -8,7 +8,7 @@ and used in [0, 1].
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,13 +20,9 @@ from mlseg.errors import UserError
 from mlseg.problems.e2eaug.networks.cells import plain
 from mlseg.problems.e2eaug.networks.generator import (
     GENERATORS,
-    OPERATORS,
     Candidates,
-    Fixed,
-    MaskToImage,
+    OfCells,
     cell,
-    export_state,
-    rebuilt,
     reflect,
     sides,
     xavier,
@@ -189,8 +185,8 @@ class _Body(nn.Module):
         return self.paint(label, self.predict(label, stride))
 
     def settings(self) -> dict[str, Any]:
-        """What `Generator` has to be called with to make another of this shape."""
-        names = ("in_channels", "out_channels", "grid", "tile", "levels", "channels")
+        """What both classes have to be called with to make another of this shape."""
+        names = ("in_channels", "out_channels", "grid", "levels", "channels")
         more = ("deep_channels", "mlp_channels")
         return {name: getattr(self, name) for name in (*names, *more)}
 
@@ -225,7 +221,7 @@ class Generator(_Body):
 
     def settings(self) -> dict[str, Any]:
         """What the class has to be called with to make another of this shape."""
-        return {**super().settings(), "kernel": self.kernel}
+        return {**super().settings(), "tile": self.tile, "kernel": self.kernel}
 
     def forward(self, label_BCHW: Tensor) -> Tensor:
         """Label map (B, Cin, H, W) in [-1, 1] -> image (B, Cout, H, W) in [-1, 1]."""
@@ -246,7 +242,7 @@ def _merged(body: _Body) -> nn.ModuleList:
 
 
 @GENERATORS.register("asapnet")
-class SearchableGenerator(_Body, MaskToImage):
+class SearchableGenerator(_Body, OfCells):
     """ASAP-Net with cells for the strided convolutions of its low-resolution network.
 
     Args:
@@ -297,9 +293,7 @@ class SearchableGenerator(_Body, MaskToImage):
         super().__init__(
             in_channels, out_channels, grid, tile, levels, channels, deep_channels, mlp_channels
         )
-        self.search = search
-        self.kind, self.candidates = candidates, OPERATORS[candidates]
-        self._image_size = list(sides(image_size))
+        self.choose(search, candidates, image_size)
         self.strided = (
             _strided(self.strided_shapes)
             if search == "none"
@@ -332,18 +326,6 @@ class SearchableGenerator(_Body, MaskToImage):
 
         return self._generate(label_BCHW, stride)
 
-    @torch.no_grad()
-    def merged(self, weights: Tensor | None) -> Generator | Fixed:
-        """A plain generator, the cells merged into one 8x8 convolution each.
-
-        Cells of different operators stay as they are.
-        """
-        self.check_weights(weights)
-        if self.kind == "rich" and weights is not None and self.num_cells:
-            more = {"search": self.search, "candidates": self.kind, "image_size": self._image_size}
-            own = {k: v for k, v in self.settings().items() if k != "tile"}
-            return Fixed(self, weights, {**own, **more})
-        settings = {**self.settings(), "kernel": 8 if self.num_cells else None}
-        made = rebuilt(Generator, settings, export_state(self, weights))
-        assert isinstance(made, Generator)
-        return made.train(self.training)
+    def of_plain(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Its tiles, and the side of its strided kernels."""
+        return {"tile": self.tile, "kernel": 8 if self.num_cells else None}

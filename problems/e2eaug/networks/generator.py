@@ -6,7 +6,7 @@ A generator is a class ``Net(in_channels, out_channels, image_size, *, its setti
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -111,6 +111,48 @@ class Fixed(nn.Module):
         """Label map to image."""
         image: Tensor = self.generator(label_BCHW, self.weights)
         return image
+
+
+class OfCells(MaskToImage):
+    """A generator that can be of cells; its operators at a place are cells or plain ones.
+
+    Attributes:
+        search: where cells stand, as its class was told.
+        kind: of which candidates.
+    """
+
+    plain: type[nn.Module]
+    search: str
+    kind: Candidates
+
+    def choose(self, search: str, candidates: Candidates, image_size: int | Sequence[int]) -> None:
+        """Take note of what the class was called with."""
+        self.search = search
+        self.kind, self.candidates = candidates, OPERATORS[candidates]
+        self._image_size = list(sides(image_size))
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What its class takes, beside :meth:`choose`'s arguments, and ``plain`` takes as well."""
+
+    @abstractmethod
+    def of_plain(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What ``plain`` takes besides, for a network of these tensors."""
+
+    @torch.no_grad()
+    def merged(self, weights: Tensor | None) -> Any:
+        """The same function for fixed (cells, K) weights: ``plain``, each cell one 8x8 convolution.
+
+        Every tensor is copied. Cells of different operators stay as they are, in a
+        :class:`Fixed`.
+        """
+        self.check_weights(weights)
+        if self.kind == "rich" and weights is not None and self.num_cells:
+            more = {"search": self.search, "candidates": self.kind, "image_size": self._image_size}
+            return Fixed(self, weights, {**self.settings(), **more})
+        state = export_state(self, weights)
+        made = rebuilt(self.plain, {**self.settings(), **self.of_plain(state)}, state)
+        return made.train(self.training)
 
 
 def sides(image_size: int | Sequence[int]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ Convolutions N(0, 0.02), BatchNorm scale N(1, 0.02).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -18,14 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mlseg.errors import UserError
-from mlseg.problems.e2eaug.networks.cells import Cell, plain
+from mlseg.problems.e2eaug.networks.cells import plain
 from mlseg.problems.e2eaug.networks.generator import (
     GENERATORS,
-    OPERATORS,
     AnyCell,
     Candidates,
-    Fixed,
-    MaskToImage,
+    OfCells,
     cell,
     sides,
 )
@@ -121,6 +119,11 @@ class _Body(nn.Module, ABC):
             x = functional.relu(torch.cat([skips.pop(), x], 1), inplace=True)
         return torch.tanh(x)[..., rows, columns]
 
+    def settings(self) -> dict[str, Any]:
+        """What both classes have to be called with to make another of this shape."""
+        names = ("in_channels", "out_channels", "levels", "channels", "dropout")
+        return {name: getattr(self, name) for name in names}
+
 
 class Generator(_Body):
     """A pix2pix generator of plain operators: vanilla, or what a finished search exports.
@@ -163,8 +166,7 @@ class Generator(_Body):
 
     def settings(self) -> dict[str, Any]:
         """What the class has to be called with to make another of this shape."""
-        names = ("in_channels", "out_channels", "levels", "channels", "dropout", "kernels")
-        return {name: getattr(self, name) for name in names}
+        return {**super().settings(), "kernels": self.kernels}
 
     def _encode(self, level: int, x: Tensor, weights: Tensor | None) -> Tensor:
         return self.encoder[level](x)
@@ -178,7 +180,7 @@ class Generator(_Body):
 
 
 @GENERATORS.register("pix2pix")
-class SearchableGenerator(_Body, MaskToImage):
+class SearchableGenerator(_Body, OfCells):
     """pix2pix's generator with cells for its strided convolutions (E2EAug, section 3.2).
 
     Args:
@@ -219,8 +221,7 @@ class SearchableGenerator(_Body, MaskToImage):
         super().__init__(in_channels, out_channels, levels, channels, dropout)
         if search not in ("both", "decoder", "none"):
             raise UserError(f"generator search {search!r}: valid are both, decoder, none")
-        self.search = search
-        self.kind, self.candidates = candidates, OPERATORS[candidates]
+        self.choose(search, candidates, image_size)
         self.encoder = nn.ModuleList(
             cell(candidates, *shape, False) if search == "both" else plain(*shape, 4, False)
             for shape in self.encoder_shapes
@@ -231,16 +232,6 @@ class SearchableGenerator(_Body, MaskToImage):
             else plain(*shape, 4, True, step == levels - 1)
             for step, shape in enumerate(self.decoder_shapes)
         )
-        self._made_with = {
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "image_size": list(sides(image_size)),
-            "channels": channels,
-            "levels": levels,
-            "dropout": dropout,
-            "search": search,
-            "candidates": candidates,
-        }
         self._first_decoder_cell = levels if search == "both" else 0
 
     @property
@@ -271,44 +262,8 @@ class SearchableGenerator(_Body, MaskToImage):
         self.check_weights(weights)
         return self._generate(label_BCHW, weights)
 
-    @torch.no_grad()
-    def merged(self, weights: Tensor | None) -> Generator | Fixed:
-        """The same function for fixed (cells, K) weights: a plain generator of 8x8 kernels.
-
-        Copies every tensor; later training of this module doesn't touch the export. Cells of
-        different operators stay as they are.
-        """
-        self.check_weights(weights)
-        if self.kind == "rich" and weights is not None and self.num_cells:
-            return Fixed(self, weights, self._made_with)
-        state = {
-            name: tensor.clone()
-            for name, tensor in self.state_dict().items()
-            if name.startswith(("encoder_norms.", "decoder_norms."))
-        }
-        kernels = []
-        rows: Iterator[Tensor] = iter(()) if weights is None else iter(weights.detach())
-        for part in ("encoder", "decoder"):
-            for index, operator in enumerate(self.get_submodule(part).children()):
-                if isinstance(operator, Cell):
-                    kernel, bias = operator.merged(next(rows))
-                else:
-                    assert isinstance(operator, nn.Conv2d | nn.ConvTranspose2d)
-                    kernel = operator.weight.clone()
-                    bias = None if operator.bias is None else operator.bias.clone()
-                state[f"{part}.{index}.weight"] = kernel
-                if bias is not None:
-                    state[f"{part}.{index}.bias"] = bias
-                kernels.append(kernel.shape[-1])
-        # On the meta device nothing is allocated and no random number is drawn.
-        with torch.device("meta"):
-            generator = Generator(
-                self.in_channels,
-                self.out_channels,
-                self.levels,
-                self.channels,
-                self.dropout,
-                kernels,
-            )
-        generator.load_state_dict(state, assign=True)
-        return generator.train(self.training)
+    def of_plain(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The side of every kernel."""
+        parts = ("encoder", "decoder")
+        names = [f"{part}.{index}.weight" for part in parts for index in range(self.levels)]
+        return {"kernels": [state[name].shape[-1] for name in names]}

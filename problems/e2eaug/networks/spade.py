@@ -7,7 +7,7 @@ cell of transposed convolutions. The label map is taken in [-1, 1] as pix2pix ta
 [0, 1].
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,14 +19,10 @@ from mlseg.errors import UserError
 from mlseg.problems.e2eaug.networks.cells import plain
 from mlseg.problems.e2eaug.networks.generator import (
     GENERATORS,
-    OPERATORS,
     Candidates,
-    Fixed,
-    MaskToImage,
+    OfCells,
     cell,
-    export_state,
     nearest,
-    rebuilt,
     sides,
     xavier,
 )
@@ -166,6 +162,11 @@ class _Body(nn.Module):
                 x = block(x, label)
         return torch.tanh(self.last(functional.leaky_relu(x, 0.2)))
 
+    def settings(self) -> dict[str, Any]:
+        """What both classes have to be called with to make another of this shape."""
+        names = ("in_channels", "out_channels", "levels", "channels", "hidden")
+        return {**{name: getattr(self, name) for name in names}, "norm": self.normalisation}
+
 
 def _initialise(module: nn.Module) -> None:
     if not isinstance(module, SpectralConv2d):  # those have done it themselves
@@ -199,9 +200,7 @@ class Generator(_Body):
 
     def settings(self) -> dict[str, Any]:
         """What the class has to be called with to make another of this shape."""
-        names = ("in_channels", "out_channels", "levels", "channels", "hidden")
-        settings = {name: getattr(self, name) for name in names}
-        return {**settings, "norm": self.normalisation, "kernel": self.kernel}
+        return {**super().settings(), "kernel": self.kernel}
 
     def forward(self, label_BCHW: Tensor) -> Tensor:
         """Label map (B, Cin, H, W) in [-1, 1] -> image (B, Cout, H, W) in [-1, 1]."""
@@ -217,7 +216,7 @@ def _nearest_doubled(x_BCHW: Tensor) -> Tensor:
 
 
 @GENERATORS.register("spade")
-class SearchableGenerator(_Body, MaskToImage):
+class SearchableGenerator(_Body, OfCells):
     """SPADE's generator with cells of transposed convolutions for its doublings.
 
     Args:
@@ -256,9 +255,7 @@ class SearchableGenerator(_Body, MaskToImage):
     ) -> None:
         _check(sides(image_size), levels, norm)
         super().__init__(in_channels, out_channels, levels, channels, hidden, norm)
-        self.search = search
-        self.kind, self.candidates = candidates, OPERATORS[candidates]
-        self._image_size = list(sides(image_size))
+        self.choose(search, candidates, image_size)
         self.doublings = nn.ModuleList(
             cell(candidates, width, width, True) for width in self.widths[:0:-1] if search == "both"
         )
@@ -288,25 +285,6 @@ class SearchableGenerator(_Body, MaskToImage):
 
         return self._generate(label_BCHW, double)
 
-    @torch.no_grad()
-    def merged(self, weights: Tensor | None) -> Generator | Fixed:
-        """A plain generator, its transposed convolutions merged into one of 8x8 each.
-
-        Cells of different operators stay as they are.
-        """
-        self.check_weights(weights)
-        settings: dict[str, Any] = {
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "levels": self.levels,
-            "channels": self.channels,
-            "hidden": self.hidden,
-            "norm": self.normalisation,
-        }
-        if self.kind == "rich" and weights is not None and self.num_cells:
-            more = {"search": self.search, "candidates": self.kind, "image_size": self._image_size}
-            return Fixed(self, weights, {**settings, **more})
-        settings["kernel"] = 8 if self.num_cells else None
-        made = rebuilt(Generator, settings, export_state(self, weights))
-        assert isinstance(made, Generator)
-        return made.train(self.training)
+    def of_plain(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The side of the kernels that double the map."""
+        return {"kernel": 8 if self.num_cells else None}

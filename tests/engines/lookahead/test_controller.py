@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from transitions import TABLE, UNIT, numbers, settings
 
-from mlseg.engines.lookahead.controller import Command, Lookahead, LookaheadSettings, StraightAhead
+from mlseg.engines.lookahead.commands import Command
+from mlseg.engines.lookahead.controller import Lookahead, LookaheadSettings
+from mlseg.engines.lookahead.straight_ahead import StraightAhead
 from mlseg.errors import RunError
 
 

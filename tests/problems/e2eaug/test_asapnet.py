@@ -5,18 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from e2eaug_generators import check_export, check_gradients, label
 from torch.nn import functional
 
 from mlseg.errors import UserError
 from mlseg.problems.e2eaug.networks.architecture import Architecture
 from mlseg.problems.e2eaug.networks.asapnet import (
-    Generator,
     SearchableGenerator,
     _reduced,
     positions,
 )
-from mlseg.problems.e2eaug.networks.cells import Cell
 from mlseg.problems.e2eaug.networks.generator import reflect
 
 SMALL: dict[str, Any] = {"channels": 3, "deep_channels": 4, "mlp_channels": 4}
@@ -26,10 +24,6 @@ def tiny(**changes: Any) -> SearchableGenerator:
     torch.manual_seed(0)
     settings = {**SMALL, "grid": 2, "levels": 1, **changes}
     return SearchableGenerator(1, 3, (8, 12), **settings).double()
-
-
-def label(batch: int = 2) -> Tensor:
-    return torch.randint(0, 2, (batch, 1, 8, 12)).double() * 2 - 1
 
 
 @pytest.mark.parametrize(
@@ -57,18 +51,7 @@ def test_parameters_of_an_mlp(labels: int, size: int, expected: int) -> None:
 
 @pytest.mark.parametrize("search", ["both", "none"])
 def test_shape_range_and_a_gradient_for_everything(search: str) -> None:
-    generator = tiny(search=search)
-    alphas = Architecture(generator.num_cells).double()
-    image = generator(label(1), alphas() if generator.num_cells else None)
-    assert image.shape == (1, 3, 8, 12)
-    assert image.abs().max() <= 1
-    image.square().sum().backward()
-    for name, p in generator.named_parameters():
-        assert p.grad is not None, name
-        assert p.grad.isfinite().all(), name
-    if generator.num_cells:
-        assert alphas.alphas.grad is not None
-        assert (alphas.alphas.grad != 0).all()
+    check_gradients(tiny(search=search))
 
 
 def test_a_tiles_pixels_depend_on_its_own_labels_alone() -> None:
@@ -135,15 +118,7 @@ def test_reduction_keeps_planes_and_reflection_is_torchs() -> None:
 
 @pytest.mark.parametrize("search", ["both", "none"])
 def test_an_export_is_the_same_function(search: str) -> None:
-    generator = tiny(search=search)
-    weights = torch.randn(generator.num_cells, 3).double().softmax(1)
-    export = generator.merged(weights if generator.num_cells else None)
-    mask = label()
-    torch.testing.assert_close(export(mask), generator(mask, weights), rtol=0, atol=1e-12)
-    assert not any(isinstance(module, Cell) for module in export.modules())
-    again = Generator(**export.settings()).double()
-    again.load_state_dict(export.state_dict())
-    assert torch.equal(again(mask), export(mask))
+    check_export(tiny(search=search))
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,7 @@ def test_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         finished(path, 1, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["onnx", "torchscript"])
 @pytest.mark.parametrize(
     ("name", "way"), [("spade", "cells"), ("asapnet", "none"), ("pix2pix", "rich")]

@@ -19,6 +19,8 @@ from mlseg.problems.e2eaug.networks.pix2pix import Generator
 from mlseg.problems.systems import load_system
 from mlseg.run import parse_run
 
+pytestmark = pytest.mark.slow
+
 NOW = {"gan.pretrain": 0}
 """Start with the three levels at once."""
 

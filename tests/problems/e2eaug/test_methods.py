@@ -10,8 +10,11 @@ import torch
 from mlseg import config, run
 from mlseg.hypergradients import names
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {
     "gan.pretrain": 0,
+    "data.image_size": 16,
     "segmentor": {"name": "unet", "channels": 1, "levels": 1},
     "generator": {"channels": 2, "levels": 2},
     "discriminator": {"channels": 2, "layers": 1},

@@ -8,6 +8,8 @@ import tiny
 from e2eaug_generators import GENERATORS, OTHERS
 from resuming import check
 
+pytestmark = pytest.mark.slow
+
 
 # Steps 1 to 3 are pre-training, 4 to 7 the search.
 @pytest.mark.parametrize("how", ["saved", "killed"])

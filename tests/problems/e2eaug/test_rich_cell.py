@@ -86,6 +86,7 @@ def test_a_skip_has_no_parameters() -> None:
     assert all(g is None for g in gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generator", GENERATORS)
 def test_a_run_chooses_among_five(generator: str, tmp_path: Any) -> None:
     network = {**GENERATORS[generator]["generator"], "candidates": "rich"}

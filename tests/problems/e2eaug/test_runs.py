@@ -13,6 +13,8 @@ from mlseg import checkpoint, run
 from mlseg.errors import RunError
 from mlseg.problems.e2eaug.networks import asapnet, spade
 
+pytestmark = pytest.mark.slow
+
 
 def train(tmp_path: Path, *overrides: str) -> Path:
     """A tiny run by command; its directory."""

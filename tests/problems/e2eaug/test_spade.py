@@ -4,14 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from e2eaug_generators import check_export, check_gradients, label
 from torch.nn import functional
 
 from mlseg.errors import UserError
 from mlseg.problems.e2eaug.networks.architecture import Architecture
-from mlseg.problems.e2eaug.networks.cells import Cell
 from mlseg.problems.e2eaug.networks.spade import (
-    Generator,
     Norm,
     SearchableGenerator,
     SpatiallyAdaptive,
@@ -23,10 +21,6 @@ def tiny(**changes: Any) -> SearchableGenerator:
     torch.manual_seed(0)
     settings = {"channels": 2, "levels": 2, "hidden": 3, **changes}
     return SearchableGenerator(1, 3, (8, 12), **settings).double()
-
-
-def label(batch: int = 2) -> Tensor:
-    return torch.randint(0, 2, (batch, 1, 8, 12)).double() * 2 - 1
 
 
 @pytest.mark.parametrize(
@@ -72,18 +66,7 @@ def test_the_modulation_is_scale_and_shift_at_each_pixel() -> None:
 @pytest.mark.parametrize("search", ["both", "none"])
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 def test_shape_range_and_a_gradient_for_everything(search: str, norm: str) -> None:
-    generator = tiny(search=search, norm=norm)
-    alphas = Architecture(generator.num_cells).double()
-    image = generator(label(1), alphas() if generator.num_cells else None)
-    assert image.shape == (1, 3, 8, 12)
-    assert image.abs().max() <= 1
-    image.square().sum().backward()
-    for name, p in generator.named_parameters():
-        assert p.grad is not None, name
-        assert p.grad.isfinite().all(), name
-    if generator.num_cells:
-        assert alphas.alphas.grad is not None
-        assert (alphas.alphas.grad != 0).all()
+    check_gradients(tiny(search=search, norm=norm))
 
 
 def test_a_forward_pass_changes_nothing() -> None:
@@ -96,20 +79,8 @@ def test_a_forward_pass_changes_nothing() -> None:
 @pytest.mark.parametrize("search", ["both", "none"])
 def test_an_export_is_the_same_function(search: str) -> None:
     generator = tiny(search=search)
-    weights = torch.randn(generator.num_cells, 3).double().softmax(1)
     turn(spectral(generator))
-    state = torch.get_rng_state()
-    export = generator.merged(weights if generator.num_cells else None)
-    assert torch.equal(torch.get_rng_state(), state)
-    mask = label()
-    expected = generator(mask, weights)
-    torch.testing.assert_close(export(mask), expected, rtol=0, atol=1e-12)
-    assert not any(isinstance(module, Cell) for module in export.modules())
-    again = Generator(**export.settings()).double()
-    again.load_state_dict(export.state_dict())
-    assert torch.equal(again(mask), export(mask)), "with its spectral vectors"
-    shared = {p.data_ptr() for p in generator.parameters()}
-    assert not shared & {p.data_ptr() for p in export.parameters()}
+    check_export(generator)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from torch import Tensor
 from mlseg.config import load
 from mlseg.run import parse_run
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parents[3] / "configs"
 KEY = "problems.segmentor.hypergradient"
 ONE_STEP = {"method": "identity", "scale": "optimizer", "linearise": "before_step"}
@@ -77,7 +79,6 @@ def unrolling() -> dict[str, Any]:
     }
 
 
-@pytest.mark.slow
 def test_on_real_images(real: Callable[[str], Path], tmp_path: Path) -> None:
     data = {"name": "isic2018", "root": str(real("isic2018")), "image_size": 32}
     changes = {**unrolling(), "data": {**data, "train": 4, "val": 2, "test": 2}}

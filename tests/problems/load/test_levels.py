@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from commanding import one_line
 from PIL import Image
 from torch import Tensor
 from transitions import loop
@@ -32,12 +33,6 @@ def train(tmp_path: Path, *overrides: str, name: str = "run", **changes: Any) ->
     path = tiny.write_config(tmp_path / f"{name}.yaml", "load", {**QUICK, **changes})
     assert run.main([str(path), *overrides, "--out", str(tmp_path / name)]) == 0
     return tmp_path / name
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    said = capsys.readouterr().err.strip()
-    assert said.count("\n") == 0, said
-    return said
 
 
 def results(out: Path) -> dict[str, Any]:

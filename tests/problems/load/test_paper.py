@@ -12,6 +12,8 @@ from mlseg.config import load
 from mlseg.problems.load.networks import Discriminator, DiscriminatorSettings
 from mlseg.run import parse_run
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parents[3] / "configs"
 
 

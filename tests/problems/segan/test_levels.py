@@ -16,6 +16,8 @@ from mlseg.errors import UserError
 from mlseg.problems.segan import levels as segan
 from mlseg.problems.segan.networks.critic import Critic
 
+pytestmark = pytest.mark.slow
+
 # -------------------------------------------------------------------------- the traps
 
 

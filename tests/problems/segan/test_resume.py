@@ -6,6 +6,8 @@ import pytest
 import tiny
 from resuming import check
 
+pytestmark = pytest.mark.slow
+
 
 # Steps 1 and 2 are the warm-up, 3 to 8 the game; an epoch is two steps.
 @pytest.mark.parametrize("game", ["alternating", "stackelberg"])

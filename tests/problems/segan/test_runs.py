@@ -15,6 +15,8 @@ from mlseg.segmentation.data import load_data
 from mlseg.segmentation.scoring import score
 from mlseg.segmentation.trained import load_runs
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parents[3] / "configs"
 

@@ -14,6 +14,8 @@ from torch.nn import functional
 from mlseg.errors import UserError
 from mlseg.problems.semi_supervised.losses import squared_dice
 
+pytestmark = pytest.mark.slow
+
 CTBCT: dict[str, Any] = {"method": "ctbct"}
 DCT: dict[str, Any] = {"method": "dct", "partner": {"name": "unet", "channels": 4, "levels": 2}}
 METHODS = {"ctbct": CTBCT, "dct": DCT}

@@ -16,6 +16,8 @@ from mlseg.engines.segmentation import Segmentation
 from mlseg.run import parse_run
 from mlseg.segmentation.data import DataSettings, load_data
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parents[3] / "configs"
 DCT: dict[str, Any] = {"method": "dct", "partner": {"name": "unet", "channels": 4, "levels": 2}}
 METHODS: dict[str, dict[str, Any]] = {"ctbct": {}, "dct": DCT}
@@ -67,7 +69,6 @@ def test_more_than_there_are_is_one_line(
     assert not (tmp_path / "run" / "results.json").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_real_images(method: str, real: Callable[[str], Path], tmp_path: Path) -> None:
     """Interrupted or not."""

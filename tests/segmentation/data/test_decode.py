@@ -17,8 +17,8 @@ from mlseg.segmentation.data.decode import (
     read_image,
     read_mask,
 )
-from mlseg.segmentation.data.decode import decode as decode_examples
 from mlseg.segmentation.data.entry import DATA_SETS, Entry, Example, RawFormat, data_set
+from mlseg.segmentation.data.examples import decode as decode_examples
 from mlseg.segmentation.data.layout import find_examples
 
 SIZE = (20, 24)

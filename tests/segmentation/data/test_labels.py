@@ -14,8 +14,9 @@ from PIL import Image, TiffImagePlugin
 from tiny_files import half_mask, write_image
 
 from mlseg.errors import UserError
-from mlseg.segmentation.data.decode import decode, image_size, read_image, read_mask
+from mlseg.segmentation.data.decode import image_size, read_image, read_mask
 from mlseg.segmentation.data.entry import Example, data_set
+from mlseg.segmentation.data.examples import decode
 
 SHOWN: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
     1: lambda a: a,

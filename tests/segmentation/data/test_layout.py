@@ -11,8 +11,9 @@ from tiny_files import half_mask, write_image
 
 from mlseg.errors import UserError
 from mlseg.segmentation.data import DataSettings, load_data
-from mlseg.segmentation.data.decode import decode, read_mask
+from mlseg.segmentation.data.decode import read_mask
 from mlseg.segmentation.data.entry import DATA_SETS, data_set
+from mlseg.segmentation.data.examples import decode
 from mlseg.segmentation.data.layout import find_examples, list_files
 
 _FPD = "Fetoscopy Placenta Dataset"
