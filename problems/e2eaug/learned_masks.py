@@ -158,6 +158,7 @@ class LearnedMasks(nn.Module):
 
     def forward(self, mask: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Soft label maps, in [-1, 1] as of ``encode``, and targets of :meth:`draw`'s numbers."""
+        drawn = drawn.to(self.logits.dtype)
         with torch.autocast(mask.device.type, enabled=False):
             soft = self._resampled(mask, drawn)
             for name, dimension in (("flip_horizontal", -1), ("flip_vertical", -2)):

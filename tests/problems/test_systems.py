@@ -208,7 +208,7 @@ def test_masks_of_one_class_are_refused_before_any_work(
     system: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = tmp_path / "data", tmp_path / "run"
-    for number in range(14):
+    for number in range(20):
         for part, value in (("images", 10 * number), ("masks", 0)):
             write_image(folder / part / f"p{number}.png", np.full((32, 32), value, np.uint8))
     data = {"name": "folder", "root": str(folder), "image_size": 32, "train": 6, "val": 4}
