@@ -1,6 +1,7 @@
 """Whether everything holds on a GPU, and how fast: one command of under nine minutes.
 
     make gpu                                    # python benchmarks/gpu.py --out gpu
+    python benchmarks/gpu.py --compiled         # E2EAug with `compile: true`, alone
     python benchmarks/gpu.py --toy --out gpu    # on the CPU, as small as it goes: does it run?
 
 Each section is a command of its own, which can be given by hand as well; it has a bound in seconds,
@@ -104,6 +105,21 @@ def at_scale(device: str) -> list[Section]:
     ]  # fmt: skip
 
 
+def compiled(device: str) -> Section:
+    """An iteration of E2EAug with compiled networks, most of whose time goes into compiling them.
+
+    It is beside "e2eaug TF32 and bf16", whose first table is the same uncompiled.
+    """
+    levels = [f"problems.{n}.compile=true" for n in ("generator", "discriminator", "segmentor")]
+    return Section(
+        "e2eaug compiled",
+        ["benchmarks/e2eaug_iteration.py", "--device", device, "--iterations", "10", "--config",
+         "configs/e2eaug_isic.yaml", "data.out_of_distribution=[]", "data.test=8", *levels],
+        400,
+        TF32,
+    )  # fmt: skip
+
+
 TESTS = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
 
 
@@ -183,10 +199,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=530.0, help="for all sections together")
     parser.add_argument("--only", nargs="+", help="sections, by the beginning of their names")
     parser.add_argument("--toy", action="store_true", help="on the CPU, as small as it goes")
+    parser.add_argument("--compiled", action="store_true", help="E2EAug's compiled networks alone")
     arguments = parser.parse_args()
     device = machine.choose_device("cpu" if arguments.toy else "cuda")
     until = time.monotonic() + arguments.seconds
     sections = toy() if arguments.toy else at_scale(device.type)
+    if arguments.compiled:
+        sections = [compiled(device.type)]
     if arguments.only:
         sections = [s for s in sections if s.name.startswith(tuple(arguments.only))]
     arguments.out.mkdir(parents=True, exist_ok=True)

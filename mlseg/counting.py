@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
+from mlseg.compiling import uncompiled
 from mlseg.engines.engine import Engine
 from mlseg.multilevel.problem import Problem
 
@@ -96,7 +97,7 @@ def faked(engine: Engine) -> Iterator[FakeTensorMode]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     for problem in engine.problems:
         _fake(problem, mode)
-    with mode:
+    with mode, uncompiled():
         yield mode
 
 

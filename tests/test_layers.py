@@ -13,6 +13,7 @@ GROUND = (
     "randomness",
     "signals",
     "checkpoint",
+    "compiling",
     "machine",
     "parallel",
     "precision",

@@ -11,6 +11,7 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
 from mlseg import parallel
+from mlseg.compiling import is_compiled
 from mlseg.errors import RunError, UserError
 from mlseg.hypergradients.base import Method
 from mlseg.hypergradients.level import Level
@@ -60,6 +61,13 @@ def check_level(
                 f"problem {name!r}: {type(module).__name__} with sparse=True has sparse gradients, "
                 "which hypergradients don't work with; set sparse=False"
             )
+    if not method.first_derivatives_alone and any(map(is_compiled, _modules(level))):
+        raise UserError(
+            f"problem {name!r}: compile: its network is compiled, and the hypergradient method "
+            f"{method.name} takes second derivatives of it, which compiled code doesn't have; set "
+            f"compile to false (problems.{name}.compile), or take finite_difference or another "
+            "method of first derivatives"
+        )
     _check_hooks(level, own)
     if loss is not None and not method.first_derivatives_alone:
         check_differentiable(name, loss, own, _forwards(method))

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from mlseg import randomness
+from mlseg.compiling import Compiled
 
 _ELEMENTS, _OBJECTS = 256, 20_000
 """Of a container, and in all: where the search ends."""
@@ -46,6 +47,7 @@ _CLOSED = (
     LRScheduler,
     betty.engine.Engine,
     betty.problems.Problem,
+    Compiled,
 )
 """What isn't looked into; problems are looked into one by one."""
 

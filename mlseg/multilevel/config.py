@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import betty.configs
 
+from mlseg.compiling import check_backend
 from mlseg.hypergradients import Method, names, resolve
 from mlseg.hypergradients.registry import METHODS
 from mlseg.multilevel.betty_tables import BETTYS
@@ -43,6 +44,8 @@ class Config(betty.configs.Config):
         scheduler_step: when the learning-rate scheduler steps: after each ``iteration`` in which
             the optimizer stepped, each ``epoch`` of the first loader, or each ``validation`` (with
             the monitored metric, if the scheduler takes one).
+        compile: the level's module is compiled by torch.compile, in place: by its default backend,
+            or by the one named. Methods with second derivatives are refused then.
 
     Settings of Betty's own methods (``darts_alpha``, ``cg_alpha``, ...) and of fp16 are refused.
     Betty's ``type`` names the method where ``hypergradient`` doesn't; without either it is
@@ -52,6 +55,7 @@ class Config(betty.configs.Config):
     type: str = ""
     hypergradient: str | Mapping[str, Any] | Method | None = None
     scheduler_step: SchedulerClock = "iteration"
+    compile: bool | str = False
 
     def __post_init__(self) -> None:
         for name, (ours, setting) in _BETTYS_SETTINGS.items():
@@ -84,6 +88,7 @@ class Config(betty.configs.Config):
             raise ValueError(
                 f"scheduler_step {self.scheduler_step!r}: choose iteration, epoch or validation"
             )
+        check_backend(self.compile)
 
 
 def method_of(config: betty.configs.Config) -> Method | None:

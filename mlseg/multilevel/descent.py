@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mlseg import parallel
+from mlseg.compiling import check_called
 from mlseg.errors import RunError, UserError
 from mlseg.hypergradients import Hop, Vector
 from mlseg.hypergradients.gradient_hooks import applied, silenced
@@ -44,6 +45,7 @@ class Descending(Revisitable):
             self._step_begins(batch)
         buffers = Buffers(self.again.modules()) if parallel.several() else None
         metrics = self._take_gradient(batch)
+        check_called(self.name, self.module)
         if buffers is not None:
             buffers.average_moved()
         if self._is_differentiated and self.again.is_checked:

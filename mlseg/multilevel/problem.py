@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mlseg import parallel, randomness
+from mlseg.compiling import compile_module
 from mlseg.errors import RunError
 from mlseg.multilevel import graph, restoring
 from mlseg.multilevel.config import Config, SchedulerClock, method_of
@@ -177,6 +178,10 @@ class Problem(Descending):
         for loader in self.train_data_loader or ():
             check_not_empty(self.name, loader)
         self._fresh = FreshBatches(self.name, self._stream, self.device)
+        chosen = getattr(self._config, "compile", False)
+        if chosen:
+            backend = "inductor" if chosen is True else chosen
+            compile_module(self.name, self.module, backend)
         if self.method is None:
             # Betty has begun the first pass by now; begin it again, and note from where.
             randomness.restore(self._before_loaders, self.device)

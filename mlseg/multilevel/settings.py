@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     NonNegativeFloat,
@@ -16,6 +17,7 @@ from pydantic import (
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
+from mlseg.compiling import check_backend
 from mlseg.config import Settings
 from mlseg.config.components import Component
 from mlseg.config.registry import Registry
@@ -188,6 +190,10 @@ class ProblemSettings(Settings):
         unroll_steps: own steps per step of the level above.
         hypergradient: how upper levels' gradients pass through this level: a method's name, or a
             mapping of ``method`` and its settings. A level that no gradient passes doesn't use it.
+        compile: its network is compiled by torch.compile, for steps, evaluations and hops; the name
+            of one of torch's backends chooses another than its own. It takes minutes at the start,
+            and hypergradients without second derivatives: ``finite_difference`` and others that the
+            table of methods marks so.
     """
 
     optimizer: OptimizerSettings
@@ -199,6 +205,7 @@ class ProblemSettings(Settings):
     hypergradient: Annotated[SerializeAsAny[Method], BeforeValidator(_method)] = Field(
         default_factory=lambda: resolve("finite_difference")
     )
+    compile: Annotated[bool | str, AfterValidator(check_backend)] = False
 
     def config(self, precision: str) -> Config:
         """The problem's ``Config``."""
@@ -209,6 +216,7 @@ class ProblemSettings(Settings):
             gradient_clipping=self.clip,
             precision=precision,
             scheduler_step=self.scheduler.step if self.scheduler else "iteration",
+            compile=self.compile,
         )
 
     def build(

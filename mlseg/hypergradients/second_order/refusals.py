@@ -49,7 +49,7 @@ def _says(what: str) -> Callable[[re.Match[str], str], str]:
 
 _COMPILED = _says(
     f"a compiled module (torch.compile) in its loss {_TWICE}; {_FIRST}, or identity or unrolled "
-    "with mode forward_over_reverse, or leave the module uncompiled"
+    "with mode forward_over_reverse, or leave the module uncompiled (compile of its level)"
 )
 _KNOWN: tuple[tuple[str, Callable[[re.Match[str], str], str]], ...] = (
     (r"derivative for '?(?:aten::)?(\w+)'? is not implemented", _missing),
