@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from pathlib import Path
 
 from PIL import Image as Pictures
@@ -22,8 +23,8 @@ _MOST_BYTES = 2**26
 def embedded(piece: Picture, directory: Path) -> Part:
     """Read, checked to lie in the run's directory, and written again smaller, as JPEG."""
     try:
-        path = piece.path.resolve()
-        if not path.is_relative_to(directory.resolve()):
+        path = Path(os.path.realpath(piece.path))
+        if not path.is_relative_to(os.path.realpath(directory)):
             raise UserError("not in the run's directory")
         require_file(path, _MOST_BYTES)
         with Pictures.open(path, formats=("PNG", "JPEG")) as opened:

@@ -1,5 +1,6 @@
 """What is used beside a split: test-only sets, and images without masks."""
 
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -57,13 +58,13 @@ def images_without(
     split: splits.Split,
     settings: DataSettings,
     root: Path,
-    used: Collection[Path],
+    used: Collection[str],
 ) -> tuple[Entry, list[Example]]:
     """Images that no split uses, without their masks, and the set that they are of.
 
     Args:
         parts: examples of ``entry``, also those without a mask.
-        used: files of images that train, validate or test, under whatever id.
+        used: real paths of the images that train, validate or test, under whatever id.
     """
     if not settings.unlabelled:
         return entry, []
@@ -87,7 +88,7 @@ def images_without(
         for part, examples in (parts if left_alone else parts_used(dict(parts), how)).items()
         if part not in left_alone
         for e in examples
-        if e.image.resolve() not in used
+        if os.path.realpath(e.image) not in used
     }
     ids = splits.draw_unlabelled(
         list(pool), split, settings.unlabelled, settings.split_seed, f"{source.spec.name} in {root}"

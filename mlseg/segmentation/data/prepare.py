@@ -98,7 +98,8 @@ def load_data(settings: DataSettings, unlabelled: bool = True) -> SegmentationDa
     chosen = {(e.id): e for examples in parts_used(parts, how).values() for e in examples}
     others, left_out = other_sets(entry, split, settings)
     tested = [e.image for _, examples in others.values() for e in examples]
-    used = {path.resolve() for path in [*tested, *(chosen[id].image for id in split.ids)]}
+    # Not Path.resolve, which raises at links in a circle: what reads the image says it better.
+    used = {os.path.realpath(p) for p in [*tested, *(chosen[id].image for id in split.ids)]}
     source, without = images_without(entry, everything, how, split, settings, root, used)
     wanted: dict[str, tuple[Entry, list[Example]]] = {
         name: (entry, [chosen[id] for id in ids]) for name, ids in split.as_dict().items()
