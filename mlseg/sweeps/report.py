@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlseg import machine
+from mlseg.config import yaml12
 from mlseg.files import replacing, write_json, write_text, writing
 from mlseg.sweeps.checks import fits
 from mlseg.sweeps.frame import Finished, Spread, aggregate, spread
@@ -139,7 +140,7 @@ def _head(grid: Grid, finished: Finished) -> list[str]:
     lines += [f"- command: `{command}`" for command in remembered(grid)]
     for axis, values in grid.axes.items():
         for name, value in values.items():
-            said = [f"`{key}={_yaml(v)}`" for key, v in value.overrides.items()]
+            said = [f"`{key}={yaml12.write_line(v)}`" for key, v in value.overrides.items()]
             for key, taken in value.takes.items():
                 dependency = grid.dependencies[taken]
                 cell = ", ".join(str(v) for v in dependency.cell.values() if v is not None)
@@ -157,12 +158,6 @@ def _head(grid: Grid, finished: Finished) -> list[str]:
     for row, seconds in beside.items():
         lines += ["", f"{row}, which other rows build on, took {show(spread(seconds), 0)} s."]
     return lines
-
-
-def _yaml(value: Any) -> str:
-    from mlseg.config import yaml12
-
-    return yaml12.write(value).strip().removesuffix("...").strip().replace("\n", " ")
 
 
 def _default(finished: Finished) -> dict[str, TableSettings]:
