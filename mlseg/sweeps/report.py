@@ -177,7 +177,8 @@ def _table(finished: Finished, name: str, table: TableSettings, made: _Made) -> 
         return
     dimensions = [d for d in finished.dimensions(table.figures) if d not in table.select]
     rest = [d for d in dimensions if d not in (*table.rows, *table.columns)]
-    for place, part in _parts(records, rest):
+    for place, whole in _parts(records, rest):
+        part = finished.scored(whole, table.figures)
         several = {
             d: v for d, v in place.items() if d == "metric" or _several(finished, d, records)
         }
