@@ -377,7 +377,9 @@ def test_a_mask_that_has_gone_is_one_line(tmp_path: Path) -> None:
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True)
         for index in range(3):
-            Image.new("L", (8, 8), 255).save(folder / part / f"{index}.png")
+            half = Image.new("L", (8, 8), 255)
+            half.paste(0, (0, 0, 4, 8))
+            half.save(folder / part / f"{index}.png")
     data = load_data(tiny_data(folder, image_size=8, train=1, val=0, test=2))
     for path in (folder / "masks").iterdir():
         path.unlink()
