@@ -133,9 +133,18 @@ def read(text: str, name: str) -> tuple[Any, dict[Path, int]]:
 
 def write(value: Any) -> str:
     """YAML text of plain values that `read` turns into the same values (tuples into lists)."""
-    return yaml.dump(
-        value, Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=96
-    )
+    return _dump(value, default_flow_style=None, width=96)
+
+
+def write_line(value: Any) -> str:
+    """The same in one line, as an override gives it; a string of several lines keeps its own."""
+    text = _dump(value, default_flow_style=True, width=float("inf"))
+    return text.removesuffix("...\n").strip()
+
+
+def _dump(value: Any, **style: Any) -> str:
+    text: str = yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, **style)
+    return text
 
 
 def _build(

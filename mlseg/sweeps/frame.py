@@ -144,6 +144,16 @@ class Finished:
         kept = kept.drop_duplicates([*dimensions, "seed"])[[*dimensions, "seed", *figures]]
         return kept.dropna(how="all", subset=list(figures))
 
+    def scored(self, records: pd.DataFrame, figures: Sequence[str]) -> pd.DataFrame:
+        """Less splits and metrics on which no record has a figure that goes by them."""
+        axes = list(self.grid.axes)
+        by_them = [name for name in figures if self.dimensions([name]) != axes]
+        if not by_them:
+            return records
+        beside = self.dimensions(by_them)[len(axes) :]
+        there = records.groupby(beside)[by_them].transform("count").any(axis=1)
+        return records[there] if there.any() else records
+
     def selected(self, table: TableSettings) -> tuple[pd.DataFrame, list[dict[str, str]]]:
         """The records of a table, and what was chosen on validation images where."""
         chosen_by = list(table.select.values())

@@ -62,6 +62,7 @@ def _draw(
     width = max(3.6, 0.25 * points * (len(series) + 1) + 1.8 + (picture.series is not None))
     per_row = max(1, min(len(panels), int(14 // width)))
     lines = -(-len(panels) // per_row)
+    per_row = -(-len(panels) // lines)  # as many in each
     figure = Figure(figsize=(width * per_row, 3.4 * lines + 0.4), layout="constrained")
     axes = figure.subplots(lines, per_row, squeeze=False, sharey=True).flatten()
     metric = ", ".join(records["metric"].unique()) if "metric" in dimensions else ""

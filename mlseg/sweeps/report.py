@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlseg import machine
+from mlseg.config import yaml12
 from mlseg.files import replacing, write_json, write_text, writing
 from mlseg.sweeps.checks import fits
 from mlseg.sweeps.frame import Finished, Spread, aggregate, spread
@@ -139,7 +140,7 @@ def _head(grid: Grid, finished: Finished) -> list[str]:
     lines += [f"- command: `{command}`" for command in remembered(grid)]
     for axis, values in grid.axes.items():
         for name, value in values.items():
-            said = [f"`{key}={_yaml(v)}`" for key, v in value.overrides.items()]
+            said = [f"`{key}={yaml12.write_line(v)}`" for key, v in value.overrides.items()]
             for key, taken in value.takes.items():
                 dependency = grid.dependencies[taken]
                 cell = ", ".join(str(v) for v in dependency.cell.values() if v is not None)
@@ -159,12 +160,6 @@ def _head(grid: Grid, finished: Finished) -> list[str]:
     return lines
 
 
-def _yaml(value: Any) -> str:
-    from mlseg.config import yaml12
-
-    return yaml12.write(value).strip().removesuffix("...").strip().replace("\n", " ")
-
-
 def _default(finished: Finished) -> dict[str, TableSettings]:
     """Rows by the first axis, columns by the second, where a report names no table."""
     axes = list(finished.grid.axes)
@@ -182,7 +177,8 @@ def _table(finished: Finished, name: str, table: TableSettings, made: _Made) -> 
         return
     dimensions = [d for d in finished.dimensions(table.figures) if d not in table.select]
     rest = [d for d in dimensions if d not in (*table.rows, *table.columns)]
-    for place, part in _parts(records, rest):
+    for place, whole in _parts(records, rest):
+        part = finished.scored(whole, table.figures)
         several = {
             d: v for d, v in place.items() if d == "metric" or _several(finished, d, records)
         }

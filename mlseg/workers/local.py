@@ -24,6 +24,8 @@ from mlseg.errors import one_line
 from mlseg.workers.pool import Died, Ended, Raised, Resources, Returned
 
 _KIND = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+_LATER = ("torch._dynamo", "scipy.ndimage", "scipy.spatial")
+"""What a run loads only when it comes to it, and so each anew: two seconds of the CPU."""
 _ASKING = 1.0
 """Seconds between two requests to end: a piece of work hears them while it trains."""
 _PATIENCE = 600.0
@@ -54,7 +56,8 @@ class Processes:
         self._context: Any = multiprocessing.get_context(_KIND)
         if _KIND == "forkserver":
             loaded = (name for name in sys.modules if name.split(".")[0] == "mlseg")
-            self._context.set_forkserver_preload(sorted(set(loaded) - {"mlseg.__main__"}))
+            modules = sorted(set(loaded) - {"mlseg.__main__"})
+            self._context.set_forkserver_preload([*modules, *(_LATER if fresh else ())])
         self._workers: list[_Worker] = []
         self._asked = 0.0
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import tiny
 
 from mlseg import run
@@ -197,3 +198,10 @@ def test_threads(script: Script) -> None:
     shown = json.loads(script("threads", "--child", 1, "--sizes", "1x2x8", "1x2x16"))
     assert list(shown) == ["1x2x8", "1x2x16"]
     assert min(shown.values()) > 0.0
+
+
+@pytest.mark.slow
+def test_sweep_overhead(script: Script) -> None:
+    shown = script("sweep_overhead", "--rounds", 1, "--more", 1)
+    assert columns(shown, 0) == [("a cell of a sweep",), ("a run",), ("the cell beside it",)]
+    assert all(float(row[2].split()[0]) > 0.0 for row in rows(shown)[:2]), "of all processes"

@@ -380,7 +380,17 @@ def test_plain_values_survive_yaml(value: Any) -> None:
             return isinstance(other, float) and math.isnan(other)
         return type(one) is type(other) and one == other
 
-    assert same(value, yaml12.read(yaml12.write(value), "text")[0])
+    for write in (yaml12.write, yaml12.write_line):
+        assert same(value, yaml12.read(write(value), "text")[0])
+
+
+def test_nested_values_in_one_line() -> None:
+    value = {"name": "deeplabv3plus", "options": {"stride": 16, "rates": list(range(60))}}
+    text = yaml12.write_line({"segmentor": value, "loss": None})
+    rates = ", ".join(map(str, range(60)))
+    nested = f"{{name: deeplabv3plus, options: {{stride: 16, rates: [{rates}]}}}}"
+    assert text == f"{{segmentor: {nested}, loss: null}}"
+    assert yaml12.write_line(0.05) == "0.05"
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))

@@ -126,6 +126,40 @@ def test_points_of_some_rows_stand_about_their_tick(
     assert drawn == [[0.0]]
 
 
+def test_splits_of_other_rows_have_no_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    figures = {"rows": ["row"], "columns": ["split"], "figures": ["test", "seconds"]}
+    changes = {
+        "axes.images": {"3": {"overrides": {"data.train": 3}}, "4": {}},
+        "report.figures": {
+            "test": {"of": "scores.best.{split}.{metric}"},
+            "val": {"of": "scores.best.val.{metric}"},
+            "seconds": {"of": "seconds", "digits": 0},
+        },
+        "report.tables": {
+            "Few": {**figures, "where": {"images": "3"}},
+            "Many": {**figures, "where": {"images": "4"}},
+            "Best": {"rows": ["images"], "columns": ["split"], "figures": ["test"],
+                     "where": {"images": "3"}, "select": {"row": "val"}},
+        },
+    }  # fmt: skip
+    grid = Grid(grids.write(tmp_path, changes), Path("out"))
+    for cell in grid.shown:
+        splits = {split: {"jaccard": 0.5} for split in ("val", "test")}
+        if cell.values["images"] == "4" and cell.values["row"] == "flip":
+            splits["far"] = {"jaccard": 0.25}
+        finish(grid, cell, 0.5, 0.5, scores={"best": splits})
+    assert sweep.main(["grid.yaml", "--out", "out", "--table"]) == 0
+    text = capsys.readouterr().out
+    assert "| row | seeds | test, test | test, seconds |" in text.partition("## Few")[2]
+    assert "| images | seeds | test |" in text.partition("## Best")[2]
+    many = text.partition("## Many")[2].partition("##")[0]
+    assert "| row | seeds | test, test | test, seconds | far, test | far, seconds |" in many
+    assert "| off | 2 | 0.500 ± 0.000 | 3 ± 0 | - | 3 ± 0 |" in many, "one row has it"
+
+
 def test_a_figure_that_no_run_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

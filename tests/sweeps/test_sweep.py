@@ -331,6 +331,21 @@ def test_two_callers_a_killed_cell_ctrl_c_and_a_killed_caller(slow: Callable[...
     two.kill(signal.SIGKILL)
     two.wait()
     wait_until(lambda: not any(map(alive, held.values())))
-    for name in held:
-        log = Path("out/logs", name.replace("/seed", "") + ".log")
-        assert "SIGTERM: stopped and saved after step" in log.read_text()
+    logs = {name: Path("out/logs", name.replace("/seed", "") + ".log") for name in held}
+    saved = {
+        name: int(re.findall(r"SIGTERM: stopped and saved after step (\d+)", log.read_text())[-1])
+        for name, log in logs.items()
+    }
+    three = slow("--jobs", "2")
+    for name, step in saved.items():
+        resumed = f"Resuming after step {step}\n"
+        wait_until(lambda log=logs[name], line=resumed: line in log.read_text())  # type: ignore[misc]
+    assert at_work().keys() == held.keys()
+    assert not set(at_work().values()) & set(held.values())
+    three.kill(signal.SIGINT)
+    assert three.wait() == 130
+    for name, step in saved.items():
+        lines = Path("out", name, "metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line)["step"] for line in lines]
+        assert steps == sorted(set(steps)), "no line is lost, and none twice"
+        assert steps[-1] > step - 20
