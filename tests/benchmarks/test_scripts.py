@@ -204,4 +204,6 @@ def test_threads(script: Script) -> None:
 def test_sweep_overhead(script: Script) -> None:
     shown = script("sweep_overhead", "--rounds", 1, "--more", 1)
     assert columns(shown, 0) == [("a cell of a sweep",), ("a run",), ("the cell beside it",)]
-    assert all(float(row[2].split()[0]) > 0.0 for row in rows(shown)[:2]), "of all processes"
+    number = r"-?\d+\.\d\d"  # one round's start-up varies by more than a toy takes
+    for row in rows(shown):
+        assert all(re.fullmatch(rf"{number} \({number} to {number}\)", text) for text in row[1:])
