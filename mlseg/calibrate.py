@@ -122,20 +122,6 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def choose(
-    ensemble: Ensemble,
-    samples: Samples,
-    device: torch.device,
-    ks: Sequence[float],
-    thresholds: Sequence[float],
-    native: bool,
-    metric: str,
-) -> tuple[Tensor, calibration.Choice]:
-    """The grid of :func:`search` and the best of its cells."""
-    values, choice, _ = chosen(ensemble, samples, device, ks, thresholds, native, metric)
-    return values.mean(2), choice
-
-
 def chosen(
     ensemble: Ensemble,
     samples: Samples,
@@ -162,25 +148,6 @@ def chosen(
         checkpoints=calibration.digests(ensemble),
     )
     return values, choice, [own[metric] for own in before.per_image().values()]
-
-
-def search(
-    ensemble: Ensemble,
-    samples: Samples,
-    device: torch.device,
-    ks: Sequence[float],
-    thresholds: Sequence[float],
-    native: bool,
-    metric: str,
-) -> Tensor:
-    """The metric, mean over images, for every k and threshold.
-
-    Args, Raises: as of :func:`by_image`.
-
-    Returns:
-        (len(ks), len(thresholds)) float64, on the CPU.
-    """
-    return by_image(ensemble, samples, device, ks, thresholds, native, metric).mean(2)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mlseg.calibrate import KS, THRESHOLDS, choose
+from mlseg.calibrate import KS, THRESHOLDS, chosen
 from mlseg.errors import UserError
 from mlseg.evaluate import own_data
 from mlseg.problems.reporting import FIGURES, SECTIONS, Block, FinishedRun
@@ -137,7 +137,7 @@ def _choose(
     ensemble: Ensemble, data: SegmentationData, metric: str, ks: Sequence[float]
 ) -> tuple[Ensemble, Choice]:
     native = ensemble.first.scoring == "native"
-    _, choice = choose(ensemble, data.val, CPU, ks, THRESHOLDS, native, metric)
+    _, choice, _ = chosen(ensemble, data.val, CPU, ks, THRESHOLDS, native, metric)
     return ensemble.with_choice(choice.k, choice.threshold), choice
 
 

@@ -160,7 +160,7 @@ def test_the_grid_is_what_scoring_gives_at_each_cell(fresh: list[Path]) -> None:
     for paths in (fresh[:1], fresh):
         ensemble = load_runs(paths, CPU)
         for metric in ("jaccard", "accuracy"):
-            grid = calibrate.search(ensemble, data.val, CPU, ks, thresholds, True, metric)
+            grid = calibrate.by_image(ensemble, data.val, CPU, ks, thresholds, True, metric).mean(2)
             for row, k in enumerate(ks):
                 for column, threshold in enumerate(thresholds):
                     chosen = ensemble.with_choice(k, threshold)
@@ -200,7 +200,7 @@ def test_a_networks_own_temperature_gives_way_to_the_chosen_one(fresh: list[Path
     assert calibration.describe(ensemble) == "k 0.25, threshold 0.5"
     assert calibration.describe(chosen) == "k 0.8, threshold 0.5"
     data = data_of(fresh[0])
-    grid = calibrate.search(ensemble, data.val, CPU, [0.8], [0.6], True, "accuracy")
+    grid = calibrate.by_image(ensemble, data.val, CPU, [0.8], [0.6], True, "accuracy").mean(2)
     figures = score(chosen, data.val, CPU, threshold=0.6, native=True).compute()
     assert float(grid) == pytest.approx(figures["accuracy"])
 

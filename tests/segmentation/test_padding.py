@@ -118,7 +118,9 @@ def test_calibration_counts_as_scoring_does(own: Path, tmp_path: Path) -> None:
     settings: Any = parse_run(load(out / "config.yaml"))[0]
     samples, ensemble = load_data(settings.data).val, load_runs([out], CPU)
     for native in (True, False):
-        grid = calibrate.search(ensemble, samples, CPU, [0.4], [0.3, 0.6], native, "accuracy")
+        grid = calibrate.by_image(
+            ensemble, samples, CPU, [0.4], [0.3, 0.6], native, "accuracy"
+        ).mean(2)
         for column, threshold in enumerate((0.3, 0.6)):
             chosen = ensemble.with_choice(0.4, threshold)
             figures = score(chosen, samples, CPU, threshold=threshold, native=native).compute()

@@ -47,7 +47,8 @@ def test_calibration_puts_another_k_in_the_place_of_the_annealed(trained: Path) 
     settings: Any = parse_run(load(trained / "config.yaml"))[0]
     samples, ensemble = load_data(settings.data).val, load_runs([trained], CPU, "last")
     ks, thresholds = [0.3, 1.0], [0.3, 0.6]
-    grid = calibrate.search(ensemble, samples, CPU, ks, thresholds, True, "accuracy")
+    values = calibrate.by_image(ensemble, samples, CPU, ks, thresholds, True, "accuracy")
+    grid = values.mean(2)
     for row, k in enumerate(ks):
         for column, threshold in enumerate(thresholds):
             chosen = ensemble.with_choice(k, threshold)
