@@ -10,6 +10,7 @@ from own_functions import own
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlseg.hypergradients.second_order.fused import SecondOrder, formulas
 
@@ -98,6 +99,33 @@ WITHOUT_TORCH: dict[str, Case] = {
     "batch_norm, beta alone": (batch_norm, [(5, 4, 2), None, (4,)]),
 }
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class Sums(TorchDispatchMode):
+    """Notes for each sum that batch normalisation is asked for whether it has a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weighted: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.native_batch_norm_backward.default and any(args[-1][1:]):
+            self.weighted.append(args[2] is not None)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["batch_norm 2d", "batch_norm 2d plain"])
+def test_sums_of_batch_norm_have_a_weight(name: str) -> None:
+    """CUDA's kernel makes none without."""
+    operation, shapes = CASES[name]
+    operands = drawn(shapes, torch.float64)
+    given = [t.requires_grad_() for t in operands if t is not None]
+    with formulas("fused"), Sums() as sums:
+        y = operation(*operands).tanh().sum()
+        first = torch.autograd.grad(y, given, create_graph=True)
+        torch.autograd.grad(sum(g.square().sum() for g in first), given)
+    assert sums.weighted
+    assert all(sums.weighted)
 
 
 def drawn(
