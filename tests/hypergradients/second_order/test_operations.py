@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import waiting
 from own_functions import own
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -183,6 +184,22 @@ def test_value_and_both_derivatives_are_torchs(case: str, dtype: torch.dtype, la
             assert a.shape == b.shape
             size = max(float(t.norm()) for t in wanted)
             assert float((a - b).norm()) <= 500 * torch.finfo(dtype).eps * size
+
+
+@waiting.needs_gpu
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", [*CASES, *WITHOUT_TORCH])
+def test_on_a_gpu_the_same(case: str, last: bool) -> None:
+    """As on the CPU, in float64, in which nothing is rounded to TF32."""
+    operation, shapes = (CASES | WITHOUT_TORCH)[case]
+    here = drawn(shapes, torch.float64, last)
+    there = [None if t is None else t.detach().cuda().requires_grad_() for t in here]
+    found = derivatives(operation, there, "fused")
+    for ours, wanted in zip(found, derivatives(operation, here, "fused"), strict=True):
+        size = max(float(t.norm()) for t in wanted)
+        for a, b in zip(ours, wanted, strict=True):
+            assert a.device.type == "cuda"
+            assert float((a.cpu() - b).norm()) <= 500 * torch.finfo(torch.float64).eps * size
 
 
 @pytest.mark.parametrize("case", [*CASES, *WITHOUT_TORCH])
