@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import betty.problems
+import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -55,19 +56,20 @@ class ProgramBuffers:
         Args:
             statistics: of BatchNorm's statistics too, which a loss in training mode doesn't read.
         """
-        return {
-            path: _copy(table.get(name))
+        wanted = [
+            (path, table.get(name))
             for path, (table, name, is_statistics) in self._places().items()
             if statistics or not is_statistics
-        }
+        ]
+        copies = _copies([buffer for _, buffer in wanted])
+        return {path: value for (path, _), value in zip(wanted, copies, strict=True)}
 
     def contents(self) -> Contents:
         """All of them as they are, for :func:`put_back`."""
         self.forget()
-        return [
-            (table, name, table.get(name), _copy(table.get(name)))
-            for table, name, _ in self._places().values()
-        ]
+        places = [(table, name, table.get(name)) for table, name, _ in self._places().values()]
+        copies = _copies([buffer for _, _, buffer in places])
+        return [(*place, value) for place, value in zip(places, copies, strict=True)]
 
     def set(self, copies: Copies, apart: bool = False) -> None:
         """Give buffers these values, within a block that ends with :func:`put_back`.
@@ -76,6 +78,7 @@ class ProgramBuffers:
             apart: in tensors of their own, since a graph that outlives the next call saves them.
         """
         places = self._places()
+        into, values = [], []
         for path, value in copies.items():
             if path not in places:
                 continue
@@ -87,20 +90,40 @@ class ProgramBuffers:
                 device = value.device if present is None else present.device
                 table[name] = value.to(device, copy=True)
             else:
-                present.data.copy_(value)
+                into.append(present.data)
+                values.append(value)
+        _copy_all(into, values)
 
 
 def put_back(contents: Contents) -> None:
     """The tensors themselves and their values."""
+    into, values = [], []
     for table, name, buffer, value in contents:
         table[name] = buffer
         if buffer is not None and value is not None:
             # Through ``data``: a graph that is still to be walked may have saved the buffer.
-            buffer.data.copy_(value)
+            into.append(buffer.data)
+            values.append(value)
+    _copy_all(into, values)
 
 
-def _copy(buffer: Tensor | None) -> Tensor | None:
-    return None if buffer is None else buffer.detach().clone()
+def _copies(buffers: Sequence[Tensor | None]) -> list[Tensor | None]:
+    present = [buffer.detach() for buffer in buffers if buffer is not None]
+    made = [torch.empty_like(buffer) for buffer in present]
+    _copy_all(made, present)
+    rest = iter(made)
+    return [None if buffer is None else next(rest) for buffer in buffers]
+
+
+def _copy_all(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """In one operation per kind of tensor: there are hundreds of them, each next to nothing."""
+    kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, value in zip(into, values, strict=True):
+        targets, of = kinds.setdefault((target.dtype, target.device), ([], []))
+        targets.append(target)
+        of.append(value)
+    for targets, of in kinds.values():
+        torch._foreach_copy_(targets, of)
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:

@@ -12,7 +12,8 @@ Sources: the update rules in the documentation of ``torch.optim``.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -115,6 +116,27 @@ class Optimizer(Settings):
         return decay * ((second / correction).sqrt().to(p.dtype) + group["eps"])
 
 
+class Diagonal(Optimizer):
+    """An optimizer with a formula for its diagonal, of many parameters at once.
+
+    A network has dozens of parameters and a formula a handful of operations: one by one they take
+    a device longer to be told than to do.
+    """
+
+    @classmethod
+    def scaled(cls, v: Tensor, w: Tensor, moments: Moments, group: Mapping[str, Any]) -> Tensor:
+        """See :meth:`scaled_together`."""
+        (result,) = cls.scaled_together([v], [moments], group)
+        return result
+
+    @classmethod
+    @abstractmethod
+    def scaled_together(
+        cls, v: Sequence[Tensor], moments: Sequence[Moments], group: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """:meth:`Optimizer.scaled` of parameters of one group, device and dtype."""
+
+
 OPTIMIZERS: Registry[Any] = Registry(
     "optimizer",
     base=(Settings, torch.optim.Optimizer),
@@ -154,6 +176,42 @@ def descent(w: Tensor, g: Tensor, group: Mapping[str, Any]) -> Tensor:
 def sign_of(group: Mapping[str, Any]) -> int:
     """1 for a group that descends, -1 for one that ascends."""
     return -1 if group.get("maximize") else 1
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Steps taken by each of some parameters.
+
+    Attributes:
+        of: (n,) different counts, in double precision as in :func:`count_of`.
+        places: which parameters have taken so many.
+    """
+
+    of: Tensor
+    places: list[list[int]]
+
+    def each(self, values: Tensor, like: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+        """The parameters of each count with their value of ``values``, (n,), as a scalar.
+
+        Args:
+            like: of the dtype that the scalar is to enter operations with.
+        """
+        narrow = like.dtype in (torch.bfloat16, torch.float16)
+        values = values.to(torch.float32 if narrow else like.dtype)
+        return zip(self.places, values.unbind(), strict=True)
+
+
+def counts_of(moments: Sequence[Moments]) -> Counts:
+    """:func:`count_of` many parameters.
+
+    What is on a device isn't read; there each parameter counts by itself.
+    """
+    found = [torch.as_tensor(m.get(COUNT, 0.0)) for m in moments]
+    alike: dict[Any, list[int]] = {}
+    for i, count in enumerate(found):
+        alike.setdefault(float(count) if count.device.type == "cpu" else -i - 1, []).append(i)
+    places = list(alike.values())
+    return Counts(torch.stack([found[first] for first, *_ in places]).to(torch.float64), places)
 
 
 def count_of(moments: Moments) -> Tensor:
