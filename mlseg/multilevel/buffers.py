@@ -7,8 +7,10 @@ from typing import Any
 
 import betty.problems
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from mlseg.modules import submodules
 
 Copies = dict[str, Tensor | None]
 """Values by where a buffer is: its level, and its path in that level's module."""
@@ -29,6 +31,7 @@ class ProgramBuffers:
     def __init__(self, problems: Callable[[], Sequence[betty.problems.Problem]]) -> None:
         self._problems = problems
         self._found: dict[str, tuple[dict[str, Any], str, bool]] | None = None
+        self._holders: list[tuple[nn.Module, tuple[str, ...]]] = []
 
     def forget(self) -> None:
         """Modules may have changed: look for them anew."""
@@ -66,8 +69,16 @@ class ProgramBuffers:
 
     def contents(self) -> Contents:
         """All of them as they are, for :func:`put_back`."""
-        self.forget()
-        places = [(table, name, table.get(name)) for table, name, _ in self._places().values()]
+        modules = submodules(problem.module for problem in self._problems())
+        holders = [(module, tuple(module._buffers)) for module in modules]
+        if holders != self._holders:  # one was made since
+            self._holders = holders
+            self.forget()
+        places = [
+            (module._buffers, name, module._buffers[name])
+            for module, names in holders
+            for name in names
+        ]
         copies = _copies([buffer for _, _, buffer in places])
         return [(*place, value) for place, value in zip(places, copies, strict=True)]
 

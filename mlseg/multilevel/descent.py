@@ -22,6 +22,7 @@ from mlseg.multilevel.betty_tables import carry_by_bettys, is_bettys
 from mlseg.multilevel.outer_gradient import OuterGradient
 from mlseg.multilevel.revisiting import Revisitable
 from mlseg.multilevel.sharing import Buffers
+from mlseg.transfer import laid_out
 
 
 class Descending(Revisitable):
@@ -265,13 +266,10 @@ class Descending(Revisitable):
         self._accumulate(params, parallel.average_some(found, params))
 
     def set_grads(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-        """Add to ``.grad``, in the memory layout of the parameters.
-
-        ``torch.autograd.grad`` gives gradients in any layout, and fused optimizers go through the
-        memory of both side by side: on the CPU they would step along a permuted gradient.
-        """
+        """Add to ``.grad``, in the memory layout of the parameters: ``torch.autograd.grad`` gives
+        gradients in any."""
         pairs = zip(params, grads, strict=True)
-        super().set_grads(params, [None if g is None else _laid_out(g, p) for p, g in pairs])
+        super().set_grads(params, [None if g is None else laid_out(g, p) for p, g in pairs])
 
     def hypergradient(self, vector: Vector, hop: Hop) -> tuple[list[Vector], dict[str, Tensor]]:
         """Carry an outer gradient over ``hop``, which starts from this level, by its method."""
@@ -299,12 +297,6 @@ def _as_dict(result: Any, name: str) -> dict[str, Any]:
         )
     values["loss"] = loss.reshape(())
     return values
-
-
-def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
-    if gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _clear(parameters: Vector) -> None:
