@@ -17,6 +17,7 @@ from mlseg.hypergradients.optimizers.base import (
     count_of,
     counts_of,
     descent,
+    each,
     register,
     safe_sqrt,
     sign_of,
@@ -57,10 +58,10 @@ class Adagrad(Diagonal):
         """``eta / (1 + (t - 1) lr_decay) v / (sqrt(u) + eps)``, with ``u`` the second moment and
         ``t`` the steps taken."""
         counts = counts_of(moments)
-        rate = group["lr"] / (1.0 + (counts.of - 1.0) * group["lr_decay"])
+        rate = group["lr"] / (1.0 + (counts - 1.0) * group["lr_decay"])
         denominators = torch._foreach_sqrt([m["sum"] for m in moments])
         torch._foreach_add_(denominators, group["eps"])
         result = list(torch._foreach_div(v, denominators))
-        for places, scale in counts.each(sign_of(group) * rate, v[0]):
-            torch._foreach_mul_([result[i] for i in places], scale)
+        for value, scale in zip(result, each(sign_of(group) * rate, v[0]), strict=True):
+            torch._foreach_mul_([value], scale)
         return result

@@ -17,6 +17,7 @@ from mlseg.hypergradients.optimizers.base import (
     count_of,
     counts_of,
     descent,
+    each,
     register,
     safe_sqrt,
     sign_of,
@@ -77,14 +78,14 @@ class Adam(Diagonal):
         (beta1, beta2), counts = group["betas"], counts_of(moments)
         second = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
         # Numerator and denominator, both times the square root of the correction.
-        root = (1.0 - beta2**counts.of) ** 0.5
-        factor = group["lr"] * (1.0 - beta1) / (1.0 - beta1**counts.of) * root
+        root = (1.0 - beta2**counts) ** 0.5
+        factor = group["lr"] * (1.0 - beta1) / (1.0 - beta1**counts) * root
         denominators = torch._foreach_sqrt([m[second] for m in moments])
-        for places, shift in counts.each(group["eps"] * root, v[0]):
-            torch._foreach_add_([denominators[i] for i in places], shift)
+        for denominator, shift in zip(denominators, each(group["eps"] * root, v[0]), strict=True):
+            torch._foreach_add_([denominator], shift)
         result = list(torch._foreach_div(v, denominators))
-        for places, scale in counts.each(sign_of(group) * factor, v[0]):
-            torch._foreach_mul_([result[i] for i in places], scale)
+        for value, scale in zip(result, each(sign_of(group) * factor, v[0]), strict=True):
+            torch._foreach_mul_([value], scale)
         return result
 
 

@@ -12,8 +12,7 @@ Sources: the update rules in the documentation of ``torch.optim``.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -178,45 +177,24 @@ def sign_of(group: Mapping[str, Any]) -> int:
     return -1 if group.get("maximize") else 1
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Steps taken by each of some parameters.
-
-    Attributes:
-        of: (n,) different counts, in double precision as in :func:`count_of`.
-        places: which parameters have taken so many.
-    """
-
-    of: Tensor
-    places: list[list[int]]
-
-    def each(self, values: Tensor, like: Tensor) -> Iterator[tuple[list[int], Tensor]]:
-        """The parameters of each count with their value of ``values``, (n,), as a scalar.
-
-        Args:
-            like: of the dtype that the scalar is to enter operations with.
-        """
-        narrow = like.dtype in (torch.bfloat16, torch.float16)
-        values = values.to(torch.float32 if narrow else like.dtype)
-        return zip(self.places, values.unbind(), strict=True)
-
-
-def counts_of(moments: Sequence[Moments]) -> Counts:
-    """:func:`count_of` many parameters.
-
-    What is on a device isn't read; there each parameter counts by itself.
-    """
-    found = [torch.as_tensor(m.get(COUNT, 0.0)) for m in moments]
-    alike: dict[Any, list[int]] = {}
-    for i, count in enumerate(found):
-        alike.setdefault(float(count) if count.device.type == "cpu" else -i - 1, []).append(i)
-    places = list(alike.values())
-    return Counts(torch.stack([found[first] for first, *_ in places]).to(torch.float64), places)
-
-
 def count_of(moments: Moments) -> Tensor:
     """Steps taken: on the host, or on the device for a fused optimizer there; never read.
 
     In double precision, as in torch's own update: ``1 - beta^t`` cancels in single precision.
     """
     return torch.as_tensor(moments.get(COUNT, 0.0)).to(torch.float64)
+
+
+def counts_of(moments: Sequence[Moments]) -> Tensor:
+    """(n,) :func:`count_of` several parameters of one device, in one operation."""
+    counts = [torch.as_tensor(m.get(COUNT, 0.0)) for m in moments]
+    return torch.stack(counts).to(torch.float64)
+
+
+def each(values: Tensor, like: Tensor) -> Sequence[Tensor]:
+    """(n,) values as scalars, to enter operations with tensors like that.
+
+    Parameters that have stepped together have the same ones, which only the device knows.
+    """
+    narrow = like.dtype in (torch.bfloat16, torch.float16)
+    return values.to(torch.float32 if narrow else like.dtype).unbind()
