@@ -57,6 +57,23 @@ def test_a_diagonals_formula_is_what_follows_from_the_map(name: str) -> None:
     assert not torch.allclose(formula, v)
 
 
+@pytest.mark.parametrize("name", ["adam", "adagrad", "rmsprop"])
+def test_a_diagonal_in_half_precision_is_near_the_exact_one(name: str) -> None:
+    """The corrections and eps are not of that precision."""
+    cls = by_name(name)
+    p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = cls.torch_class([p], lr=0.05)
+    p.grad = torch.tensor([1.0, 1e-3, 2.0, 3.0], dtype=torch.bfloat16)
+    optimizer.step()
+    state = optimizer.state[p]
+    wide = {k: v.double() for k, v in state.items()}
+    ones = torch.ones_like(p)
+    found = cls.scaled(ones, p, state, optimizer.param_groups[0])
+    exact = cls.scaled(ones.double(), p.double(), wide, optimizer.param_groups[0])
+    # Square root, sum, quotient and product are each rounded to it.
+    torch.testing.assert_close(found.double(), exact, rtol=4 * 2.0**-8, atol=0.0)
+
+
 @pytest.mark.parametrize("name", MADE)
 def test_all_parameters_have_their_own_scale(name: str) -> None:
     """Of two groups, two dtypes and different numbers of steps, one of them 0."""

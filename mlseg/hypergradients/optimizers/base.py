@@ -191,10 +191,19 @@ def counts_of(moments: Sequence[Moments]) -> Tensor:
     return torch.stack(counts).to(torch.float64)
 
 
-def each(values: Tensor, like: Tensor) -> Sequence[Tensor]:
-    """(n,) values as scalars, to enter operations with tensors like that.
+def with_each(
+    operation: Callable[[list[Tensor], Tensor], Any], tensors: Sequence[Tensor], values: Tensor
+) -> None:
+    """Combine each tensor in place with its own of (n,) values, which only the device may know.
 
-    Parameters that have stepped together have the same ones, which only the device knows.
+    Args:
+        operation: such as ``torch._foreach_add_``, whose kernels with a number on the device are
+            the faster ones; they want it in the tensor's own dtype.
     """
-    narrow = like.dtype in (torch.bfloat16, torch.float16)
-    return values.to(torch.float32 if narrow else like.dtype).unbind()
+    narrow = tensors[0].dtype in (torch.bfloat16, torch.float16)
+    dtype = torch.float32 if narrow else tensors[0].dtype
+    for tensor, value in zip(tensors, values.to(dtype).unbind(), strict=True):
+        wide = [tensor.to(dtype)]
+        operation(wide, value)
+        if narrow:
+            tensor.copy_(wide[0])
