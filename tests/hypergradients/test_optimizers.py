@@ -6,6 +6,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mlseg.hypergradients import optimizers
 from mlseg.hypergradients.optimizers import Optimizer, find, known, one_step_scale
@@ -55,6 +56,25 @@ def test_a_diagonals_formula_is_what_follows_from_the_map(name: str) -> None:
     formula = cls.scaled(v, p, state, group)
     torch.testing.assert_close(formula, derived, rtol=32 * torch.finfo(v.dtype).eps, atol=0.0)
     assert not torch.allclose(formula, v)
+
+
+@pytest.mark.parametrize("rate", [None, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", MADE)
+def test_a_scale_reads_no_number(name: str, rate: torch.dtype | None) -> None:
+    """Of tensors that stand for a device's; the rate may be one of them, of any dtype."""
+    with FakeTensorMode():
+        cls = by_name(name.split()[0])
+        parameters = [torch.nn.Parameter(torch.ones(3 + i)) for i in range(2)]
+        optimizer = cls.torch_class(parameters, lr=0.05, **MADE[name])
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        if rate is not None:
+            optimizer.param_groups[0]["lr"] = torch.ones((), dtype=rate)
+        for preconditioned in (False, True):
+            found = one_step_scale(parameters, parameters, optimizer, preconditioned)
+            assert [v.shape for v in found] == [p.shape for p in parameters]
+            assert {v.dtype for v in found} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", ["adam", "adagrad", "rmsprop"])

@@ -17,10 +17,10 @@ from mlseg.hypergradients.optimizers.base import (
     count_of,
     counts_of,
     descent,
+    each,
     register,
     safe_sqrt,
     sign_of,
-    with_each,
 )
 
 
@@ -62,5 +62,5 @@ class Adagrad(Diagonal):
         denominators = torch._foreach_sqrt([m["sum"] for m in moments])
         torch._foreach_add_(denominators, group["eps"])
         result = list(torch._foreach_div(v, denominators))
-        with_each(torch._foreach_mul_, result, sign_of(group) * rate)
+        torch._foreach_mul_(result, each(sign_of(group) * rate, v[0]))
         return result

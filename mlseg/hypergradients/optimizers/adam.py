@@ -17,10 +17,10 @@ from mlseg.hypergradients.optimizers.base import (
     count_of,
     counts_of,
     descent,
+    each,
     register,
     safe_sqrt,
     sign_of,
-    with_each,
 )
 
 Betas = Annotated[tuple[float, float], Strict(False)]
@@ -81,9 +81,9 @@ class Adam(Diagonal):
         root = (1.0 - beta2**counts) ** 0.5
         factor = group["lr"] * (1.0 - beta1) / (1.0 - beta1**counts) * root
         denominators = torch._foreach_sqrt([m[second] for m in moments])
-        with_each(torch._foreach_add_, denominators, group["eps"] * root)
+        torch._foreach_add_(denominators, each(group["eps"] * root, v[0]))
         result = list(torch._foreach_div(v, denominators))
-        with_each(torch._foreach_mul_, result, sign_of(group) * factor)
+        torch._foreach_mul_(result, each(sign_of(group) * factor, v[0]))
         return result
 
 

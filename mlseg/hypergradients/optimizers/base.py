@@ -191,19 +191,19 @@ def counts_of(moments: Sequence[Moments]) -> Tensor:
     return torch.stack(counts).to(torch.float64)
 
 
-def with_each(
-    operation: Callable[[list[Tensor], Tensor], Any], tensors: Sequence[Tensor], values: Tensor
-) -> None:
-    """Combine each tensor in place with its own of (n,) values, which only the device may know.
+def each(values: Tensor, like: Tensor) -> Sequence[Tensor]:
+    """(n,) values as scalars for operations with tensors like that, one for each parameter.
 
-    Args:
-        operation: such as ``torch._foreach_add_``, whose kernels with a number on the device are
-            the faster ones; they want it in the tensor's own dtype.
+    Those that have stepped together have the same ones, but only the device may know it. As a list:
+    one number that is a tensor is read by ``torch._foreach_add_``.
     """
-    narrow = tensors[0].dtype in (torch.bfloat16, torch.float16)
-    dtype = torch.float32 if narrow else tensors[0].dtype
-    for tensor, value in zip(tensors, values.to(dtype).unbind(), strict=True):
-        wide = [tensor.to(dtype)]
-        operation(wide, value)
-        if narrow:
-            tensor.copy_(wide[0])
+    narrow = like.dtype in (torch.bfloat16, torch.float16)
+    return values.to(torch.float32 if narrow else like.dtype).unbind()
+
+
+def factors(factor: Any, count: int) -> Any:
+    """A factor of so many tensors as ``torch._foreach_mul`` takes it.
+
+    One number that is a tensor must be of their dtype there; in a list it may be of any.
+    """
+    return [factor] * count if isinstance(factor, Tensor) else factor

@@ -16,6 +16,7 @@ from mlseg.hypergradients.optimizers.base import (
     Moments,
     count_of,
     descent,
+    factors,
     register,
     safe_sqrt,
     sign_of,
@@ -73,5 +74,5 @@ class RmsProp(Diagonal):
         denominators = torch._foreach_sqrt(second)
         torch._foreach_add_(denominators, group["eps"])
         result = list(torch._foreach_div(v, denominators))
-        torch._foreach_mul_(result, sign_of(group) * group["lr"])
+        torch._foreach_mul_(result, factors(sign_of(group) * group["lr"], len(result)))
         return result

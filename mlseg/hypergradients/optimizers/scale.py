@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlseg.hypergradients.optimizers.base import Diagonal, Moments, Optimizer, sign_of
+from mlseg.hypergradients.optimizers.base import Diagonal, Moments, Optimizer, factors, sign_of
 from mlseg.hypergradients.optimizers.finding import check_known, find
 
 
@@ -43,7 +43,7 @@ def one_step_scale(
         if group is None:
             found = [torch.zeros_like(v) for v in part]  # nothing ever steps it
         elif kind is None or not has_state:
-            found = torch._foreach_mul(part, sign_of(group) * group["lr"])
+            found = torch._foreach_mul(part, factors(sign_of(group) * group["lr"], len(part)))
         else:
             held = [parameters[i] for i in places]
             found = _preconditioned(kind, part, held, [optimizer.state[p] for p in held], group)

@@ -14,6 +14,7 @@ from mlseg.hypergradients.optimizers.base import (
     Hold,
     Moments,
     descent,
+    factors,
     register,
     sign_of,
 )
@@ -63,4 +64,4 @@ class Sgd(Diagonal):
         momentum = group["momentum"]
         fresh = 1.0 - group["dampening"] if momentum else 1.0
         factor = group["lr"] * (1.0 + momentum * fresh if group["nesterov"] else fresh)
-        return list(torch._foreach_mul(v, sign_of(group) * factor))
+        return list(torch._foreach_mul(v, factors(sign_of(group) * factor, len(v))))
