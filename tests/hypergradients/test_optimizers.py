@@ -63,9 +63,9 @@ def test_a_diagonals_formula_is_what_follows_from_the_map(name: str) -> None:
 def test_a_scale_reads_no_number(name: str, rate: torch.dtype | None) -> None:
     """Of tensors that stand for a device's; the rate may be one of them, of any dtype."""
     with FakeTensorMode():
-        cls = by_name(name.split()[0])
+        made: Any = by_name(name.split()[0]).torch_class
         parameters = [torch.nn.Parameter(torch.ones(3 + i)) for i in range(2)]
-        optimizer = cls.torch_class(parameters, lr=0.05, **MADE[name])
+        optimizer = made(parameters, lr=0.05, **MADE[name])
         for p in parameters:
             p.grad = torch.ones_like(p)
         optimizer.step()
@@ -82,7 +82,8 @@ def test_a_diagonal_in_half_precision_is_near_the_exact_one(name: str) -> None:
     """The corrections and eps are not of that precision."""
     cls = by_name(name)
     p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    optimizer = cls.torch_class([p], lr=0.05)
+    made: Any = cls.torch_class
+    optimizer = made([p], lr=0.05)
     p.grad = torch.tensor([1.0, 1e-3, 2.0, 3.0], dtype=torch.bfloat16)
     optimizer.step()
     state = optimizer.state[p]

@@ -88,7 +88,7 @@ def test_a_state_of_another_layout_goes_on_the_same(batches: int) -> None:
     def fused(parameters: Any, lr: float) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, lr, fused=True)
 
-    settings = {"hypergradient": "identity", "gradient_accumulation": batches}
+    settings: dict[str, Any] = {"hypergradient": "identity", "gradient_accumulation": batches}
     old, new = program(fused, **settings), program(fused, **settings)
     for problem in new.problems:
         problem.module.weight.data = problem.module.weight.data.contiguous()

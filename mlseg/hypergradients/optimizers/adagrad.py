@@ -53,7 +53,7 @@ class Adagrad(Diagonal):
 
     @classmethod
     def scaled_together(
-        cls, v: Sequence[Tensor], moments: Sequence[Moments], group: Mapping[str, Any]
+        cls, v: list[Tensor], moments: Sequence[Moments], group: Mapping[str, Any]
     ) -> list[Tensor]:
         """``eta / (1 + (t - 1) lr_decay) v / (sqrt(u) + eps)``, with ``u`` the second moment and
         ``t`` the steps taken."""

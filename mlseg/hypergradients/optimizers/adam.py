@@ -69,7 +69,7 @@ class Adam(Diagonal):
 
     @classmethod
     def scaled_together(
-        cls, v: Sequence[Tensor], moments: Sequence[Moments], group: Mapping[str, Any]
+        cls, v: list[Tensor], moments: Sequence[Moments], group: Mapping[str, Any]
     ) -> list[Tensor]:
         """``eta (1 - beta1) / (1 - beta1^t) v / (sqrt(u / (1 - beta2^t)) + eps)``.
 

@@ -131,7 +131,7 @@ class Diagonal(Optimizer):
     @classmethod
     @abstractmethod
     def scaled_together(
-        cls, v: Sequence[Tensor], moments: Sequence[Moments], group: Mapping[str, Any]
+        cls, v: list[Tensor], moments: Sequence[Moments], group: Mapping[str, Any]
     ) -> list[Tensor]:
         """:meth:`Optimizer.scaled` of parameters of one group, device and dtype."""
 
@@ -191,7 +191,7 @@ def counts_of(moments: Sequence[Moments]) -> Tensor:
     return torch.stack(counts).to(torch.float64)
 
 
-def each(values: Tensor, like: Tensor) -> Sequence[Tensor]:
+def each(values: Tensor, like: Tensor) -> tuple[Tensor, ...]:
     """(n,) values as scalars for operations with tensors like that, one for each parameter.
 
     Those that have stepped together have the same ones, but only the device may know it. As a list:

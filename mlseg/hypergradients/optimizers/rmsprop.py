@@ -63,7 +63,7 @@ class RmsProp(Diagonal):
 
     @classmethod
     def scaled_together(
-        cls, v: Sequence[Tensor], moments: Sequence[Moments], group: Mapping[str, Any]
+        cls, v: list[Tensor], moments: Sequence[Moments], group: Mapping[str, Any]
     ) -> list[Tensor]:
         """``eta v / (sqrt(u) + eps)``, with ``u`` the second moment, less the squared mean when
         centred."""

@@ -40,6 +40,7 @@ def one_step_scale(
     scaled = list(vector)
     for group, has_state, places in _alike(vector, parameters, optimizer):
         part = [vector[i] for i in places]
+        found: Sequence[Tensor]
         if group is None:
             found = [torch.zeros_like(v) for v in part]  # nothing ever steps it
         elif kind is None or not has_state:
@@ -54,7 +55,7 @@ def one_step_scale(
 
 def _preconditioned(
     kind: type[Optimizer],
-    vector: Sequence[Tensor],
+    vector: list[Tensor],
     parameters: Sequence[Tensor],
     moments: Sequence[Moments],
     group: Mapping[str, Any],

@@ -54,7 +54,7 @@ class Sgd(Diagonal):
 
     @classmethod
     def scaled_together(
-        cls, v: Sequence[Tensor], moments: Sequence[Moments], group: Mapping[str, Any]
+        cls, v: list[Tensor], moments: Sequence[Moments], group: Mapping[str, Any]
     ) -> list[Tensor]:
         """``eta v``, times (1 - dampening) with momentum, times (1 + momentum) with Nesterov.
 
