@@ -26,7 +26,7 @@ from mlseg.engines.engine import Engine
 from mlseg.engines.segmentation import Segmentation
 from mlseg.multilevel.outer_gradient import OuterGradient
 from mlseg.multilevel.problem import Problem
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 
 REST = "rest"
 Parts = Mapping[str, str]

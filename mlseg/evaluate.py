@@ -50,10 +50,10 @@ from mlseg.engines.segmentation import check_same_data
 from mlseg.errors import UserError
 from mlseg.files import require_file, require_writable, write_json
 from mlseg.machine import choose_device
+from mlseg.problems.systems import parse_run
 from mlseg.reports.keeping import keep
 from mlseg.reports.page import PAGE
 from mlseg.resuming import require_untouched
-from mlseg.run import parse_run
 from mlseg.segmentation.calibration import calibrated, describe
 from mlseg.segmentation.data import (
     DataSettings,

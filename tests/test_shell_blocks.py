@@ -15,7 +15,7 @@ import yaml
 from mlseg import config
 from mlseg.__main__ import COMMANDS
 from mlseg.comparison.settings import parse as parse_comparison
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 from mlseg.sweeps.grid import Grid
 from mlseg.sweeps.settings import GridSettings
 

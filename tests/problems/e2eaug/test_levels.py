@@ -16,8 +16,7 @@ from mlseg.engines.segmentation import Segmentation
 from mlseg.errors import UserError
 from mlseg.problems.e2eaug.masks import encode
 from mlseg.problems.e2eaug.networks.pix2pix import Generator
-from mlseg.problems.systems import load_system
-from mlseg.run import parse_run
+from mlseg.problems.systems import load_system, parse_run
 
 pytestmark = pytest.mark.slow
 
