@@ -7,13 +7,17 @@ agree, that a killed run ends as an untouched one.
 
 import json
 import re
+import runpy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+from commanding import parsed
 
-from mlseg import run
+from mlseg import config, run
+from mlseg.problems.systems import parse_run
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = BENCHMARKS.parent / "configs" / "e2eaug_isic_small.yaml"
@@ -85,11 +89,17 @@ def test_engine_overhead(script: Script, tmp_path: Path) -> None:
     assert set(json.loads(figures.read_text())["cases"]) == {"e2eaug", "toy"}
 
 
-def test_e2eaug_iteration(script: Script, tmp_path: Path) -> None:
-    config = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug")
-    shown = script("e2eaug_iteration", "--config", config, "--iterations", 1)
-    parts = {"segmentor: hop", "generator: hop", "outer gradient", *EVERY_PART}
-    assert parts <= {row[0] for row in rows(shown)}
+@pytest.mark.parametrize(
+    ("system", "parts"),
+    [
+        ("e2eaug", {"segmentor: hop", "generator: hop", "outer gradient"}),
+        ("segan", {"segmentor: forward", "critic: step", "clamp"}),
+    ],
+)
+def test_iteration(system: str, parts: set[str], script: Script, tmp_path: Path) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml", system)
+    shown = script("iteration", config, "--iterations", 1)
+    assert parts | {*EVERY_PART} <= {row[0] for row in rows(shown)}
 
 
 def test_checks(script: Script, tmp_path: Path) -> None:
@@ -97,13 +107,6 @@ def test_checks(script: Script, tmp_path: Path) -> None:
     shown = script("checks", "--config", config, "--iterations", 2)
     kinds = ["an iteration", "all checks", "notes in every", "both, over"]
     assert all(row[0].startswith(kind) for row, kind in zip(rows(shown), kinds, strict=True))
-
-
-def test_segan_iteration(script: Script, tmp_path: Path) -> None:
-    config = tiny.write_config(tmp_path / "tiny.yaml", "segan")
-    shown = script("segan_iteration", "--config", config, "--iterations", 1)
-    parts = {"segmentor: forward", "critic: step", "clamp", *EVERY_PART}
-    assert parts <= {row[0] for row in rows(shown)}
 
 
 def test_hypergradients(script: Script) -> None:
@@ -159,6 +162,24 @@ def test_gpu(script: Script, tmp_path: Path) -> None:
     assert "| contiguous |" in (tmp_path / "report.md").read_text()
     sections = json.loads((tmp_path / "report.json").read_text())["sections"]
     assert [s["outcome"] for s in sections] == ["passed", "passed"]
+
+
+GPU = runpy.run_path(str(BENCHMARKS / "gpu.py"))
+SECTIONS = [*GPU["at_scale"]("cuda"), GPU["compiled"]("cuda"), *GPU["toy"]()]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.name)
+def test_a_section_of_gpu_is_a_command(section: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arguments are ones that the script takes, and its overrides keys of its config."""
+    monkeypatch.chdir(BENCHMARKS.parent)
+    program, *words = section.command
+    if program == "-m":
+        return  # pytest's
+    found = vars(parsed(monkeypatch, BENCHMARKS.parent / program, words))
+    overrides = [word for word in words if "=" in word]
+    assert found.get("overrides", []) == overrides
+    if "config" in found:
+        parse_run(config.load(found["config"], overrides))
 
 
 def test_beside_betty(script: Script, tmp_path: Path) -> None:
