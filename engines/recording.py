@@ -196,8 +196,8 @@ class Recorder:
             from mlseg.engines.curves import picture
 
             with writing(self.directory / "tensorboard"):
-                summary = picture(name, encoded.getvalue(), image_HWC.shape)
-                self._curves.file_writer.add_summary(summary, step)
+                writer: Any = self._curves.file_writer  # None once it is closed
+                writer.add_summary(picture(name, encoded.getvalue(), image_HWC.shape), step)
 
     def flush(self) -> None:
         """Bring everything written so far to the file system."""

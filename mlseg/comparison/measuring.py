@@ -168,7 +168,7 @@ def _first_step(
         )
         return result
 
-    own = vars(upper)  # of this one object, over its class
+    own = upper.__dict__  # of this one object, over its class
     own["backward"] = measuring
     _to_upper_step(program)
     del own["backward"]
