@@ -9,6 +9,7 @@ import torch
 import torchopt
 import waiting
 from unrolling import (
+    EPS,
     NOT_BY_TORCH,
     OPTIMIZERS,
     WEIGHTS,
@@ -73,8 +74,8 @@ def test_every_optimizer(optimizer: str, method: str) -> None:
 ON_A_GPU: dict[str, Optimizers] = {
     **OPTIMIZERS,
     **NOT_BY_TORCH,
-    "adam fused": lambda p: torch.optim.Adam(p, 0.05, fused=True),
-    "adamw fused": lambda p: torch.optim.AdamW(p, 0.05, weight_decay=0.1, fused=True),
+    "adam fused": lambda p: torch.optim.Adam(p, 0.05, eps=EPS, fused=True),
+    "adamw fused": lambda p: torch.optim.AdamW(p, 0.05, eps=EPS, weight_decay=0.1, fused=True),
 }
 HOPS: dict[str, dict[str, Any]] = {
     **METHODS,

@@ -9,11 +9,13 @@ import torch
 import waiting
 from own_functions import own
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlseg.hypergradients.second_order.fused import SecondOrder, formulas
+from mlseg.hypergradients.second_order.group_norm import _Group
 
 Operation = Callable[..., Tensor]
 Case = tuple[Operation, list[tuple[int, ...] | None]]
@@ -184,6 +186,15 @@ def test_value_and_both_derivatives_are_torchs(case: str, dtype: torch.dtype, la
             assert a.shape == b.shape
             size = max(float(t.norm()) for t in wanted)
             assert float((a - b).norm()) <= 500 * torch.finfo(dtype).eps * size
+
+
+def test_group_norm_has_channels_first_where_the_kernels_want_it() -> None:
+    """On CUDA, where others are refused; a tensor of which nothing but the device is there."""
+    with FakeTensorMode():
+        x = torch.empty(2, 4, 3, 3, device="cuda").to(memory_format=torch.channels_last)
+        assert _Group(x, 2, 1e-5).arranged(x).is_contiguous()
+        here = torch.empty(2, 4, 3, 3).to(memory_format=torch.channels_last)
+        assert not _Group(here, 2, 1e-5).arranged(here).is_contiguous()
 
 
 @waiting.needs_gpu
