@@ -39,7 +39,7 @@ from betty.logging.logger_base import get_logger
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mlseg import config, machine
+from mlseg import command_line, config, machine
 from mlseg.comparison import memory
 from mlseg.errors import UserError
 from mlseg.problems.e2eaug.losses import gan_loss
@@ -289,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--slopes", type=int, default=3, help="at so many of them")
     parser.add_argument("--shift", type=float, default=0.1)
-    arguments = parser.parse_args(argv)
+    arguments = command_line.parse(parser, argv)
     torch.set_num_threads(1)
     get_logger().setLevel("WARNING")
     changes = ["gan.pretrain=0", "device=cpu", "problems.segmentor.scheduler=null"]

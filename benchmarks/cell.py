@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from turns import take_turns
 
+from mlseg import command_line
 from mlseg.problems.e2eaug.networks.cells import SIZES, mix
 
 
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--largest", type=int, default=128, help="skip larger maps (positions)")
-    arguments = parser.parse_args()
+    arguments = command_line.parse(parser)
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     print(f"torch {torch.__version__}, {device}, {arguments.threads} thread(s)")

@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 
-from mlseg import config, machine
+from mlseg import command_line, config, machine
 from mlseg.engines import notices
 from mlseg.multilevel import again, revisiting
 from mlseg.run import parse_run
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/e2eaug_isic_small.yaml")
     parser.add_argument("--iterations", type=int, default=30, help="without a check")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    given = parser.parse_args()
+    given = command_line.parse(parser)
     overrides = ["device=cpu", "gan.pretrain=0", *given.overrides]
     settings, build = parse_run(config.load(given.config, overrides))
     torch.manual_seed(settings.seed)

@@ -30,7 +30,7 @@ from typing import Any, Protocol
 import torch
 from hand_written import HandWrittenDecay, HandWrittenE2EAug, decay_engine
 
-from mlseg import config, machine, randomness
+from mlseg import command_line, config, machine, randomness
 from mlseg.engines.engine import Engine
 from mlseg.run import parse_run
 
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=5, help="that the spread is taken over")
     parser.add_argument("--warm-up", type=int, default=5, help="iterations left out")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
-    arguments = parser.parse_args()
+    arguments = command_line.parse(parser)
     device = torch.device(arguments.device)
     report: dict[str, Any] = {"machine": machine.describe(device), "cases": {}}
     print(machine.head(report["machine"]), "\n", sep="")

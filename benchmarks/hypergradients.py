@@ -46,7 +46,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from two_levels import Contestant, Task
 
-from mlseg import machine
+from mlseg import command_line, machine
 from mlseg.comparison import memory
 from mlseg.errors import UserError
 from mlseg.hypergradients.second_order.products import dual_level
@@ -388,7 +388,7 @@ def main() -> None:
     parser.add_argument("--products", type=int, default=5, help="of cg and neumann")
     parser.add_argument("--rounds", type=int, default=9, help="that medians are taken over")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
-    arguments = parser.parse_args()
+    arguments = command_line.parse(parser)
     torch.set_num_threads(1)
     logging.disable(logging.INFO)  # Betty's engine introduces its problems
     gc.freeze()  # what was imported needn't be walked at each of the collections below

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from spans import CpuClock, CpuMemory, CudaClock, CudaMemory, Spans
 
-from mlseg import config, machine
+from mlseg import command_line, config, machine
 from mlseg.engines.engine import Engine
 from mlseg.engines.segmentation import Segmentation
 from mlseg.multilevel.outer_gradient import OuterGradient
@@ -178,7 +178,7 @@ def command(doc: str | None, config_path: str, overrides: Sequence[str], more: P
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--json", type=Path, help="write the figures there as well")
-    arguments = parser.parse_args()
+    arguments = command_line.parse(parser)
     described = machine.describe(arguments.device)
     print(f"# One iteration of {arguments.config.name}\n\n{machine.head(described)}\n", flush=True)
     figures = []

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlseg import checkpoint
+from mlseg import checkpoint, command_line
 
 CONFIG = Path(__file__).parent.parent / "configs" / "e2eaug_isic_small.yaml"
 SMALL = [
@@ -54,7 +54,7 @@ RECORDS = ("metrics.jsonl", "events.jsonl", "architecture.json", "splits.json", 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; 0 if the killed run ended as the untouched one."""
-    arguments = _parser().parse_args(argv)
+    arguments = command_line.parse(_parser(), argv)
     overrides = list(arguments.overrides)
     if arguments.config is None:
         arguments.config, overrides = CONFIG, [*SMALL, *overrides]

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from turns import take_turns
 
-from mlseg import config, machine
+from mlseg import command_line, config, machine
 from mlseg.engines.lookahead.loop import LookaheadLoop
 from mlseg.engines.lookahead.map_buffer import MapBuffer
 from mlseg.errors import UserError
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--gib", type=float, default=2.0, help="of label maps; 0: leave that out")
-    arguments = parser.parse_args(argv)
+    arguments = command_line.parse(parser, argv)
     try:
         tree = config.load(arguments.config, [*arguments.overrides, f"device={arguments.device}"])
         settings, build = parse_run(tree)

@@ -28,6 +28,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlseg import command_line
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -92,7 +94,7 @@ def main() -> int:
     parser.add_argument("--ways", nargs="+", type=Way.read, metavar="PROCESSESxTHREADS")
     parser.add_argument("--iterations", type=int, default=30, help="the shorter length")
     parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_intermixed_args()
+    given = command_line.parse(parser)
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     ways = given.ways or [Way(1, 1), Way(1, given.processes), Way(given.processes, 1)]
     found: dict[Way, list[tuple[float, ...]]] = {way: [] for way in ways}

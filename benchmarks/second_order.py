@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from two_levels import CLASSES, SIZES, Size
 
-from mlseg import machine
+from mlseg import command_line, machine
 from mlseg.hypergradients.second_order.fused import SecondOrder, formulas
 from mlseg.segmentation.nets.unet import UNet
 
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--sizes", nargs="+", choices=MEASURED, default=["small", "wide"])
     parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
+    arguments = command_line.parse(parser)
     torch.set_num_threads(1)
     device = torch.device(arguments.device)
     cuda = device.type == "cuda"

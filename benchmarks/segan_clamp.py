@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlseg import config, machine
+from mlseg import command_line, config, machine
 from mlseg.randomness import seed_everything
 from mlseg.run import parse_run
 
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--config", type=Path, default=Path("configs/segan_isic_small.yaml"))
     parser.add_argument("--steps", type=int, default=200)
-    arguments = parser.parse_args()
+    arguments = command_line.parse(parser)
     print(f"# The clamp, {arguments.config.name} after {arguments.steps} steps\n")
     print(machine.head(machine.describe()), flush=True)
     own = ["device=cpu", "data.val=1", "data.test=0"]

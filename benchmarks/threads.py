@@ -31,6 +31,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlseg import command_line
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 BUSY = "while True: pass"
 ACCURACY_ALONE = ["training=null"]
@@ -223,7 +225,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bound", type=float, default=1.3, help="of the ratio of --commands")
     parser.add_argument("--child", type=int, metavar="THREADS", help=argparse.SUPPRESS)
-    arguments = parser.parse_intermixed_args()
+    arguments = command_line.parse(parser)
     if arguments.child is not None:
         print(json.dumps(steps(arguments.child, arguments.sizes)))
         return 0

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlseg import signals, threads
+from mlseg import command_line, signals, threads
 
 if __name__ == "__main__":
     threads.bound_spinning()  # before torch is loaded
@@ -43,11 +43,8 @@ NEEDED = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
-    arguments = parser().parse_intermixed_args(given)  # overrides may follow options
+    arguments = command_line.parse(parser(), given)
     arguments.command = shlex.join(["python", "-m", "mlseg.compare", *given])
-    if arguments.config is not None and "=" in arguments.config:
-        arguments.overrides.insert(0, arguments.config)
-        arguments.config = None
     if arguments.threads is not None:
         arguments.overrides.append(f"threads={arguments.threads}")
     return guarded(_compare, arguments)

@@ -26,7 +26,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from pathlib import Path
 from typing import Any
 
-from mlseg import signals, threads
+from mlseg import command_line, signals, threads
 
 if __name__ == "__main__":
     threads.bound_spinning()  # before torch is loaded
@@ -73,12 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Not by a value that may be left out: that would swallow an override behind it.
     given = ["--timed-dry-run" if word == "--dry-run=timed" else word for word in given]
     with _one_voice():
-        arguments = parser().parse_intermixed_args(given)  # overrides may follow options
+        arguments = command_line.parse(parser(), given)
     arguments.command = shlex.join(["python", "-m", "mlseg.run", *given])
-    if arguments.config is not None and "=" in arguments.config:
-        # An override in the config's place, as in `--resume DIR engine.iterations=200`.
-        arguments.overrides.insert(0, arguments.config)
-        arguments.config = None
     if arguments.threads is not None:
         arguments.overrides.append(f"threads={arguments.threads}")
     return guarded(_together, arguments, in_several=True)

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlseg import signals, threads
+from mlseg import command_line, signals, threads
 
 if __name__ == "__main__":
     threads.bound_spinning()  # before torch is loaded
@@ -41,8 +41,7 @@ NEEDED = ("matplotlib", "pandas")
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
-    # `--only a=b KEY=VALUE` would take the overrides too.
-    arguments = parser().parse_intermixed_args(given)
+    arguments = command_line.parse(parser(), given)
     arguments.command = shlex.join(["python", "-m", "mlseg.sweep", *given])
     return guarded(_sweep, arguments)
 

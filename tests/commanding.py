@@ -1,15 +1,19 @@
 """Commands as tests give them."""
 
+import argparse
 import atexit
+import runpy
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
 import tiny
 
-from mlseg import run
+from mlseg import command_line, run
 
 
 def train(tmp_path: Path, *overrides: str) -> Path:
@@ -32,6 +36,33 @@ def _once() -> Path:
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     return train(Path(folder.name))
+
+
+class _Parsed(Exception):
+    pass
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, path: Path, words: Sequence[str]) -> argparse.Namespace:
+    """A script's arguments as it reads them itself; it does nothing with them."""
+
+    def stopping(parse: Callable[..., argparse.Namespace]) -> Callable[..., argparse.Namespace]:
+        def stopped(*arguments: object) -> argparse.Namespace:
+            raise _Parsed(parse(*arguments))
+
+        return stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command_line, "parse", stopping(command_line.parse))
+        patch.setattr(
+            argparse.ArgumentParser, "parse_args", stopping(argparse.ArgumentParser.parse_args)
+        )
+        patch.setattr(sys, "argv", [str(path), *words])
+        patch.syspath_prepend(path.parent)
+        with pytest.raises(_Parsed) as stopped:
+            runpy.run_path(str(path), run_name="__main__")
+    arguments = stopped.value.args[0]
+    assert isinstance(arguments, argparse.Namespace)
+    return arguments
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commanding import parsed
 
-from mlseg import config
+from mlseg import command_line, config
 from mlseg.__main__ import COMMANDS
 from mlseg.comparison.settings import parse as parse_comparison
 from mlseg.run import parse_run
@@ -52,17 +53,20 @@ def test_a_command(page: str, words: list[str], monkeypatch: pytest.MonkeyPatch)
     program, *rest = words
     assert program == "python"
     if rest[0] != "-m":
-        assert (ROOT / rest[0].removeprefix("../../")).is_file()
+        script = ROOT / rest[0].removeprefix("../../")
+        assert script.is_file()
+        if script.parent.name == "benchmarks":
+            parsed(monkeypatch, script, rest[1:])
         return
     name = rest[1].removeprefix("mlseg.")
     assert name in COMMANDS
     parser = import_module(COMMANDS[name][0]).parser()
     given = [word for word in rest[2:] if word != "--dry-run=timed"]
-    found = parser.parse_intermixed_args(given)
+    found = command_line.parse(parser, given)
     if name == "sweep":
         grid = Grid(found.grid, Path("nowhere"), found.overrides, found.seeds)
         assert grid.chosen(grid.shown, found.only)
-    elif name in ("run", "compare") and found.config and "=" not in found.config:
+    elif name in ("run", "compare") and found.config:
         if not found.config.startswith("configs/"):
             return  # of the page's reader, in a test of its own
         tree = config.load(found.config, found.overrides)

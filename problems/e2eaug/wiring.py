@@ -54,7 +54,10 @@ def build(settings: E2EAugSettings, out: Path | None) -> Engine:
 
     loader = make.loader("generator", levels.generator, data.train, settings.gan.augmentation)
     level3 = settings.level3
-    kind = partial(GuidedGenerator, guidance=level3.guidance) if level3.guidance else Generator
+    guided = partial(
+        GuidedGenerator, guidance=level3.guidance, guidance_steps=level3.guidance_steps
+    )
+    kind = guided if level3.guidance else Generator
     generator = kind(
         make.level("generator", levels.generator, maker, loader),
         l1=settings.gan.l1,

@@ -7,13 +7,16 @@ agree, that a killed run ends as an untouched one.
 
 import json
 import re
+import runpy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+from commanding import parsed
 
-from mlseg import run
+from mlseg import config, run
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = BENCHMARKS.parent / "configs" / "e2eaug_isic_small.yaml"
@@ -159,6 +162,24 @@ def test_gpu(script: Script, tmp_path: Path) -> None:
     assert "| contiguous |" in (tmp_path / "report.md").read_text()
     sections = json.loads((tmp_path / "report.json").read_text())["sections"]
     assert [s["outcome"] for s in sections] == ["passed", "passed"]
+
+
+GPU = runpy.run_path(str(BENCHMARKS / "gpu.py"))
+SECTIONS = [*GPU["at_scale"]("cuda"), GPU["compiled"]("cuda"), *GPU["toy"]()]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.name)
+def test_a_section_of_gpu_is_a_command(section: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arguments are ones that the script takes, and its overrides keys of its config."""
+    monkeypatch.chdir(BENCHMARKS.parent)
+    program, *words = section.command
+    if program == "-m":
+        return  # pytest's
+    found = vars(parsed(monkeypatch, BENCHMARKS.parent / program, words))
+    overrides = [word for word in words if "=" in word]
+    assert found.get("overrides", []) == overrides
+    if "config" in found:
+        run.parse_run(config.load(found["config"], overrides))
 
 
 def test_beside_betty(script: Script, tmp_path: Path) -> None:

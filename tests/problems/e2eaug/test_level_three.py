@@ -123,6 +123,16 @@ def test_the_guide_is_added_at_its_relative_size() -> None:
         torch.testing.assert_close(t, g + factor * u)
 
 
+def test_a_guide_that_fades() -> None:
+    """By linear steps from its size on; after the last of them a step is the generator's alone."""
+    engine = tiny.build("e2eaug", {**NOW, "level3": {"guidance": 0.5, "guidance_steps": 2}})
+    sizes = []
+    for _ in range(5):  # the first has no guide yet
+        sizes.append(engine.generator.relative_size())
+        engine.iterate()
+    assert sizes == [0.5, 0.5, 0.25, 0.0, 0.0]
+
+
 def test_the_hop_is_of_the_step_that_was_taken() -> None:
     """A guide changes the point, not the hop: the alphas' gradient stays finite and alive."""
     engine = tiny.build("e2eaug", {**NOW, **BOTH})

@@ -76,6 +76,8 @@ def test_a_dry_run_shows_the_path_of_each_hypergradient(
         ("architecture.choice=4-2-1", "architecture.choice: goes with"),
         ("architecture.draw=1", "architecture.draw: goes with"),
         ("level3={guidance: -1}", "level3.guidance"),
+        ("level3={guidance: 1, guidance_steps: 0}", "level3.guidance_steps"),
+        ("level3={guidance_steps: 5}", "level3.guidance_steps: goes with"),
         ("level3={mask_augmentation: true, mask_temperature: 0}", "level3.mask_temperature"),
         ("generator.candidates=poor", "generator.candidates"),
         ("gan.feature_matching=10", "gan.feature_matching: patchgan gives no features"),
