@@ -76,9 +76,9 @@ class Outcome:
 def at_scale(device: str) -> list[Section]:
     """The sections at the papers' scale; the most important first."""
     there = ["--device", device]
-    e2eaug = ["benchmarks/e2eaug_iteration.py", *there, "--config", "configs/e2eaug_isic.yaml"]
+    e2eaug = ["benchmarks/iteration.py", "configs/e2eaug_isic.yaml", *there]
     few, images = ["--iterations", "10"], ["data.out_of_distribution=[]", "data.test=8"]
-    segan = ["benchmarks/segan_iteration.py", *there, "--config", "configs/segan_isic.yaml", *few]
+    segan = ["benchmarks/iteration.py", "configs/segan_isic.yaml", *there, *few]
     large = [
         f"problems.{level}.batch_size=8" for level in ("generator", "segmentor", "architecture")
     ]
@@ -120,8 +120,8 @@ def compiled(device: str) -> Section:
     levels = [f"problems.{n}.compile=true" for n in ("generator", "discriminator", "segmentor")]
     return Section(
         "e2eaug compiled",
-        ["benchmarks/e2eaug_iteration.py", "--device", device, "--iterations", "10", "--config",
-         "configs/e2eaug_isic.yaml", "data.out_of_distribution=[]", "data.test=8", *levels],
+        ["benchmarks/iteration.py", "configs/e2eaug_isic.yaml", "--device", device, "--iterations",
+         "10", "data.out_of_distribution=[]", "data.test=8", *levels],
         400,
         TF32,
     )  # fmt: skip
@@ -136,8 +136,9 @@ def toy() -> list[Section]:
     nets = ["data.image_size=32", "segmentor.channels=2", "segmentor.levels=2"]
     gan = ["generator.channels=2", "generator.levels=3", "discriminator.channels=2"]
     return [
-        Section("e2eaug fp32", ["benchmarks/e2eaug_iteration.py", "--iterations", "1", *lesions,
-                                *nets, *gan, "discriminator.layers=2"], 120, STRICT),
+        Section("e2eaug fp32", ["benchmarks/iteration.py", "configs/e2eaug_isic_small.yaml",
+                                "--iterations", "1", *lesions, *nets, *gan,
+                                "discriminator.layers=2"], 120, STRICT),
         Section("product", ["benchmarks/second_order.py", "--sizes", "tiny", "--rounds", "2"], 120,
                 STRICT),
         Section("tests", ["-m", "pytest", "-q", "-p", "no:cacheprovider",

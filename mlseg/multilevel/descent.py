@@ -272,10 +272,10 @@ class Descending(Revisitable):
         ``torch.autograd.grad`` gives gradients in any layout, and one tensor by both terms of a
         sum, into which clipping would write twice.
         """
-        taken: set[tuple[Any, Any]] = set()
+        taken: set[tuple[Any, ...]] = set()
         own: list[Tensor | None] = []
         for p, g in zip(params, grads, strict=True):
-            if g is not None:
+            if g is not None and g.layout is torch.strided:
                 g = laid_out(g, p)
                 # Not by data_ptr(), which a dry run's tensors don't have.
                 place = g.untyped_storage()._cdata, g.storage_offset()

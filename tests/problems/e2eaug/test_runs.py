@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import commanding
 import pytest
 import tiny
 import torch
+from commanding import one_line
 from e2eaug_generators import GENERATORS, OTHERS
 
 from mlseg import checkpoint, run
@@ -16,19 +19,7 @@ from mlseg.problems.e2eaug.networks import asapnet, spade
 pytestmark = pytest.mark.slow
 
 
-def train(tmp_path: Path, *overrides: str) -> Path:
-    """A tiny run by command; its directory."""
-    config = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug", {"engine.samples": 1})
-    out = tmp_path / "run"
-    assert run.main([str(config), *overrides, "--out", str(out)]) == 0
-    return out
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """What a failed command said: a single line on stderr."""
-    said = capsys.readouterr().err.strip()
-    assert said.count("\n") == 0, said
-    return said
+train = partial(commanding.train, system="e2eaug")
 
 
 def test_a_run_leaves_gan_pairs_and_architecture(
