@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlseg.modules import submodules
+from mlseg.hypergradients.modules import submodules
 
 Hook = Callable[[Tensor], Tensor | None]
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from mlseg.errors import UserError
-from mlseg.modules import submodules
+from mlseg.hypergradients.modules import submodules
 
 
 @contextmanager

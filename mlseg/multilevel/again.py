@@ -14,7 +14,7 @@ from mlseg import randomness
 from mlseg.errors import RunError, UserError
 from mlseg.hypergradients import Interface
 from mlseg.hypergradients.fitness import HooksMade
-from mlseg.modules import submodules
+from mlseg.hypergradients.modules import submodules
 from mlseg.multilevel.belongings import Belongings, belongings, of_problems
 from mlseg.multilevel.buffers import Contents, Copies, ProgramBuffers, put_back
 from mlseg.multilevel.redrawing import Place

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mlseg.modules import submodules
+from mlseg.hypergradients.modules import submodules
 
 Copies = dict[str, Tensor | None]
 """Values by where a buffer is: its level, and its path in that level's module."""

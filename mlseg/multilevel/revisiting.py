@@ -15,8 +15,8 @@ from mlseg.hypergradients import Interface, Keeps, Method, Stepping, Trajectory,
 from mlseg.hypergradients.checkpoints import trajectory_of
 from mlseg.hypergradients.fitness import check_level
 from mlseg.hypergradients.gradient_hooks import silenced
+from mlseg.hypergradients.modules import parameters_of
 from mlseg.hypergradients.taken_along import with_inputs
-from mlseg.modules import parameters_of
 from mlseg.multilevel import graph
 from mlseg.multilevel.again import Again
 from mlseg.multilevel.loaders import FreshBatches, Stream

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from mlseg.modules import parameters_of, submodules
+from mlseg.hypergradients.modules import parameters_of, submodules
 
 
 def network() -> Any:
