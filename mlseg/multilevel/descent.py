@@ -22,6 +22,7 @@ from mlseg.multilevel.betty_tables import carry_by_bettys, is_bettys
 from mlseg.multilevel.outer_gradient import OuterGradient
 from mlseg.multilevel.revisiting import Revisitable
 from mlseg.multilevel.sharing import Buffers
+from mlseg.transfer import laid_out
 
 
 class Descending(Revisitable):
@@ -268,15 +269,14 @@ class Descending(Revisitable):
     def set_grads(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """Add to ``.grad``, in the memory layout of the parameters and each in memory of its own.
 
-        ``torch.autograd.grad`` gives gradients in any layout, and fused optimizers go through the
-        memory of both side by side: on the CPU they would step along a permuted gradient. It gives
-        one tensor by both terms of a sum, too, into which clipping would write twice.
+        ``torch.autograd.grad`` gives gradients in any layout, and one tensor by both terms of a
+        sum, into which clipping would write twice.
         """
         taken: set[tuple[int, int]] = set()
         own: list[Tensor | None] = []
         for p, g in zip(params, grads, strict=True):
-            if g is not None:
-                g = _laid_out(g, p)
+            if g is not None and g.layout is torch.strided:
+                g = laid_out(g, p)
                 # Not by data_ptr(), which a dry run's tensors don't have.
                 place = g.untyped_storage()._cdata, g.storage_offset()
                 g = g.clone() if place in taken else g
@@ -310,12 +310,6 @@ def _as_dict(result: Any, name: str) -> dict[str, Any]:
         )
     values["loss"] = loss.reshape(())
     return values
-
-
-def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
-    if gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _clear(parameters: Vector) -> None:
