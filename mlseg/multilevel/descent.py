@@ -272,7 +272,7 @@ class Descending(Revisitable):
         ``torch.autograd.grad`` gives gradients in any layout, and one tensor by both terms of a
         sum, into which clipping would write twice.
         """
-        taken: set[tuple[int, int | torch.SymInt]] = set()
+        taken: set[tuple[Any, ...]] = set()
         own: list[Tensor | None] = []
         for p, g in zip(params, grads, strict=True):
             if g is not None and g.layout is torch.strided:
