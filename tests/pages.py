@@ -1,7 +1,14 @@
 """A page of a run as tests read it."""
 
+import json
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
+
+
+def read(path: Path) -> Any:
+    """A JSON file of the run."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 class Page(HTMLParser):

@@ -9,9 +9,9 @@ from typing import Any
 import mutations
 import numpy as np
 import pytest
-import tiny
 import tiny_files
 import torch
+from commanding import train
 
 from mlseg import checkpoint, evaluate, predict, run
 from mlseg.engines.engine import Engine
@@ -36,8 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     own_data(place / "data")
     data = {"name": "folder", "root": str(place / "data"), "image_size": 16}
     changes = {"data": {**data, "train": 4, "val": 2, "test": 2}}
-    config = tiny.write_config(place / "tiny.yaml", changes=changes)
-    assert run.main([str(config), "--out", str(place / "run")]) == 0
+    train(place, changes=changes)
     return place
 
 

@@ -10,8 +10,9 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from mlseg.config import load
 from mlseg.engines.engine import Engine
-from mlseg.problems.systems import load_system
+from mlseg.problems.systems import load_system, parse_run
 from mlseg.randomness import seed_everything
 
 Changes = Mapping[str, Any]
@@ -92,6 +93,12 @@ def build(
     engine = made(settings, out)
     engine.recorder.progress.quiet = True
     return engine
+
+
+def shipped(name: str, *overrides: str) -> Any:
+    """The settings of ``configs/NAME.yaml``."""
+    path = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
+    return parse_run(load(path, list(overrides)))[0]
 
 
 class Doubled:

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import tiny
-from commanding import parsed
+from commanding import parsed, train
 
-from mlseg import config, run
+from mlseg import config
 from mlseg.problems.systems import parse_run
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -131,9 +131,7 @@ def test_kill_and_resume(script: Script, tmp_path: Path) -> None:
 
 
 def test_secant_check(script: Script, tmp_path: Path) -> None:
-    config = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug")
-    assert run.main([str(config), "--out", str(tmp_path / "run")]) == 0
-    shown = script("secant_check", tmp_path / "run", "--steps", 1)
+    shown = script("secant_check", train(tmp_path, system="e2eaug"), "--steps", 1)
     names = [row[0] for row in rows(shown)]
     assert len(names) == 2 * len(set(names))  # each method over each of two hops
     assert {"identity, before_step", "finite_difference 0.01, after_step"} <= set(names)
@@ -148,9 +146,7 @@ def test_segan_clamp(script: Script, tmp_path: Path) -> None:
 
 def test_segan_views(script: Script, tmp_path: Path) -> None:
     changes = {"data.image_size": 40, "augmentation": {"window": 32}}
-    config = tiny.write_config(tmp_path / "tiny.yaml", "segan", changes)
-    assert run.main([str(config), "--out", str(tmp_path / "run")]) == 0
-    shown = script("segan_views", tmp_path / "run")
+    shown = script("segan_views", train(tmp_path, system="segan", changes=changes))
     ways = ["windows of 32x32", "resized to 32x32", "whole, 40x40", "whole, 60x60"]
     assert [row[0] for row in rows(shown)] == ways
 

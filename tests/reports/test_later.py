@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from commanding import one_line, train
-from pages import Page
+from pages import Page, read
 
 from mlseg import calibrate, evaluate, run
 from mlseg.files import claimed
@@ -26,10 +26,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own(trained: Path, tmp_path: Path) -> Path:
     """A copy, to be changed."""
     return Path(shutil.copytree(trained, tmp_path / "own"))
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def cells(said: str, beginning: str) -> list[list[str]]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 from commanding import one_line
-from pages import Page
+from pages import Page, read
 
 from mlseg import report, run
 from mlseg.engines.engine import Engine
@@ -38,10 +38,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own(runs: Path, tmp_path: Path) -> Path:
     """A copy of the first, to be changed."""
     return Path(shutil.copytree(runs / "s1", tmp_path / "own"))
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def again(directory: Path) -> Page:

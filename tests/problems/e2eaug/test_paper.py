@@ -4,18 +4,14 @@ Source: E2EAug, table 1 and section 4.1.
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
 
-from mlseg.config import load
-from mlseg.problems.systems import load_system, parse_run
+from mlseg.problems.systems import load_system
 from mlseg.segmentation.losses import LossSettings
-
-CONFIGS = Path(__file__).parents[3] / "configs"
 
 # Table 1: training and validation images at the full size, test images.
 COUNTS = {
@@ -32,13 +28,9 @@ NAMES = [f"e2eaug_{name}{kind}" for name in COUNTS for kind in ("", "_deeplab")]
 NAMES += ["e2eaug_isic_spade", "e2eaug_isic_asapnet"]
 
 
-def settings(name: str, *overrides: str) -> Any:
-    return parse_run(load(CONFIGS / f"{name}.yaml", list(overrides)))[0]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_section_4_1(name: str) -> None:
-    run = settings(name)
+    run = tiny.shipped(name)
     assert run.preset == "paper"
     for level in ("generator", "discriminator"):
         optimizer = getattr(run.problems, level).optimizer
@@ -63,7 +55,7 @@ def test_section_4_1(name: str) -> None:
 @pytest.mark.parametrize("name", ["spade", "asapnet"])
 def test_figure_7_differs_in_the_gan_alone(name: str) -> None:
     """Park et al., section 4: hinge, feature matching at 10, two scales."""
-    own, pix2pix = settings(f"e2eaug_isic_{name}"), settings("e2eaug_isic")
+    own, pix2pix = tiny.shipped(f"e2eaug_isic_{name}"), tiny.shipped("e2eaug_isic")
     for part in ("data", "segmentor", "loss", "engine", "problems", "mask_augmentation", "seed"):
         assert getattr(own, part) == getattr(pix2pix, part), part
     assert (own.generator.name, own.generator.search) == (name, "both")
@@ -75,7 +67,7 @@ def test_figure_7_differs_in_the_gan_alone(name: str) -> None:
 @pytest.mark.parametrize("system", ["e2eaug", "supervised"])
 @pytest.mark.parametrize("name", COUNTS)
 def test_table_1(system: str, name: str) -> None:
-    data = settings(f"{system}_{name}").data
+    data = tiny.shipped(f"{system}_{name}").data
     train, val, test = COUNTS[name]
     examples = SMALLEST.get(name, train + val)
     assert data.train + data.val == examples
@@ -88,7 +80,7 @@ def test_table_1(system: str, name: str) -> None:
 @pytest.mark.parametrize("name", COUNTS)
 def test_the_baselines_differ_in_their_data_alone(name: str) -> None:
     """The same segmentor, optimizer, schedule, steps, selection and split as Ours."""
-    ours, baseline = settings(f"e2eaug_{name}"), settings(f"supervised_{name}")
+    ours, baseline = tiny.shipped(f"e2eaug_{name}"), tiny.shipped(f"supervised_{name}")
     assert baseline.augmented_pairs == "added"
     for part in ("data", "segmentor", "loss", "engine", "seed"):
         assert getattr(baseline, part) == getattr(ours, part), part
@@ -101,7 +93,7 @@ def test_the_public_codes_config_is_its_preset() -> None:
     """Key by key where the preset says something; the rest is that of the paper's config."""
     values = {"system": "e2eaug", "data": {"name": "isic2018"}, "problems": {}}
     preset = load_system("e2eaug").settings.model_validate({**values, "preset": "genseg"})
-    config, paper = settings("e2eaug_isic_genseg"), settings("e2eaug_isic")
+    config, paper = tiny.shipped("e2eaug_isic_genseg"), tiny.shipped("e2eaug_isic")
     for part in ("loss", "generator", "mask_augmentation"):
         assert getattr(config, part) == getattr(preset, part), part
         assert getattr(config, part) != getattr(paper, part), part
@@ -117,9 +109,9 @@ def test_the_public_codes_config_is_its_preset() -> None:
     [("isic", 32, 3200), ("isic", 160, 16000), ("jsrt", 7, 700), ("kvasir", 480, 24000)],
 )
 def test_pretraining_follows_the_number_of_images(name: str, images: int, expected: int) -> None:
-    run = settings(f"e2eaug_{name}", f"data.train={images}")
+    run = tiny.shipped(f"e2eaug_{name}", f"data.train={images}")
     assert run.gan.pretraining(images, run.problems.generator.batch_size) == expected
-    assert settings(f"e2eaug_{name}", "gan.pretrain=9").gan.pretraining(images, 2) == 9
+    assert tiny.shipped(f"e2eaug_{name}", "gan.pretrain=9").gan.pretraining(images, 2) == 9
 
 
 def test_epochs_are_counted_in_the_images_that_there_are() -> None:
@@ -130,7 +122,7 @@ def test_epochs_are_counted_in_the_images_that_there_are() -> None:
 
 def test_a_seed_keeps_the_split() -> None:
     """ "Random initialization of model weights" alone, section 4.1."""
-    assert settings("e2eaug_isic", "seed=7").data == settings("e2eaug_isic").data
+    assert tiny.shipped("e2eaug_isic", "seed=7").data == tiny.shipped("e2eaug_isic").data
 
 
 def test_the_hop_from_the_generator_sees_the_critic_of_its_step() -> None:

@@ -10,12 +10,8 @@ import torch
 from resuming import check
 from torch import Tensor
 
-from mlseg.config import load
-from mlseg.problems.systems import parse_run
-
 pytestmark = pytest.mark.slow
 
-CONFIGS = Path(__file__).parents[3] / "configs"
 KEY = "problems.segmentor.hypergradient"
 ONE_STEP = {"method": "identity", "scale": "optimizer", "linearise": "before_step"}
 SGD = {"name": "sgd", "lr": 0.01}
@@ -46,8 +42,8 @@ def test_one_step_is_that_of_identity(optimizer: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("name", "steps"), [("isic", 5), ("isic_small", 2)])
 def test_the_configs(name: str, steps: int) -> None:
-    run: Any = parse_run(load(CONFIGS / f"e2eaug_{name}_unrolled.yaml"))[0]
-    plain: Any = parse_run(load(CONFIGS / f"e2eaug_{name}.yaml"))[0]
+    run = tiny.shipped(f"e2eaug_{name}_unrolled")
+    plain = tiny.shipped(f"e2eaug_{name}")
     level = run.problems.segmentor
     assert level.unroll_steps == steps
     assert level.hypergradient.steps in (None, steps)

@@ -1,6 +1,5 @@
 """The configs against the paper's section 4, and what docs/load.md offers beside it."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,22 +7,14 @@ import tiny
 import torch
 from torch import Tensor
 
-from mlseg.config import load
 from mlseg.problems.load.networks import Discriminator, DiscriminatorSettings
-from mlseg.problems.systems import parse_run
 
 pytestmark = pytest.mark.slow
-
-CONFIGS = Path(__file__).parents[3] / "configs"
-
-
-def settings(name: str) -> Any:
-    return parse_run(load(CONFIGS / f"{name}.yaml"))[0]
 
 
 @pytest.mark.parametrize("name", ["load_voc", "load_cityscapes", "load_stanford", "load_camvid"])
 def test_section_4(name: str) -> None:
-    run = settings(name)
+    run = tiny.shipped(name)
     ahead = run.lookahead
     assert (ahead.beta_u, ahead.beta_l) == (0.001, 0.05)
     assert (ahead.patience, ahead.cycles, ahead.buffer_size) == (50, 50, 3)
@@ -45,11 +36,11 @@ def test_section_4(name: str) -> None:
 
 
 def test_the_data_of_the_papers_tables() -> None:
-    stanford = settings("load_stanford").data
+    stanford = tiny.shipped("load_stanford").data
     assert (stanford.train, stanford.val, stanford.test) == (400, 172, 143)
     assert stanford.image_size == 321
-    assert settings("load_voc").data.image_size == 513
-    assert settings("load_cityscapes").augmentation.window == 513
+    assert tiny.shipped("load_voc").data.image_size == 513
+    assert tiny.shipped("load_cityscapes").augmentation.window == 513
 
 
 def gradient(changes: dict[str, Any]) -> Tensor:

@@ -1,6 +1,5 @@
 """What docs/segan.md says of the paper's gaps: the pixel level, the scalar critic, the split."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,11 +7,6 @@ import tiny
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-from mlseg.config import load
-from mlseg.problems.systems import parse_run
-
-CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 def gradient_under_a_critic_of_zeros(changes: dict[str, Any]) -> list[Tensor]:
@@ -88,7 +82,7 @@ def test_the_scalar_critic_plays(game: str) -> None:
 
 def test_the_papers_recipe() -> None:
     """Section 3, and the 2000 images within which the paper trains and validates."""
-    run: Any = parse_run(load(CONFIGS / "segan_isic.yaml"))[0]
+    run = tiny.shipped("segan_isic")
     assert run.game == "alternating"
     assert run.data.name == "isic2017"
     assert run.data.splits == "official_test"
@@ -111,7 +105,7 @@ def test_the_papers_recipe() -> None:
 
 @pytest.mark.parametrize("name", ["segan_isic_unrolled", "segan_isic_small_unrolled"])
 def test_the_unrolled_critic_looks_as_far_as_it_steps(name: str) -> None:
-    run: Any = parse_run(load(CONFIGS / f"{name}.yaml"))[0]
+    run = tiny.shipped(name)
     critic = run.problems.critic
     assert run.game == "stackelberg"
     assert type(critic.hypergradient).name == "unrolled"

@@ -18,7 +18,6 @@ from mlseg.segmentation.trained import load_runs
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
-CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +81,8 @@ def test_without_validation_data_nothing_starts(
 # --------------------------------------------------------------------------------- configs
 
 
-def settings_of(name: str) -> Any:
-    return parse_run(load(CONFIGS / f"{name}.yaml"))[0]
-
-
 def test_the_config_by_section_3_of_the_paper() -> None:
-    settings = settings_of("segan_isic")
+    settings = tiny.shipped("segan_isic")
     assert (settings.data.name, settings.data.splits) == ("isic2017", "official_test")
     assert settings.data.size == (135, 180)
     augmentation = settings.augmentation
@@ -108,7 +103,7 @@ def test_the_config_by_section_3_of_the_paper() -> None:
 
 
 def test_the_rows_of_a_comparison_differ_in_the_loss_alone() -> None:
-    game, alone = settings_of("segan_isic_small"), settings_of("supervised_segan_small")
+    game, alone = tiny.shipped("segan_isic_small"), tiny.shipped("supervised_segan_small")
     for key in ("data", "augmentation", "segmentor", "engine", "precision"):
         assert getattr(game, key) == getattr(alone, key), key
     for key in ("optimizer", "scheduler", "batch_size"):

@@ -11,20 +11,13 @@ from resuming import check
 from tiny_files import half_mask, write_image
 
 from mlseg import checkpoint, run
-from mlseg.config import load
 from mlseg.engines.segmentation import Segmentation
-from mlseg.problems.systems import parse_run
 from mlseg.segmentation.data import DataSettings, load_data
 
 pytestmark = pytest.mark.slow
 
-CONFIGS = Path(__file__).parents[3] / "configs"
 DCT: dict[str, Any] = {"method": "dct", "partner": {"name": "unet", "channels": 4, "levels": 2}}
 METHODS: dict[str, dict[str, Any]] = {"ctbct": {}, "dct": DCT}
-
-
-def settings(name: str) -> Any:
-    return parse_run(load(CONFIGS / f"{name}.yaml"))[0]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -84,7 +77,7 @@ def test_real_images(method: str, real: Callable[[str], Path], tmp_path: Path) -
 @pytest.mark.parametrize("where", ["isic", "jsrt"])
 def test_the_rows_differ_from_the_others_in_the_method_alone(method: str, where: str) -> None:
     """The same images with masks, segmentor, optimizer, schedule, steps and selection."""
-    mine, theirs = settings(f"{method}_{where}"), settings(f"supervised_{where}")
+    mine, theirs = tiny.shipped(f"{method}_{where}"), tiny.shipped(f"supervised_{where}")
     for part in ("segmentor", "engine", "seed", "precision"):
         assert getattr(mine, part) == getattr(theirs, part), part
     assert mine.data == theirs.data.model_copy(update={"unlabelled": mine.data.unlabelled})
@@ -97,7 +90,7 @@ def test_the_rows_differ_from_the_others_in_the_method_alone(method: str, where:
 
 def test_the_methods_own_recipes() -> None:
     """The specification's, from the methods' public code."""
-    ctbct, dct = settings("ctbct_isic_code"), settings("dct_isic_code")
+    ctbct, dct = tiny.shipped("ctbct_isic_code"), tiny.shipped("dct_isic_code")
     assert (ctbct.engine.iterations, dct.engine.iterations) == (30000, 120 * 200)
     for level in (ctbct.problems.segmentor, ctbct.problems.partner):
         optimizer = level.optimizer

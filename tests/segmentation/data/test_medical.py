@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
-from commanding import one_line
+from commanding import one_line, train
 from PIL import Image
 
-from mlseg import predict, run
+from mlseg import predict
 from mlseg.errors import UserError
 from mlseg.segmentation.data import medical
 
@@ -222,8 +221,7 @@ def test_without_the_extra(
 
 @pytest.mark.slow
 def test_predict_takes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tiny.write_config(tmp_path / "tiny.yaml")
-    assert run.main([str(config), "--out", str(tmp_path / "run")]) == 0
+    train(tmp_path)
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (40, 33), dtype=np.uint8)
