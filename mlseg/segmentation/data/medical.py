@@ -94,8 +94,8 @@ def read_numbers(path: Path) -> tuple[Image.Image, Storage]:
         numbers, how = module.numbers(path, library)
         if not numbers.size:
             raise UserError(f"{path}: no pixels in it")
-        whole = numbers.astype(np.int32) if np.isfinite(numbers).all() else None
-        fits = whole is not None and np.array_equal(whole, numbers)
+        whole = numbers.astype(np.int32)  # of what doesn't fit, something else
+        fits = np.array_equal(whole, numbers)
         return Image.fromarray(whole if fits else numbers.astype(np.float32)), how
 
 

@@ -112,7 +112,7 @@ IMAGE, MASK = example(0, 2)
 FLIPPED = np.diag([-0.5, 0.75, 3.0, 1.0])
 
 
-def oriented(path: Path, values: Labels, affine: Labels) -> None:
+def oriented(path: Path, values: Labels, affine: Labels | None) -> None:
     nibabel.Nifti1Image(values.T, affine).to_filename(path)
 
 
