@@ -269,7 +269,9 @@ def test_what_is_finite_of_odd_kinds(value: float) -> None:
     dense[1, 2] = value
     kinds = {
         "sparse": dense.to_sparse(),
-        "twice": torch.sparse_coo_tensor([[0, 0]], [value, 1.0], (2,)),  # not coalesced
+        "twice": torch.sparse_coo_tensor(
+            torch.zeros(1, 2), torch.tensor([value, 1.0]), (2,)
+        ),  # not coalesced
         "rows": dense.to_sparse_csr(),
         "strided": dense[:, ::2],
         "transposed": dense.t(),
