@@ -97,6 +97,25 @@ def test_a_dicom_mask_is_what_its_rescaling_says(tmp_path: Path) -> None:
     assert np.array_equal(data.train.native_mask(0), mask)
 
 
+def test_compressed_ones(tmp_path: Path) -> None:
+    """Without loss they are what they were; with loss they are images, and no class numbers."""
+    image, mask = example(0, 3)
+    paths = [
+        write(tmp_path / f"{kind}s" / "a.dcm", v) for kind, v in (("image", image), ("mask", mask))
+    ]
+    for path in paths:
+        packed = pydicom.dcmread(path)
+        packed.compress(pydicom.uid.RLELossless)
+        packed.save_as(path)
+    data = loaded(tmp_path, 3, val=0, test=0, train=1, channels=1)
+    assert np.array_equal(data.train.native_mask(0), mask)
+    assert np.array_equal(medical.read_slice(paths[0], 1).image[0], image)
+    for path in paths:
+        write(path, image if path == paths[0] else mask, LossyImageCompression="01")
+    with pytest.raises(UserError, match=r"masks/a\.dcm: compressed with loss, which changes class"):
+        loaded(tmp_path, 3, val=0, test=0, train=1)
+
+
 def test_pairs_of_a_csv_file(tmp_path: Path) -> None:
     for number in range(5):
         image, mask = example(number, 2)
@@ -248,6 +267,7 @@ def test_a_run_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         predicted = tmp_path / f"predicted_{kind}"
         assert predict.main([str(out), str(root / "images"), "--out", str(predicted)]) == 0
         masks[kind] = [np.asarray(Image.open(predicted / f"{n}.png")) for n in range(6)]
+        assert evaluate.main([str(out), "--data", "folder", "--root", str(root)]) == 0
         model = load(out)
         for path in sorted((root / "images").iterdir()):
             assert model(path).shape == SIDES
