@@ -110,7 +110,7 @@ clean:
 
 # uv, not pip: pip heeds betty-ml's "Python below 3.11" and falls back to a broken 0.1.1.
 # The import at the end checks the result and leaves it compiled, also where Python is
-# told to write no bytecode: each of the tests' processes would compile torch anew.
+# told to write no bytecode: each run, and each of the tests' processes, would compile them anew.
 #
 # A distribution "mlseg" is an old install of this one or, on the public index, a stranger's.
 $(STAMP): setup.py setup.cfg pyproject.toml constraints.txt $(BIN)/uv
@@ -118,7 +118,8 @@ $(STAMP): setup.py setup.cfg pyproject.toml constraints.txt $(BIN)/uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt \
 		--build-constraints constraints.txt --editable '.[dev]'
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -W ignore -c \
-		'import mlseg.run, mlseg.predict, scipy.ndimage, scipy.spatial'
+		'import mlseg.run, mlseg.predict, scipy.ndimage, scipy.spatial, torchmetrics, \
+			torch._dynamo, torch.utils.tensorboard'
 	@touch $@
 
 $(BIN)/uv:

@@ -43,7 +43,7 @@ from mlseg import command_line, config, machine
 from mlseg.comparison import memory
 from mlseg.errors import UserError
 from mlseg.problems.e2eaug.losses import gan_loss
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 
 LEVELS = ("generator", "discriminator", "segmentor", "architecture")
 Nets = dict[str, nn.Module]

@@ -24,7 +24,7 @@ import torch
 from mlseg import command_line, config, machine
 from mlseg.engines import notices
 from mlseg.multilevel import again, revisiting
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 
 
 class Watch:

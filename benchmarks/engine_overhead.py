@@ -32,7 +32,7 @@ from hand_written import HandWrittenDecay, HandWrittenE2EAug, decay_engine
 
 from mlseg import command_line, config, machine, randomness
 from mlseg.engines.engine import Engine
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 
 SMALL = Path(__file__).parent.parent / "configs" / "e2eaug_isic_small.yaml"
 TARGET = 1.05

@@ -10,7 +10,8 @@ never as passed. The sections:
 
 * the tests that need a GPU;
 * an iteration of E2EAug and of SegAN by part, at the papers' scale: in full precision without and
-  with TF32, in bf16, at the papers' batch and a larger one, with peak memory;
+  with TF32, in bf16, at the papers' batch and a larger one, with peak memory; E2EAug's beside the
+  same passes in a loop by hand;
 * LoAd at the scale of VOC: an update, an evaluation and a roll-back;
 * the user's unrolled steps, T = 1, 5, 20, and one hop of every kind, on a U-Net of 31 M parameters,
   beside Betty, higher and TorchOpt, with memory;
@@ -75,25 +76,31 @@ class Outcome:
 def at_scale(device: str) -> list[Section]:
     """The sections at the papers' scale; the most important first."""
     there = ["--device", device]
-    e2eaug = ["benchmarks/e2eaug_iteration.py", *there, "--config", "configs/e2eaug_isic.yaml"]
+    e2eaug = ["benchmarks/iteration.py", "configs/e2eaug_isic.yaml", *there]
     few, images = ["--iterations", "10"], ["data.out_of_distribution=[]", "data.test=8"]
-    segan = ["benchmarks/segan_iteration.py", *there, "--config", "configs/segan_isic.yaml", *few]
+    segan = ["benchmarks/iteration.py", "configs/segan_isic.yaml", *there, *few]
     large = [
         f"problems.{level}.batch_size=8" for level in ("generator", "segmentor", "architecture")
     ]
     unrolled = ["benchmarks/hypergradients.py", *there, "--size", "large", "--rounds", "3"]
     unrolled += ["--entries", "class weights", "--optimizers", "sgd", "--parts", "unrolled"]
     load = ["benchmarks/lookahead.py", *there, "configs/load_voc.yaml", "--repeats", "5"]
+    engine = ["benchmarks/engine_overhead.py", *there, "--cases", "e2eaug", "--iterations", "24"]
+    engine += ["--blocks", "4", "data.image_size=256", "segmentor.channels=64"]
+    engine += ["segmentor.levels=4", "generator.channels=64", "generator.levels=8"]
+    engine += ["discriminator.channels=64", "discriminator.layers=3"]
+    engine += ["problems.architecture.batch_size=2"]
     return [
         Section("e2eaug fp32", [*e2eaug, *few, *images], 40, STRICT),
         Section("e2eaug TF32 and bf16", [*e2eaug, *few, "--precision", "fp32", "bf16", *images], 55,
                 TF32),
         Section("e2eaug batch 8", [*e2eaug, *few, *images, *large], 40, TF32),
+        Section("engine", engine, 60, TF32),
         Section("segan fp32 and bf16", [*segan, "--precision", "fp32", "bf16", "data.train=100",
                                         "data.val=8"], 45, TF32),
         *(
             Section(f"unrolled T={steps}", [*unrolled, "--steps", str(steps)], seconds, STRICT)
-            for steps, seconds in ((1, 25), (5, 35), (20, 60))
+            for steps, seconds in ((1, 25), (5, 40), (20, 80))
         ),
         Section("one hop", ["benchmarks/hypergradients.py", *there, "--size", "large", "--rounds",
                             "5", "--parts", "passes", "one_step", "products"], 50, STRICT),
@@ -113,8 +120,8 @@ def compiled(device: str) -> Section:
     levels = [f"problems.{n}.compile=true" for n in ("generator", "discriminator", "segmentor")]
     return Section(
         "e2eaug compiled",
-        ["benchmarks/e2eaug_iteration.py", "--device", device, "--iterations", "10", "--config",
-         "configs/e2eaug_isic.yaml", "data.out_of_distribution=[]", "data.test=8", *levels],
+        ["benchmarks/iteration.py", "configs/e2eaug_isic.yaml", "--device", device, "--iterations",
+         "10", "data.out_of_distribution=[]", "data.test=8", *levels],
         400,
         TF32,
     )  # fmt: skip
@@ -129,8 +136,9 @@ def toy() -> list[Section]:
     nets = ["data.image_size=32", "segmentor.channels=2", "segmentor.levels=2"]
     gan = ["generator.channels=2", "generator.levels=3", "discriminator.channels=2"]
     return [
-        Section("e2eaug fp32", ["benchmarks/e2eaug_iteration.py", "--iterations", "1", *lesions,
-                                *nets, *gan, "discriminator.layers=2"], 120, STRICT),
+        Section("e2eaug fp32", ["benchmarks/iteration.py", "configs/e2eaug_isic_small.yaml",
+                                "--iterations", "1", *lesions, *nets, *gan,
+                                "discriminator.layers=2"], 120, STRICT),
         Section("product", ["benchmarks/second_order.py", "--sizes", "tiny", "--rounds", "2"], 120,
                 STRICT),
         Section("tests", ["-m", "pytest", "-q", "-p", "no:cacheprovider",

@@ -1,9 +1,26 @@
-"""Where an iteration of a system goes, for ``e2eaug_iteration.py`` and ``segan_iteration.py``.
+"""Where an iteration of a system goes: time and peak memory by part.
+
+    OMP_NUM_THREADS=1 python benchmarks/iteration.py configs/e2eaug_isic_small.yaml --iterations 5
+    python benchmarks/iteration.py configs/e2eaug_isic.yaml --device cuda --precision fp32 bf16
+    python benchmarks/iteration.py configs/segan_isic.yaml --device cuda data.train=100 data.val=8
+
+One iteration is one step of each level, in the last stage: what is trained before it alone, as in
+E2EAug's pre-training, is left out. Parts:
+
+* data: drawing the batches of all levels, augmentation included;
+* a problem's step: forward, backward, optimizer, without what follows in this list;
+* outer gradient: the upper loss's backward pass, and what ties the hops together;
+* hop of a problem: carrying the outer gradient through it, towards all that its loss depends on;
+* optimizer: all levels' updates;
+* segmentor: forward, and clamp: SegAN's alone, the one forward pass that serves both players'
+  steps, and that of the critic's parameters;
+* rest: the order of steps, the guard against NaN.
 
 Times on CUDA come from events in the stream, on the CPU from the wall clock and from the process's
 CPU time (the one to trust on a busy machine). Peak memory is measured in iterations of its own: on
 CUDA what torch's allocator has handed out, on the CPU resident memory, both with networks,
-optimizer states and data included. Each precision runs in a process of its own.
+optimizer states and data included. Each precision runs in a process of its own. Without the data
+set its stand-in is used; the figures don't depend on it.
 """
 
 from __future__ import annotations
@@ -26,19 +43,18 @@ from mlseg.engines.engine import Engine
 from mlseg.engines.segmentation import Segmentation
 from mlseg.multilevel.outer_gradient import OuterGradient
 from mlseg.multilevel.problem import Problem
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 
 REST = "rest"
-Parts = Mapping[str, str]
+MORE_PARTS: Mapping[str, Mapping[str, str]] = {
+    "segan": {"segmentor.predict": "segmentor: forward", "critic.param_callback": "clamp"}
+}
+"""By system, a part for a problem's method, beyond those that every level has."""
 
 
 @contextmanager
-def parts_of(engine: Engine, spans: Spans, more: Parts) -> Iterator[None]:
-    """Within this block the methods that make up an iteration open spans of their own.
-
-    Args:
-        more: part by "problem.method", beyond those that every level has.
-    """
+def parts_of(engine: Engine, spans: Spans, system: str) -> Iterator[None]:
+    """Within this block the methods that make up an iteration open spans of their own."""
     restore = []
 
     def wrap(owner: Any, name: str, part: str) -> None:
@@ -58,7 +74,7 @@ def parts_of(engine: Engine, spans: Spans, more: Parts) -> Iterator[None]:
         if isinstance(problem, Problem):
             wrap(problem, "hypergradient", f"{problem.name}: hop")
     wrap(OuterGradient, "__call__", "outer gradient")
-    for place, part in more.items():
+    for place, part in MORE_PARTS.get(system, {}).items():
         name, method = place.split(".")
         wrap(getattr(engine, name), method, part)
     try:
@@ -77,7 +93,6 @@ def measure(
     device_name: str,
     precision: str,
     iterations: int,
-    more: Parts,
 ) -> dict[str, Any]:
     """Build the system and measure its iterations, in this process.
 
@@ -89,6 +104,8 @@ def measure(
     settings, build = parse_run(config.load(path, [*overrides, *own]))
     torch.manual_seed(0)
     engine = build(settings, None)
+    while engine.stage is not engine.stages[-1]:
+        engine.next_stage()
     data = engine.hook(Segmentation).data
     device = engine.device
     cuda = device.type == "cuda"
@@ -96,13 +113,13 @@ def measure(
         engine.iterate()
     clock = Spans(CudaClock(device) if cuda else CpuClock())
     totals: list[dict[str, float]] = []
-    with parts_of(engine, clock, more):
+    with parts_of(engine, clock, settings.system):
         for _ in range(iterations):
             with clock(REST):
                 engine.iterate()
             totals.append(clock.end_of_round())
     memory = Spans(CudaMemory(device) if cuda else CpuMemory())
-    with parts_of(engine, memory, more):
+    with parts_of(engine, memory, settings.system):
         for _ in range(2):
             with memory(REST):
                 engine.iterate()
@@ -160,20 +177,13 @@ def report(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def command(doc: str | None, config_path: str, overrides: Sequence[str], more: Parts) -> None:
-    """The whole command of a system's benchmark: measure each precision and print.
-
-    Args:
-        doc: of the script, for ``--help``.
-        config_path: the default config.
-        overrides: that the measurement needs.
-        more: see ``parts_of``.
-    """
+def main() -> None:
+    """Measure each precision and print."""
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    parser.add_argument("--config", type=Path, default=Path(config_path))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
     parser.add_argument("--iterations", type=int, default=20)
@@ -187,14 +197,17 @@ def command(doc: str | None, config_path: str, overrides: Sequence[str], more: P
             found = pool.submit(
                 measure,
                 arguments.config,
-                [*overrides, *arguments.overrides],
+                arguments.overrides,
                 arguments.device,
                 precision,
                 arguments.iterations,
-                dict(more),
             ).result()
         figures.append(found)
         print(report(found), flush=True)
     if arguments.json:
         text = json.dumps({"machine": described, "figures": figures}, indent=2)
         arguments.json.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -33,7 +33,7 @@ from mlseg import command_line, config, machine
 from mlseg.engines.lookahead.loop import LookaheadLoop
 from mlseg.engines.lookahead.map_buffer import MapBuffer
 from mlseg.errors import UserError
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 from mlseg.segmentation.data import to_float
 
 MIB = 2**20

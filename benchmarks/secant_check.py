@@ -31,7 +31,7 @@ from mlseg.hypergradients import Hop, Method, pointed_at, resolve
 from mlseg.hypergradients.optimizers import one_step_scale
 from mlseg.machine import describe, head
 from mlseg.multilevel.problem import Problem
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 
 EPSILONS = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0001)
 

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from mlseg import command_line, config, machine
+from mlseg.problems.systems import parse_run
 from mlseg.randomness import seed_everything
-from mlseg.run import parse_run
 
 VARIANTS = {
     "all clamped": [],

@@ -7,12 +7,24 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from mlseg.files import replacing
 
 KEPT = "events.out.tfevents.0000000000.kept"
 """TensorBoard reads files in the order of their names, which are those of seconds on some clock."""
+
+
+def picture(tag: str, png: bytes, shape: tuple[int, ...]) -> Summary:
+    """What ``SummaryWriter.add_image`` writes, of a picture that is encoded already.
+
+    Args:
+        shape: (H, W, C).
+    """
+    height, width, channels = shape
+    image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png)
+    return Summary(value=[Summary.Value(tag=tag, image=image)])
 
 
 def cut_off(folder: Path, step: int) -> None:

@@ -14,23 +14,23 @@ import torch
 from betty.problems import Problem as BettyProblem
 from rich.console import RenderableType
 
-from mlseg import checkpoint, parallel
+from mlseg import parallel
 from mlseg.engines import notices, several, state, validation
 from mlseg.engines.hooks import Hooks, Work
 from mlseg.engines.interruption import Interrupted, Interruption
-from mlseg.engines.nan_guard import NanGuard, check_losses, check_states, what_is_kept
+from mlseg.engines.nan_guard import NanGuard, check_losses, what_is_kept
 from mlseg.engines.recording import Recorder
 from mlseg.engines.settings import (
     Dependencies,
     EngineSettings,
     Stage,
+    all_stages,
     as_bettys,
     as_settings,
-    both_ways,
     wanted_device,
 )
 from mlseg.engines.stages import Staged
-from mlseg.errors import RunError, UserError
+from mlseg.errors import RunError
 from mlseg.multilevel.config import Config
 from mlseg.multilevel.own_names import Shown
 from mlseg.multilevel.problem import Problem
@@ -97,23 +97,13 @@ class Engine(Staged):
         quiet: bool = False,
     ) -> None:
         parallel.start()
-        if dependencies is not None and (u2l is not None or l2u is not None):
-            raise ValueError("give the graph either as dependencies or as u2l and l2u")
-        if dependencies is not None:
-            u2l, l2u = both_ways(dependencies)
         if config is None and problems and not any(isinstance(p.config, Config) for p in problems):
             config = betty.configs.EngineConfig()  # a program of Betty's, with its defaults
         self._as_on_betty = isinstance(config, betty.configs.EngineConfig)
         self._keeps_to_itself = self._as_on_betty and type(self) is not Engine
         self._settings = as_settings(config)
         self._hooks = list(hooks)
-        if stages and (u2l or l2u):
-            raise ValueError("with stages each has a graph of its own: Stage(..., u2l=, l2u=)")
-        self._stages = list(stages) if stages else []
-        if not self._stages:
-            self._stages = [
-                Stage("training", self._settings.iterations, None, u2l or {}, l2u or {})
-            ]
+        self._stages = all_stages(self._settings, stages, dependencies, u2l, l2u)
         self._stage_index = 0
         self._stage_step = 0
         self._best: dict[str, Any] | None = None
@@ -281,15 +271,6 @@ class Engine(Staged):
             self._recorder.event("stage_start", self.global_step, stage=self._stage.name)
         return not self._stopped_early
 
-    def _is_due(self, every: int) -> bool:
-        last = self._stage_step == self._stage.iterations
-        return every > 0 and (self._stage_step % every == 0 or last)
-
-    def _is_over(self) -> bool:
-        """Whether the run ends here, with a checkpoint of its own."""
-        last_stage = self._stage_index == len(self._stages) - 1
-        return self._stopped_early or (last_stage and self._stage_step == self._stage.iterations)
-
     def _log(self) -> None:
         stepped = [
             problem
@@ -298,18 +279,11 @@ class Engine(Staged):
         ]
         self._logged = {problem.name: problem.count for problem in self.problems}
         figures = {problem.name: problem._metrics for problem in stepped}
-        lines = self._recorder.log(self.global_step, figures, self._rates())
+        lines = self._recorder.log(self.global_step, figures, validation.rates(self.problems))
         check_losses(self)
         for hook in self._hooks:
             hook.logged(self, lines)
         notices.after_log(self, lines)
-
-    def _rates(self) -> dict[str, float]:
-        return {
-            problem.name: problem.optimizer.param_groups[0]["lr"]
-            for problem in self.problems
-            if problem.optimizer is not None
-        }
 
     # --------------------------------------------------------------- validation
 
@@ -372,23 +346,9 @@ class Engine(Staged):
         self._recorder.flush()
         before, self._clock = self._clock, time.monotonic()
         self._seconds += self._clock - before
-        self._write(name, self.best_state_dict() if name == "best" else self.state_dict())
+        state.write(self, name, self.best_state_dict() if name == "best" else self.state_dict())
         for hook in self._hooks:
             hook.saved(self)
-
-    def _write(self, name: str, saved: dict[str, Any]) -> None:
-        """Write ``saved`` as the checkpoint ``name``.
-
-        Raises:
-            RunError: something in it isn't finite, or it can't be written.
-        """
-        check_states(self, saved["problems"])
-        path = self.checkpoint_path(name)
-        if parallel.is_first():
-            checkpoint.save(path, saved)
-        parallel.together()  # what others read of it is there
-        if path.name == checkpoint.LAST:
-            self._unproven = None
 
     def resume(
         self,
@@ -406,23 +366,7 @@ class Engine(Staged):
             UserError: there is none, it doesn't fit these problems, or the best weights that it
                 knows of are gone.
         """
-        state.require_places(self)
-        for hook in self._hooks:
-            hook.resume(self, directory)
-        path = directory / "checkpoints" / checkpoint.LAST
-        saved = checkpoint.load(path) if saved is None else saved
-        try:
-            self.load_state_dict(saved)
-            state.require_finite(self._guard, saved)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-        self._unproven = path
-        try:
-            state.require_best(self, path.parent)
-        except UserError:
-            if not forget_best:
-                raise
-            self._best, self._validations_without_best = None, 0
+        state.take_up(self, directory, saved, forget_best)
 
     # ------------------------------------------------------------------ the end
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -186,12 +187,17 @@ class Recorder:
         if self.directory is None:
             return
         folder = self.directory / "samples"
+        encoded = io.BytesIO()
+        Image.fromarray(image_HWC).save(encoded, "png")
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image_HWC).save(folder / f"{name}_{step:06d}.png")
+            (folder / f"{name}_{step:06d}.png").write_bytes(encoded.getvalue())
         if self._curves is not None:
+            from mlseg.engines.curves import picture
+
             with writing(self.directory / "tensorboard"):
-                self._curves.add_image(name, image_HWC, step, dataformats="HWC")
+                writer: Any = self._curves.file_writer  # None once it is closed
+                writer.add_summary(picture(name, encoded.getvalue(), image_HWC.shape), step)
 
     def flush(self) -> None:
         """Bring everything written so far to the file system."""

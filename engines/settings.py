@@ -94,6 +94,27 @@ def both_ways(dependencies: Mapping[str, Dependencies]) -> Graph:
     return Graph(dependencies["u2l"], dependencies["l2u"])
 
 
+def all_stages(
+    settings: EngineSettings,
+    stages: Sequence[Stage] | None,
+    dependencies: Mapping[str, Dependencies] | None,
+    u2l: Dependencies | None,
+    l2u: Dependencies | None,
+) -> list[Stage]:
+    """An engine's stages by the arguments of that name; one over the graph where none are given.
+
+    Raises:
+        ValueError: the graph is given twice.
+    """
+    if dependencies is not None:
+        if u2l is not None or l2u is not None:
+            raise ValueError("give the graph either as dependencies or as u2l and l2u")
+        u2l, l2u = both_ways(dependencies)
+    if stages and (u2l or l2u):
+        raise ValueError("with stages each has a graph of its own: Stage(..., u2l=, l2u=)")
+    return list(stages or [Stage("training", settings.iterations, None, u2l or {}, l2u or {})])
+
+
 def as_settings(
     config: EngineSettings | betty.configs.EngineConfig | None,
 ) -> EngineSettings:

@@ -26,6 +26,8 @@ class Staged(KnowsLevels, betty.engine.Engine):
     _as_on_betty: bool
     _stages: list[Stage]
     _stage_index: int
+    _stage_step: int
+    _stopped_early: bool
     _wanted_device: str | torch.device
     leaves: list[BettyProblem]
 
@@ -103,6 +105,15 @@ class Staged(KnowsLevels, betty.engine.Engine):
         if any(stage.open_ended for stage in self._stages):
             return None
         return sum(stage.iterations for stage in self._stages)
+
+    def _is_due(self, every: int) -> bool:
+        last = self._stage_step == self._stage.iterations
+        return every > 0 and (self._stage_step % every == 0 or last)
+
+    def _is_over(self) -> bool:
+        """Whether the run ends here, with a checkpoint of its own."""
+        last_stage = self._stage_index == len(self._stages) - 1
+        return self._stopped_early or (last_stage and self._stage_step == self._stage.iterations)
 
     def enter_stage(self, index: int) -> None:
         """Make stage `index` the present one: its graph, its leaves."""

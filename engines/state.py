@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import pydantic
 from pydantic import NonNegativeFloat, NonNegativeInt
 
-from mlseg import checkpoint, config, randomness
+from mlseg import checkpoint, config, parallel, randomness
 from mlseg.checkpoint import taking
 from mlseg.config import Settings
 from mlseg.engines import several
+from mlseg.engines.nan_guard import check_states
 from mlseg.errors import UserError
 from mlseg.multilevel import sharing
 from mlseg.multilevel.problem import Problem
@@ -145,6 +146,44 @@ def restore(engine: Engine, state: Mapping[str, Any]) -> None:
     with taking("the random state"):
         randomness.restore(state["random_state"], engine.device)
         sharing.set_draws(state.get("shared_draws"))
+
+
+def write(engine: Engine, name: str, saved: dict[str, Any]) -> None:
+    """Write ``saved`` as the checkpoint ``name`` of the run. All processes take part.
+
+    Raises:
+        RunError: something in it isn't finite, or it can't be written.
+    """
+    check_states(engine, saved["problems"])
+    path = engine.checkpoint_path(name)
+    if parallel.is_first():
+        checkpoint.save(path, saved)
+    parallel.together()  # what others read of it is there
+    if path.name == checkpoint.LAST:
+        engine._unproven = None
+
+
+def take_up(
+    engine: Engine, directory: Path, saved: Mapping[str, Any] | None, forget_best: bool
+) -> None:
+    """What :meth:`~mlseg.engines.engine.Engine.resume` does."""
+    require_places(engine)
+    for hook in engine._hooks:
+        hook.resume(engine, directory)
+    path = directory / "checkpoints" / checkpoint.LAST
+    saved = checkpoint.load(path) if saved is None else saved
+    try:
+        engine.load_state_dict(saved)
+        require_finite(engine._guard, saved)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    engine._unproven = path
+    try:
+        require_best(engine, path.parent)
+    except UserError:
+        if not forget_best:
+            raise
+        engine._best, engine._validations_without_best = None, 0
 
 
 def require_places(engine: Engine) -> None:

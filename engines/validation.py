@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import betty.engine
 import torch
 from betty.misc.early_stopping import EarlyStopping
+from betty.problems import Problem as BettyProblem
 
 from mlseg import parallel
 from mlseg.engines.nan_guard import check_losses, what_is_kept
@@ -108,11 +109,20 @@ def _select(engine: Engine, metric: str, value: float) -> None:
     engine.save("best")
 
 
+def rates(problems: Iterable[BettyProblem]) -> dict[str, float]:
+    """The learning rate of each problem that has an optimizer."""
+    return {
+        problem.name: problem.optimizer.param_groups[0]["lr"]
+        for problem in problems
+        if problem.optimizer is not None
+    }
+
+
 def _step_schedulers(engine: Engine, metric: float) -> None:
-    before = engine._rates()
+    before = rates(engine.problems)
     for problem in engine.problems:
         if isinstance(problem, Problem):
             problem.step_scheduler("validation", metric)
-    for name, rate in engine._rates().items():
+    for name, rate in rates(engine.problems).items():
         if rate != before[name]:
             engine._recorder.event("rate_change", engine.global_step, problem=name, rate=rate)

@@ -33,7 +33,6 @@ from rich.text import Text
 from torch import Tensor
 
 from mlseg.commands import guarded, make_console, named, print_whole
-from mlseg.config.registry import strangers
 from mlseg.errors import UserError
 from mlseg.evaluate import above_zero, add_trust, choose_threads, own_data, probability
 from mlseg.files import replacing, require_writable, write_text, writing
@@ -52,7 +51,7 @@ THRESHOLDS = [round(0.05 * step, 2) for step in range(4, 17)]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    return guarded(_run_guarded, parser().parse_args(argv))
+    return guarded(_run, parser().parse_args(argv))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,11 +71,6 @@ def parser() -> argparse.ArgumentParser:
     add_trust(made)
     threads.add_flag(made)
     return made
-
-
-def _run_guarded(arguments: argparse.Namespace) -> int:
-    with strangers(arguments.trust):
-        return _run(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from mlseg import parallel, signals
 from mlseg.config import Tree
+from mlseg.config.registry import strangers
 from mlseg.engines.interruption import Interrupted
 from mlseg.errors import (
     EXIT_RUN_ERROR,
@@ -42,12 +44,16 @@ def guarded(
 
     SIGINT, SIGTERM and SIGHUP end it as exceptions do: nothing half-written stays, 130, 143 or 129.
 
+    A command with ``--trust`` reads runs of which, without it, nothing is imported.
+
     Args:
         in_several: whether the command is one that several processes (torchrun) do together.
     """
     if not in_several:
         command = _alone(command)
-    with signals.raised(), _lasting("stderr"), _lasting("stdout") as output:
+    trust = getattr(arguments, "trust", None)
+    reading = contextlib.nullcontext() if trust is None else strangers(trust)
+    with reading, signals.raised(), _lasting("stderr"), _lasting("stdout") as output:
         code = _guarded(command, arguments)
         if output is not None:
             output.flush()
@@ -229,3 +235,22 @@ def print_whole(console: Console, table: Table) -> None:
         console.print(table, crop=False)
     finally:
         console.width = former
+
+
+def require_extra(extra: str, needed: Mapping[str, str]) -> None:
+    """Refuse a command where what its extra brings is missing.
+
+    Args:
+        extra: bears the command's name.
+        needed: distributions by the module that each brings.
+
+    Raises:
+        UserError: naming those that are missing.
+    """
+    missing = [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(
+            f"mlseg {extra} needs {' and '.join(missing)}; install what is missing: uv pip install "
+            f"{' '.join(missing)} (or in the checkout, all of the extra: uv pip install "
+            f"'.[{extra}]')"
+        )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import shlex
 import sys
 import time
@@ -27,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mlseg import config, machine
-from mlseg.commands import guarded, make_console, named, say_notes
+from mlseg.commands import guarded, make_console, named, require_extra, say_notes
 from mlseg.comparison import figures, phases, report
 from mlseg.comparison.cells import Cell, Runner
 from mlseg.comparison.settings import Comparison, parse
@@ -75,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    _require_extra()
+    require_extra("compare", NEEDED)
     shard([], arguments.shard)
     if arguments.jobs < 1:
         raise UserError(f"--jobs: {arguments.jobs} processes; give 1 or more")
@@ -211,17 +210,6 @@ def _refuse_changes(comparison: Comparison, directory: Path) -> None:
         raise UserError(
             f"--resume: {changed[0]} differs from {directory / 'config.yaml'}, whose cells would "
             "not belong to it; start a new comparison with --out"
-        )
-
-
-def _require_extra() -> None:
-    """Raise UserError where what the extra ``compare`` brings is missing."""
-    missing = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise UserError(
-            f"mlseg compare needs {' and '.join(missing)}; install what is missing: "
-            f"uv pip install {' '.join(missing)} (or in the checkout, all of the extra: "
-            "uv pip install '.[compare]')"
         )
 
 

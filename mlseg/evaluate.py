@@ -51,10 +51,10 @@ from mlseg.engines.segmentation import check_same_data
 from mlseg.errors import UserError
 from mlseg.files import require_file, require_writable, write_json
 from mlseg.machine import choose_device
+from mlseg.problems.systems import parse_run
 from mlseg.reports.keeping import keep
 from mlseg.reports.page import PAGE
 from mlseg.resuming import require_untouched
-from mlseg.run import parse_run
 from mlseg.segmentation.calibration import calibrated, describe
 from mlseg.segmentation.data import (
     DataSettings,
@@ -72,7 +72,7 @@ from mlseg.segmentation.trained import Ensemble, load_runs, run_threads
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    return guarded(_run_guarded, parser().parse_args(argv))
+    return guarded(_run, parser().parse_args(argv))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -105,11 +105,6 @@ def parser() -> argparse.ArgumentParser:
         "--overwrite", action="store_true", help="also a file there that evaluate hasn't written"
     )
     return made
-
-
-def _run_guarded(arguments: argparse.Namespace) -> int:
-    with strangers(arguments.trust):
-        return _run(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:

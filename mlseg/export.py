@@ -32,7 +32,6 @@ if __name__ == "__main__":
 
 from mlseg import config
 from mlseg.commands import guarded, make_console, named
-from mlseg.config.registry import strangers
 from mlseg.errors import UserError
 from mlseg.evaluate import above_zero, add_trust, probability
 from mlseg.files import replacing, require_file, require_writable, writing
@@ -42,7 +41,7 @@ from mlseg.segmentation.trained import run_threads
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    return guarded(_run_guarded, parser().parse_args(argv))
+    return guarded(_run, parser().parse_args(argv))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,11 +65,6 @@ def parser() -> argparse.ArgumentParser:
     add_trust(made)
     threads.add_flag(made)
     return made
-
-
-def _run_guarded(arguments: argparse.Namespace) -> int:
-    with strangers(arguments.trust):
-        return _run(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:

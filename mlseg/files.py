@@ -64,6 +64,17 @@ def require_file(path: Path, most: int | None = None) -> None:
         raise UserError(f"{path}: {state.st_size / 2**20:.1f} MiB, more than {most / 2**20:g}")
 
 
+def is_marked(path: Path, mark: str, within: int) -> bool:
+    """Whether it is a file, and no link, with ``mark`` among its first bytes."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return mark.encode() in file.read(within)
+    except OSError:
+        return False
+
+
 def require_writable(path: Path, option: str = "--out") -> None:
     """Check, before any work, that a file or a folder can be made at a path; makes nothing.
 

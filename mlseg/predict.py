@@ -44,7 +44,6 @@ if __name__ == "__main__":
 from rich.progress import track
 
 from mlseg.commands import guarded, make_console, named, worded
-from mlseg.config.registry import strangers
 from mlseg.errors import EXIT_RUN_ERROR, UserError, printable
 from mlseg.evaluate import add_choices, add_tta, choose_threads, load_chosen
 from mlseg.files import reachable, require_writable, writing
@@ -62,7 +61,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    return guarded(_run_guarded, parser().parse_args(argv))
+    return guarded(_run, parser().parse_args(argv))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -93,11 +92,6 @@ def parser() -> argparse.ArgumentParser:
     add_tta(made)
     threads.add_flag(made)
     return made
-
-
-def _run_guarded(arguments: argparse.Namespace) -> int:
-    with strangers(arguments.trust):
-        return _run(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 from mlseg import config
 from mlseg.commands import guarded, make_console, named
-from mlseg.config.registry import run_imports, strangers
+from mlseg.config.registry import run_imports
 from mlseg.reports.page import PAGE, write_page
 
 
@@ -48,11 +48,10 @@ def parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     runs: list[Path] = arguments.runs
     path = arguments.out or (runs[0] / PAGE if len(runs) == 1 else Path(PAGE))
-    with strangers(arguments.trust):
-        if arguments.trust:
-            for run in runs:
-                run_imports(config.load(run / "config.yaml"))
-        write_page(runs, path, arguments.overwrite)
+    if arguments.trust:
+        for run in runs:
+            run_imports(config.load(run / "config.yaml"))
+    write_page(runs, path, arguments.overwrite)
     make_console().print(f"Wrote {path}")
     return 0
 

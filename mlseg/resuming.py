@@ -1,17 +1,19 @@
-"""Whether a run goes on, or is evaluated, with the config that it was trained with."""
+"""What a run goes on from: its checkpoint, the config and the threads that it was trained with."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlseg import config
+from mlseg import checkpoint, config, parallel, threads
 from mlseg.config.explaining import quoted
 from mlseg.engines.engine import Engine
 from mlseg.engines.hooks import Hooks
 from mlseg.errors import UserError
-from mlseg.problems.systems import AnyRunSettings, load_system
+from mlseg.problems.systems import AnyRunSettings, load_system, parse_run
+from mlseg.segmentation.trained import begun_with
 
 SHOWN = 6
 """Changed keys that a message names."""
@@ -97,3 +99,57 @@ def _at(values: Any, key: str) -> Any:
     for part in key.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return values
+
+
+def saved_state(directory: Path) -> dict[str, Any] | None:
+    """What a run goes on from; None for one that hasn't saved anything yet."""
+    folder = directory / "checkpoints"
+    if any((folder / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
+        return checkpoint.load(folder / checkpoint.LAST)
+    return None
+
+
+def chosen_threads(
+    arguments: argparse.Namespace, settings: AnyRunSettings
+) -> tuple[threads.Threads, str | None]:
+    """How many threads, and what a resumed run has to say of it: their number changes sums.
+
+    A resumed run goes on with as many as it began with, unless its command says otherwise.
+    """
+    fitting = threads.choose(settings.work(), parallel.local_size())
+    chosen = fitting
+    if settings.threads != "auto":
+        by = "config" if arguments.threads is None else "--threads"
+        chosen = threads.Threads(settings.threads, by)
+    if arguments.resume is None:
+        return chosen, None
+    before = begun_with(arguments.resume)
+    asked = any(override.startswith("threads=") for override in arguments.overrides)
+    if not asked and settings.threads in ("auto", before):
+        return fitting if fitting.number == before else threads.Threads(before, "run"), None
+    if chosen.number == before:
+        return chosen, None
+    return chosen, (
+        f"It began with {before} and goes on with {chosen.number} threads: its figures may differ "
+        "in the last digits from those of a run that kept them"
+    )
+
+
+def resumed(arguments: argparse.Namespace) -> config.Tree:
+    """The config stored in the run; what may differ from it is in its settings' ``resumable``."""
+    if arguments.out is not None:
+        raise UserError("--out: a resumed run stays in its directory; drop it")
+    path = arguments.resume / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"--resume: {arguments.resume} is no run directory (it has no config.yaml)")
+    stored = config.load(path, [] if arguments.config else arguments.overrides)
+    original = config.load(path)
+    if arguments.config is not None:
+        given = config.load(arguments.config, arguments.overrides)
+        given.values.setdefault("threads", original.values.get("threads", "auto"))
+        settings, _ = parse_run(given)
+        stored = config.Tree(settings.model_dump(mode="json"), given.origins, given.source)
+    before = parse_run(original)[0].model_dump(mode="json")
+    settings, _ = parse_run(stored)
+    refuse_changes(before, settings.model_dump(mode="json"), stored, settings.resumable)
+    return stored

@@ -47,7 +47,6 @@ from mlseg.commands import (
     say_notes,
 )
 from mlseg.config import keys
-from mlseg.config.registry import run_imports
 from mlseg.dry_run import dry_run, timed_dry_run
 from mlseg.engines.engine import Engine
 from mlseg.engines.hooks import Hooks
@@ -57,14 +56,19 @@ from mlseg.errors import RunError, UserError, located, unharmed
 from mlseg.files import claimed, require_new, write_json, write_text
 from mlseg.machine import device_name, versions
 from mlseg.problems.building import TakenOver
-from mlseg.problems.systems import AnyRunSettings, RunSettings, all_systems, load_system
+from mlseg.problems.systems import RunSettings, all_systems, load_system, parse_run
 from mlseg.randomness import seed_everything
 from mlseg.reports.levels import draw_levels, require_picture
 from mlseg.reports.page import PAGE, write_page
 from mlseg.reports.starting import note_start
-from mlseg.resuming import TrainedWith, refuse_changes, require_unchanged
+from mlseg.resuming import (
+    TrainedWith,
+    chosen_threads,
+    require_unchanged,
+    resumed,
+    saved_state,
+)
 from mlseg.segmentation.data.samples import shapes_alone
-from mlseg.segmentation.trained import begun_with
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -195,16 +199,16 @@ def bring_to_end(directory: Path, tree: config.Tree | None = None) -> None:
         forget_best=False,
         command=None,
     )
-    _train(arguments, _resumed(arguments) if tree is None else tree, directory)
+    _train(arguments, resumed(arguments) if tree is None else tree, directory)
 
 
 def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | None) -> int:
     settings, build = parse_run(tree)
-    saved = None if directory is None or arguments.resume is None else _saved(directory)
+    saved = None if directory is None or arguments.resume is None else saved_state(directory)
     if saved is not None and directory is not None:
         path = directory / "checkpoints" / checkpoint.LAST
         require_unchanged(settings, tree, saved.get("config"), path)
-    chosen, remark = _threads(arguments, settings)
+    chosen, remark = chosen_threads(arguments, settings)
     settings = settings.model_copy(update={"threads": chosen.use().number})
     say_notes(tree)
     seed_everything(settings.seed)
@@ -293,59 +297,6 @@ def _blaming_checkpoint(engine: Engine) -> Iterator[None]:
         raise RunError(f"{engine._unproven}: can't go on from it ({located(error)})") from error
 
 
-def _saved(directory: Path) -> dict[str, Any] | None:
-    """What a run goes on from; None for one that hasn't saved anything yet."""
-    folder = directory / "checkpoints"
-    if any((folder / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS)):
-        return checkpoint.load(folder / checkpoint.LAST)
-    return None
-
-
-def parse_run(tree: config.Tree) -> tuple[AnyRunSettings, Any]:
-    """The checked settings of a config and the system that they are for.
-
-    Raises:
-        UserError: the config names no system, an unknown one, or doesn't fit it.
-    """
-    run_imports(tree)
-    name = tree.values.get("system")
-    if not isinstance(name, str):
-        raise tree.error("system", "missing; name a system, such as system: e2eaug")
-    try:
-        system = load_system(name)
-    except UserError as error:
-        raise tree.error("system", str(error)) from None
-    settings = config.parse(system.settings, tree)
-    config.require_names(settings, tree)
-    return settings, system
-
-
-def _threads(
-    arguments: argparse.Namespace, settings: AnyRunSettings
-) -> tuple[threads.Threads, str | None]:
-    """How many threads, and what a resumed run has to say of it: their number changes sums.
-
-    A resumed run goes on with as many as it began with, unless its command says otherwise.
-    """
-    fitting = threads.choose(settings.work(), parallel.local_size())
-    chosen = fitting
-    if settings.threads != "auto":
-        by = "config" if arguments.threads is None else "--threads"
-        chosen = threads.Threads(settings.threads, by)
-    if arguments.resume is None:
-        return chosen, None
-    before = begun_with(arguments.resume)
-    asked = any(override.startswith("threads=") for override in arguments.overrides)
-    if not asked and settings.threads in ("auto", before):
-        return fitting if fitting.number == before else threads.Threads(before, "run"), None
-    if chosen.number == before:
-        return chosen, None
-    return chosen, (
-        f"It began with {before} and goes on with {chosen.number} threads: its figures may differ "
-        "in the last digits from those of a run that kept them"
-    )
-
-
 def _what(arguments: argparse.Namespace) -> config.Tree:
     if arguments.graph is not None:
         if not (arguments.dry_run or arguments.timed_dry_run):
@@ -354,30 +305,10 @@ def _what(arguments: argparse.Namespace) -> config.Tree:
     if arguments.forget_best and arguments.resume is None:
         raise UserError("--forget-best: only a run that goes on has a best; give --resume DIR")
     if arguments.resume is not None:
-        return _resumed(arguments)
+        return resumed(arguments)
     if arguments.config is None:
         raise UserError("name a config, such as configs/e2eaug_isic_small.yaml (see --help)")
     return config.load(arguments.config, arguments.overrides)
-
-
-def _resumed(arguments: argparse.Namespace) -> config.Tree:
-    """The config stored in the run; what may differ from it is in its settings' ``resumable``."""
-    if arguments.out is not None:
-        raise UserError("--out: a resumed run stays in its directory; drop it")
-    path = arguments.resume / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"--resume: {arguments.resume} is no run directory (it has no config.yaml)")
-    stored = config.load(path, [] if arguments.config else arguments.overrides)
-    original = config.load(path)
-    if arguments.config is not None:
-        given = config.load(arguments.config, arguments.overrides)
-        given.values.setdefault("threads", original.values.get("threads", "auto"))
-        settings, _ = parse_run(given)
-        stored = config.Tree(settings.model_dump(mode="json"), given.origins, given.source)
-    before = parse_run(original)[0].model_dump(mode="json")
-    settings, _ = parse_run(stored)
-    refuse_changes(before, settings.model_dump(mode="json"), stored, settings.resumable)
-    return stored
 
 
 def _say(console: Console, notices: Sequence[str]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import shlex
 import sys
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ if __name__ == "__main__":
 from rich.console import Console
 from rich.table import Table
 
-from mlseg.commands import guarded, make_console, named
+from mlseg.commands import guarded, make_console, named, require_extra
 from mlseg.dry_run import span
 from mlseg.errors import EXIT_RUN_ERROR, EXIT_USER_ERROR, UserError
 from mlseg.files import Held, locked
@@ -35,7 +34,7 @@ from mlseg.sweeps import running
 from mlseg.sweeps.grid import CONFIG, Cell, Grid
 from mlseg.workers import Pool, Tally, make_pool, shard
 
-NEEDED = ("matplotlib", "pandas")
+NEEDED = {"matplotlib": "matplotlib", "pandas": "pandas"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,7 +87,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         _list(grid, cells, console)
         return 0
-    _require_extra()
+    require_extra("sweep", NEEDED)
     if not chosen and arguments.shard is None:
         raise UserError("--only: no cell is left; name others")
     if arguments.table:
@@ -184,16 +183,6 @@ def _list(grid: Grid, cells: Sequence[Cell], console: Console) -> None:
         console.print(
             f"{unknown} of them are of rows of which none has finished, and aren't in that; "
             "python -m mlseg.run CONFIG --dry-run measures one"
-        )
-
-
-def _require_extra() -> None:
-    """Raise UserError where what the extra ``sweep`` brings is missing."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"mlseg sweep needs {' and '.join(missing)}; install what is missing: uv pip install "
-            f"{' '.join(missing)} (or in the checkout, all of the extra: uv pip install '.[sweep]')"
         )
 
 

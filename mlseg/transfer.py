@@ -48,6 +48,28 @@ def optimizer_to_device(optimizer: torch.optim.Optimizer, device: torch.device |
                     state[key] = state_to_device(key, value, group, device)
 
 
+def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """The same numbers in the memory layout of another tensor of this shape.
+
+    Fused optimizers go through the memory of a parameter, its gradient and its moments side by
+    side: on the CPU they would take numbers of another layout for those of other elements.
+    """
+    if tensor.layout is not torch.strided or tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+def lay_out_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give what an optimizer keeps of its parameters their layout: it may have been saved on a
+    device where another one is the faster."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[key] = laid_out(value, parameter)
+
+
 def batch_to_device(batch: Any, device: torch.device | str) -> Any:
     """A batch on ``device``, of the same types all through.
 

@@ -199,6 +199,16 @@ class Builder:
         # The layout that CPUs and tensor cores like.
         return network.to(memory_format=torch.channels_last)
 
+    def lay_out(self, *networks: nn.Module) -> None:
+        """Give other networks of convolutions than segmentors the layout that the device likes.
+
+        On CUDA, whose kernels would turn every map to and fro, that is channels last; on the CPU
+        they stay as they are.
+        """
+        if self.device.type == "cuda":
+            for network in networks:
+                network.to(memory_format=torch.channels_last)
+
     def loader(
         self,
         name: str,

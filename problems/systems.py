@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic
 import torch
 
-from mlseg import parallel
+from mlseg import config, parallel
 from mlseg.config import Settings
-from mlseg.config.registry import Entry, Registry, find_entry
+from mlseg.config.registry import Entry, Registry, find_entry, run_imports
 from mlseg.engines.engine import Engine
 from mlseg.engines.settings import EngineSettings, LoopSettings
 from mlseg.engines.tracking import LogSettings
@@ -194,6 +194,25 @@ def load_system(name: str) -> System:
         UserError: there is none of that name, or the path leads to something else.
     """
     return find_entry(SYSTEMS, System, RunSettings, name)
+
+
+def parse_run(tree: config.Tree) -> tuple[AnyRunSettings, Any]:
+    """The checked settings of a config and the system that they are for.
+
+    Raises:
+        UserError: the config names no system, an unknown one, or doesn't fit it.
+    """
+    run_imports(tree)
+    name = tree.values.get("system")
+    if not isinstance(name, str):
+        raise tree.error("system", "missing; name a system, such as system: e2eaug")
+    try:
+        system = load_system(name)
+    except UserError as error:
+        raise tree.error("system", str(error)) from None
+    settings = config.parse(system.settings, tree)
+    config.require_names(settings, tree)
+    return settings, system
 
 
 def all_systems() -> Sequence[System]:

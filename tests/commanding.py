@@ -16,10 +16,17 @@ import tiny
 from mlseg import command_line, run
 
 
-def train(tmp_path: Path, *overrides: str) -> Path:
-    """A tiny run by command; its directory."""
-    config = tiny.write_config(tmp_path / "tiny.yaml", changes={"engine.samples": 1})
-    out = tmp_path / "run"
+def train(
+    folder: Path,
+    *overrides: str,
+    system: str = "supervised",
+    changes: tiny.Changes | None = None,
+    name: str = "run",
+) -> Path:
+    """A tiny run by command, of the config ``folder/tiny.yaml``; its directory, ``folder/name``."""
+    changes = {"engine.samples": 1, **(changes or {})}
+    config = tiny.write_config(folder / "tiny.yaml", system, changes)
+    out = folder / name
     assert run.main([str(config), *overrides, "--out", str(out)]) == 0
     return out
 

@@ -48,12 +48,7 @@ class Net(nn.Module):
 
 def batches(seed: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
     """Seven of them."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    return [(draw(BATCH, programs.FEATURES), draw(BATCH)) for _ in range(7)]
+    return [(x.to(dtype), y.to(dtype)) for x, y in programs.batches(seed, size=BATCH)]
 
 
 def program(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mlseg.config import dump, load
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUNS = [path.stem for path in sorted(CONFIGS.glob("*.yaml")) if "system" in load(path).values]

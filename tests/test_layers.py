@@ -15,6 +15,7 @@ GROUND = (
     "checkpoint",
     "compiling",
     "machine",
+    "modules",
     "parallel",
     "precision",
     "threads",

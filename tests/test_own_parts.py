@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commanding import one_line
 from tiny_files import half_mask, write_image
 
 from mlseg import checkpoint, evaluate, predict, run
@@ -45,12 +46,6 @@ def _forget() -> None:
         del sys.modules[name]
     if "my_dots" in DATA_SETS:
         DATA_SETS.remove("my_dots")
-
-
-def _said(capsys: pytest.CaptureFixture[str]) -> str:
-    said = capsys.readouterr().err.strip()
-    assert said.count("\n") == 0, said
-    return said
 
 
 def test_used_by_config_alone_and_found_again(
@@ -121,5 +116,5 @@ def test_mistakes_are_one_line(
     override: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run.main(["own.yaml", override, "--out", "run"]) == 2
-    assert said in _said(capsys)
+    assert said in one_line(capsys)
     assert not Path("run").exists()

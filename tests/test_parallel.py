@@ -14,6 +14,7 @@ from mlseg import parallel
 from mlseg.errors import UserError
 from mlseg.hypergradients.registry import classes
 from mlseg.multilevel.sharing import own_share
+from mlseg.parallel import processes
 
 pytestmark = pytest.mark.slow
 
@@ -104,8 +105,8 @@ def test_a_place_that_cannot_be(said: dict[str, str], monkeypatch: pytest.Monkey
 
 
 def test_shares_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "size", lambda: 2)
-    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    second = processes.Group(processes.Launch(1, 2, 1, 2), None, None)
+    monkeypatch.setattr(processes, "_group", second)
     x = torch.arange(4)
     assert own_share({"x": x, "names": ["a", "b", "c", "d"]}, None, "low") == {
         "x": pytest.approx(x[2:]),

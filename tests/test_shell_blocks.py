@@ -16,7 +16,7 @@ from commanding import parsed
 from mlseg import command_line, config
 from mlseg.__main__ import COMMANDS
 from mlseg.comparison.settings import parse as parse_comparison
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 from mlseg.sweeps.grid import Grid
 from mlseg.sweeps.settings import GridSettings
 

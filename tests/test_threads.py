@@ -13,7 +13,7 @@ import tiny
 import torch
 
 from mlseg import compare, config, evaluate, run, threads
-from mlseg.problems.systems import RunSettings
+from mlseg.problems.systems import RunSettings, parse_run
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", *threads.SPINNING)
@@ -160,13 +160,13 @@ class TestNumber:
         tree = config.load(path)
         if "system" not in tree.values:
             pytest.skip("no run's config")
-        number = threads.choose(run.parse_run(tree)[0].work()).number
+        number = threads.choose(parse_run(tree)[0].work()).number
         assert number == (1 if "_small" in path.stem else 4)
 
     def test_work_is_that_of_the_widest_features(self) -> None:
         """Against a count of the multiply-adds of a U-Net's last 3x3 convolution."""
         tree = config.load(CONFIGS / "supervised_isic.yaml", ["problems.segmentor.batch_size=3"])
-        settings, _ = run.parse_run(tree)
+        settings, _ = parse_run(tree)
         per_pixel = 3 * 3 * 64 * 64
         assert settings.work() * 9 == 3 * 256 * 256 * per_pixel
 

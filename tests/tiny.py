@@ -120,6 +120,21 @@ def weights(engine: Any) -> dict[str, Tensor]:
     }
 
 
+def around_gradients(engine: Engine, problem: Any) -> list[dict[str, Tensor]]:
+    """Where the engine's weights before and after each gradient of ``problem`` will be listed."""
+    seen: list[dict[str, Tensor]] = []
+    former = problem.backward
+
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        seen.append(weights(engine))
+        result = former(*args, **kwargs)
+        seen.append(weights(engine))
+        return result
+
+    problem.backward = backward
+    return seen
+
+
 def same(a: Any, b: Any) -> bool:
     """Whether two nested structures are equal bit for bit, NaN included."""
     if isinstance(a, Tensor):

@@ -100,7 +100,6 @@ def _made(draw: random.Random, members: dict[str, bytes], folder: Path) -> bytes
                 info.compress_type = zipfile.ZIP_DEFLATED
             made.writestr(info, content)
             if name == victim and kind == 7:  # twice
-                made.fp.write(b"")  # type: ignore[union-attr]
                 made.writestr(f"{name} ", content)
     data = bytearray(file.getvalue())
     if kind == 8:  # the directory says another size, method or flag than there is

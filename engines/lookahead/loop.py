@@ -17,6 +17,7 @@ from mlseg.engines.lookahead.discriminator_training import DiscriminatorTraining
 from mlseg.engines.lookahead.hold_out import HoldOut
 from mlseg.engines.lookahead.map_buffer import MapBuffer
 from mlseg.engines.snapshot import Snapshot
+from mlseg.engines.state import write
 from mlseg.multilevel.problem import Problem
 from mlseg.segmentation.data import Samples
 
@@ -181,8 +182,7 @@ class LookaheadLoop(Hooks):
         if engine._best is None:
             self._keep_best(engine)
             if engine._directory is not None:
-                state = {**engine.best_state_dict(), **self.start_state()}
-                engine._write(START, state)
+                write(engine, START, {**engine.best_state_dict(), **self.start_state()})
 
     def _promote(self, engine: Engine, _: Mapping[str, Any]) -> None:
         start, peak = self.snapshots["start"], self.snapshots["peak"]
@@ -259,7 +259,7 @@ class LookaheadLoop(Hooks):
         if found is None or (engine._best and engine._best["value"] >= _about(found)["value"]):
             return
         if engine._directory is not None:
-            engine._write(BEST, engine.best_state_dict())
+            write(engine, BEST, engine.best_state_dict())
         engine._best = dict(_about(found))
 
     def _best_snapshot(self) -> Snapshot | None:

@@ -199,8 +199,7 @@ def _colour(index: int) -> Any:
     """The same for a group of methods or a method in every figure: the ten strong ones first."""
     import matplotlib
 
-    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
-    return colours[[*range(0, 20, 2), *range(1, 20, 2)][index % 20]]
+    return matplotlib.colormaps["tab20"]([*range(0, 20, 2), *range(1, 20, 2)][index % 20])
 
 
 def _in_decades(axis: Any) -> None:

@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd.profiler import profile
@@ -46,10 +46,11 @@ def peak(function: Callable[[], T], device: str | torch.device = "cpu") -> tuple
     with _silenced(), profiler:
         result = function()
     assert profiler.kineto_results is not None
-    events = [e for e in profiler.kineto_results.events() if e.name() == _MEMORY_EVENT]
+    # Any, since the stubs of torch's own class leave nbytes out.
+    events: list[Any] = [e for e in profiler.kineto_results.events() if e.name() == _MEMORY_EVENT]
     held = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()  # type: ignore[attr-defined]
+        held += event.nbytes()
         most = max(most, held)
     return result, most
 

@@ -180,7 +180,9 @@ def signature_settings(
     Raises:
         UserError: its signature can't be read, or takes what ``base`` has already.
     """
-    called = thing.__init__ if isinstance(thing, type) else thing  # type: ignore[misc]
+    called: Any = thing
+    if isinstance(thing, type):
+        called = called.__init__
     try:
         parameters = list(inspect.signature(thing).parameters.values())
         hints = typing.get_type_hints(called, include_extras=True)
@@ -238,10 +240,12 @@ def _is_plain(value: Any) -> bool:
 @cache
 def _schema_of(cls: type[Component], thing: Callable[..., Any], name: str) -> type[Settings]:
     try:
-        declared = {key: (info.annotation, info) for key, info in cls.model_fields.items()}
+        declared: dict[str, Any] = {
+            key: (info.annotation, info) for key, info in cls.model_fields.items()
+        }
         taken = parameters_of(thing)
         declared |= {key: field for key, field in cls.beside.items() if key not in taken}
-        base = pydantic.create_model(cls.__name__, __base__=Settings, **declared)  # type: ignore[call-overload]
+        base = pydantic.create_model(cls.__name__, __base__=Settings, **declared)
         return signature_settings(thing, cls.given, base)
     except UserError as error:
         raise UserError(f"{cls.registry.kind} {name!r}: {error}") from error

@@ -248,9 +248,7 @@ _SIGNS = (
 
 
 def _default(field: FieldInfo) -> str:
-    value = field.default
-    if field.default_factory is not None:
-        value = field.default_factory()  # type: ignore[call-arg]
+    value = field.get_default(call_default_factory=True)
     if value is PydanticUndefined:
         return REQUIRED
     return _as_written(value)

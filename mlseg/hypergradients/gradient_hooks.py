@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlseg.modules import submodules
+
 Hook = Callable[[Tensor], Tensor | None]
 
 _SILENT: dict[int, list[Hook]] = {}
@@ -39,7 +41,7 @@ def hooked(parameters: Iterable[Tensor]) -> bool:
 @contextmanager
 def silenced(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Within this block torch runs no hooks of the modules' parameters."""
-    holders = {id(m): m for module in modules for m in module.modules()}.values()
+    holders = submodules(modules)
     found = {id(p): p for m in holders for p in m._parameters.values() if p is not None}
     taken: list[tuple[int, Any, dict[int, Hook]]] = []
     for key, p in found.items():

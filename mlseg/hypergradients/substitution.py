@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from mlseg.errors import UserError
+from mlseg.modules import submodules
 
 
 @contextmanager
@@ -41,7 +42,7 @@ def substituted(
     new = {id(p): replacement for p, replacement in zip(parameters, by, strict=True)}
     places = [
         (holder._parameters, name, p)
-        for holder in _submodules(modules)
+        for holder in submodules(modules)
         for name, p in holder._parameters.items()
         if p is not None and id(p) in new
     ]
@@ -71,7 +72,3 @@ def check_none_left(name: str, gradients: Sequence[Tensor | None], mend: str) ->
             f"modules, where nothing can stand in for it; make that network part of a module, or "
             f"set the hypergradient's {mend}"
         )
-
-
-def _submodules(modules: Iterable[nn.Module]) -> Iterable[nn.Module]:
-    return {id(m): m for module in modules for m in module.modules()}.values()

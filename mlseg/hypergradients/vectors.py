@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 
+@torch.no_grad()
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """Euclidean norm over all tensors together, on their device."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([t.detach() for t in tensors])))
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from mlseg import randomness
 from mlseg.errors import RunError, UserError
 from mlseg.hypergradients import Interface
 from mlseg.hypergradients.fitness import HooksMade
+from mlseg.modules import submodules
 from mlseg.multilevel.belongings import Belongings, belongings, of_problems
 from mlseg.multilevel.buffers import Contents, Copies, ProgramBuffers, put_back
 from mlseg.multilevel.redrawing import Place
@@ -88,7 +89,8 @@ class Again:
         """Within this block evaluations leave no trace: not in buffers, not in random streams, not
         in which parameters are frozen."""
         self._present = self._buffers.contents()
-        parameters = [p for m in self._holders() for p in m._parameters.values() if p is not None]
+        holders = submodules(self.modules())
+        parameters = [p for m in holders for p in m._parameters.values() if p is not None]
         frozen = [not p.requires_grad for p in parameters]
         own = self._own_states()
         self._problem.replaying = True
@@ -276,9 +278,6 @@ class Again:
         return {path: t for path, t in tensors.items() if id(t) not in buffers}
 
     # ----------------------------------------------------------------------- parts
-
-    def _holders(self) -> list[nn.Module]:
-        return list({id(m): m for module in self.modules() for m in module.modules()}.values())
 
     def _belongings(self) -> Belongings:
         if self._found is None:

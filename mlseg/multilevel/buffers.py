@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import betty.problems
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from mlseg.modules import submodules
 
 Copies = dict[str, Tensor | None]
 """Values by where a buffer is: its level, and its path in that level's module."""
@@ -28,6 +31,7 @@ class ProgramBuffers:
     def __init__(self, problems: Callable[[], Sequence[betty.problems.Problem]]) -> None:
         self._problems = problems
         self._found: dict[str, tuple[dict[str, Any], str, bool]] | None = None
+        self._holders: list[tuple[nn.Module, tuple[str, ...]]] = []
 
     def forget(self) -> None:
         """Modules may have changed: look for them anew."""
@@ -55,19 +59,28 @@ class ProgramBuffers:
         Args:
             statistics: of BatchNorm's statistics too, which a loss in training mode doesn't read.
         """
-        return {
-            path: _copy(table.get(name))
+        wanted = [
+            (path, table.get(name))
             for path, (table, name, is_statistics) in self._places().items()
             if statistics or not is_statistics
-        }
+        ]
+        copies = _copies([buffer for _, buffer in wanted])
+        return {path: value for (path, _), value in zip(wanted, copies, strict=True)}
 
     def contents(self) -> Contents:
         """All of them as they are, for :func:`put_back`."""
-        self.forget()
-        return [
-            (table, name, table.get(name), _copy(table.get(name)))
-            for table, name, _ in self._places().values()
+        modules = submodules(problem.module for problem in self._problems())
+        holders = [(module, tuple(module._buffers)) for module in modules]
+        if holders != self._holders:  # one was made since
+            self._holders = holders
+            self.forget()
+        places = [
+            (module._buffers, name, module._buffers[name])
+            for module, names in holders
+            for name in names
         ]
+        copies = _copies([buffer for _, _, buffer in places])
+        return [(*place, value) for place, value in zip(places, copies, strict=True)]
 
     def set(self, copies: Copies, apart: bool = False) -> None:
         """Give buffers these values, within a block that ends with :func:`put_back`.
@@ -76,6 +89,7 @@ class ProgramBuffers:
             apart: in tensors of their own, since a graph that outlives the next call saves them.
         """
         places = self._places()
+        into, values = [], []
         for path, value in copies.items():
             if path not in places:
                 continue
@@ -87,20 +101,40 @@ class ProgramBuffers:
                 device = value.device if present is None else present.device
                 table[name] = value.to(device, copy=True)
             else:
-                present.data.copy_(value)
+                into.append(present.data)
+                values.append(value)
+        _copy_all(into, values)
 
 
 def put_back(contents: Contents) -> None:
     """The tensors themselves and their values."""
+    into, values = [], []
     for table, name, buffer, value in contents:
         table[name] = buffer
         if buffer is not None and value is not None:
             # Through ``data``: a graph that is still to be walked may have saved the buffer.
-            buffer.data.copy_(value)
+            into.append(buffer.data)
+            values.append(value)
+    _copy_all(into, values)
 
 
-def _copy(buffer: Tensor | None) -> Tensor | None:
-    return None if buffer is None else buffer.detach().clone()
+def _copies(buffers: Sequence[Tensor | None]) -> list[Tensor | None]:
+    present = [buffer.detach() for buffer in buffers if buffer is not None]
+    made = [torch.empty_like(buffer) for buffer in present]
+    _copy_all(made, present)
+    rest = iter(made)
+    return [None if buffer is None else next(rest) for buffer in buffers]
+
+
+def _copy_all(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """In one operation per kind of tensor: there are hundreds of them, each next to nothing."""
+    kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, value in zip(into, values, strict=True):
+        targets, of = kinds.setdefault((target.dtype, target.device), ([], []))
+        targets.append(target)
+        of.append(value)
+    for targets, of in kinds.values():
+        torch._foreach_copy_(targets, of)
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:

@@ -22,6 +22,7 @@ from mlseg.multilevel.betty_tables import carry_by_bettys, is_bettys
 from mlseg.multilevel.outer_gradient import OuterGradient
 from mlseg.multilevel.revisiting import Revisitable
 from mlseg.multilevel.sharing import Buffers
+from mlseg.transfer import laid_out
 
 
 class Descending(Revisitable):
@@ -109,8 +110,9 @@ class Descending(Revisitable):
             if inputs:
                 self._gradient_with(loss, leaves, inputs)
             elif keeps_graph and not self._paths:
-                detached = [None if g is None else g.detach() for g in gradient]
-                total: Sequence[Any] = parallel.average_some(detached, leaves)
+                # Copies: clipping, hooks and optimizers over lists of tensors write into gradients.
+                copies = [None if g is None else g.detach().clone() for g in gradient]
+                total: Sequence[Any] = parallel.average_some(copies, leaves)
             else:
                 report = self.backward(
                     loss=loss,
@@ -265,13 +267,22 @@ class Descending(Revisitable):
         self._accumulate(params, parallel.average_some(found, params))
 
     def set_grads(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-        """Add to ``.grad``, in the memory layout of the parameters.
+        """Add to ``.grad``, in the memory layout of the parameters and each in memory of its own.
 
-        ``torch.autograd.grad`` gives gradients in any layout, and fused optimizers go through the
-        memory of both side by side: on the CPU they would step along a permuted gradient.
+        ``torch.autograd.grad`` gives gradients in any layout, and one tensor by both terms of a
+        sum, into which clipping would write twice.
         """
-        pairs = zip(params, grads, strict=True)
-        super().set_grads(params, [None if g is None else _laid_out(g, p) for p, g in pairs])
+        taken: set[tuple[Any, ...]] = set()
+        own: list[Tensor | None] = []
+        for p, g in zip(params, grads, strict=True):
+            if g is not None and g.layout is torch.strided:
+                g = laid_out(g, p)
+                # Not by data_ptr(), which a dry run's tensors don't have.
+                place = g.untyped_storage()._cdata, g.storage_offset()
+                g = g.clone() if place in taken else g
+                taken.add(place)
+            own.append(g)
+        super().set_grads(params, own)
 
     def hypergradient(self, vector: Vector, hop: Hop) -> tuple[list[Vector], dict[str, Tensor]]:
         """Carry an outer gradient over ``hop``, which starts from this level, by its method."""
@@ -299,12 +310,6 @@ def _as_dict(result: Any, name: str) -> dict[str, Any]:
         )
     values["loss"] = loss.reshape(())
     return values
-
-
-def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
-    if gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _clear(parameters: Vector) -> None:

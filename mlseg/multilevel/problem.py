@@ -21,7 +21,7 @@ from mlseg.multilevel.loaders import FreshBatches, Place, Stream, check_iterable
 from mlseg.multilevel.own_names import Shown
 from mlseg.multilevel.plain import regroup
 from mlseg.multilevel.sharing import own_share, shared_draws
-from mlseg.transfer import batch_to_device, optimizer_to_device
+from mlseg.transfer import batch_to_device, laid_out, lay_out_state, optimizer_to_device
 
 
 class Problem(Descending):
@@ -269,10 +269,12 @@ class Problem(Descending):
         """
         if "count" not in state:
             super().load_state_dict(state)
+            lay_out_state(self.optimizer)
             return
         restoring.check(self, state)
         if self.optimizer is not None:
             super().load_state_dict(state)
+            lay_out_state(self.optimizer)
         else:
             self.module.load_state_dict(state["module"])
         self._count = state["count"]
@@ -285,7 +287,7 @@ class Problem(Descending):
         }
         if "gradients" in state:
             for p, gradient in zip(self.trainable_parameters(), state["gradients"], strict=True):
-                p.grad = None if gradient is None else gradient.to(p.device)
+                p.grad = None if gradient is None else laid_out(gradient.to(p.device), p)
         if "last_step" in state:
             last = state["last_step"]
             batch = batch_to_device(last["batch"], self.device)

@@ -16,6 +16,7 @@ from mlseg.hypergradients.checkpoints import trajectory_of
 from mlseg.hypergradients.fitness import check_level
 from mlseg.hypergradients.gradient_hooks import silenced
 from mlseg.hypergradients.taken_along import with_inputs
+from mlseg.modules import parameters_of
 from mlseg.multilevel import graph
 from mlseg.multilevel.again import Again
 from mlseg.multilevel.loaders import FreshBatches, Stream
@@ -214,7 +215,7 @@ class Revisitable(graph.KnowsLevels, betty.problems.ImplicitProblem):
 
     def trainable_parameters(self) -> Vector:
         """The module's parameters that require a gradient."""
-        return [p for p in self.module.parameters() if p.requires_grad]
+        return [p for p in parameters_of(self.module) if p.requires_grad]
 
     def _everyone(self) -> list[betty.problems.Problem]:
         """This problem and all others of its engine."""

@@ -13,7 +13,7 @@ from betty.problems import Problem as BettyProblem
 from mlseg.engines.engine import Engine
 from mlseg.engines.settings import Stage
 from mlseg.errors import UserError
-from mlseg.files import replacing, require_writable, writing
+from mlseg.files import is_marked, replacing, require_writable, writing
 
 KINDS = (".svg", ".png")
 CREATOR = "mlseg --graph"
@@ -37,19 +37,11 @@ def require_picture(path: Path) -> None:
     """
     if path.suffix.lower() not in KINDS:
         raise UserError(f"--graph: {path}: a name that ends in {' or '.join(KINDS)} is needed")
-    if path.is_dir() or ((path.exists() or path.is_symlink()) and not _ours(path)):
+    if path.is_dir() or (
+        (path.exists() or path.is_symlink()) and not is_marked(path, CREATOR, _HEAD)
+    ):
         raise UserError(f"--graph: {path} is there already, and not by --graph; name another file")
     require_writable(path, "--graph")
-
-
-def _ours(path: Path) -> bool:
-    if path.is_symlink() or not path.is_file():
-        return False
-    try:
-        with path.open("rb") as file:
-            return CREATOR.encode() in file.read(_HEAD)
-    except OSError:
-        return False
 
 
 def draw_levels(engine: Engine, path: Path) -> None:

@@ -13,7 +13,7 @@ import jinja2
 
 from mlseg._version import __version__
 from mlseg.errors import UserError
-from mlseg.files import require_writable, write_text
+from mlseg.files import is_marked, require_writable, write_text
 from mlseg.reports import comparing, sections, systems
 from mlseg.reports.parts import Section
 from mlseg.reports.reading import Run, read_run, require_run
@@ -68,22 +68,12 @@ def require_ours(path: Path, overwrite: bool = False) -> None:
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file by --out")
-    if (path.exists() or path.is_symlink()) and not overwrite and not _ours(path):
+    if (path.exists() or path.is_symlink()) and not overwrite and not is_marked(path, MARK, _HEAD):
         raise UserError(
             f"{path} is there already, and no page of mlseg's; name another file by --out, or give "
             "--overwrite"
         )
     require_writable(path)
-
-
-def _ours(path: Path) -> bool:
-    if path.is_symlink() or not path.is_file():
-        return False
-    try:
-        with path.open("rb") as file:
-            return MARK.encode() in file.read(_HEAD)
-    except OSError:
-        return False
 
 
 def _of_run(run: Run, prefix: str) -> list[Section]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mlseg import config
 from mlseg.errors import UserError
 from mlseg.problems.reporting import FIGURES, FinishedRun
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 from mlseg.sweeps.checks import fits, value_at
 from mlseg.sweeps.grid import CONFIG, Cell, Grid
 from mlseg.sweeps.running import finished, results

@@ -16,8 +16,7 @@ from mlseg.config.explaining import quoted
 from mlseg.config.registry import run_imports
 from mlseg.errors import UserError
 from mlseg.files import reachable
-from mlseg.problems.systems import load_system
-from mlseg.run import parse_run
+from mlseg.problems.systems import load_system, parse_run
 from mlseg.sweeps.checks import (
     check_name,
     check_report,

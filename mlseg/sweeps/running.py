@@ -25,7 +25,8 @@ from mlseg.engines.interruption import Interruption
 from mlseg.errors import UserError
 from mlseg.files import Held, claimed, held, require_new, write_json
 from mlseg.machine import choose_device, peak_memory
-from mlseg.run import bring_to_end, parse_run
+from mlseg.problems.systems import parse_run
+from mlseg.run import bring_to_end
 from mlseg.sweeps.checks import value_at
 from mlseg.sweeps.grid import CONFIG, RESULTS, Cell, Grid
 from mlseg.workers import HELD, STOPPED, Ended, Failed, Pool, Tally, Work, work_off

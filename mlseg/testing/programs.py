@@ -288,14 +288,14 @@ GRAPHS = {
 }
 
 
-def batches(seed: int, count: int = 7) -> list[Batch]:
-    """The same ``count`` batches for a seed."""
+def batches(seed: int, count: int = 7, size: int = BATCH) -> list[Batch]:
+    """The same ``count`` batches of ``size`` examples for a seed."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    return [(draw(BATCH, FEATURES), draw(BATCH)) for _ in range(count)]
+    return [(draw(size, FEATURES), draw(size)) for _ in range(count)]
 
 
 def small(

@@ -28,12 +28,21 @@ class GuidedGenerator(Generator):
 
     Args:
         guidance: r, the relative size.
+        guidance_steps: r falls to zero over so many guided steps, linearly; None: it stays.
     """
 
-    def __init__(self, setup: Setup, *, guidance: float, **settings: Any) -> None:
+    def __init__(
+        self, setup: Setup, *, guidance: float, guidance_steps: int | None = None, **settings: Any
+    ) -> None:
         super().__init__(setup, **settings)
-        self.guidance = guidance
+        self.guidance, self.guidance_steps = guidance, guidance_steps
         self._guide: Vector | None = None
+        self._guided = 0
+
+    def relative_size(self) -> float:
+        """r at the next guided step."""
+        left = 1.0 if self.guidance_steps is None else 1.0 - self._guided / self.guidance_steps
+        return self.guidance * max(left, 0.0)
 
     def hypergradient(self, vector: Vector, hop: Hop) -> tuple[list[Vector], dict[str, Tensor]]:
         """Carry it on, and keep it for the next step."""
@@ -50,12 +59,13 @@ class GuidedGenerator(Generator):
                 p.grad = torch.zeros_like(p)
             gradients.append(p.grad)
         smallest = torch.finfo(gradients[0].dtype).tiny
-        factor = self.guidance * norm(gradients) / norm(self._guide).clamp_min(smallest)
+        factor = self.relative_size() * norm(gradients) / norm(self._guide).clamp_min(smallest)
         torch._foreach_add_(gradients, torch._foreach_mul(self._guide, factor))
+        self._guided += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """That of a generator, and the guide of the next step."""
-        return {**super().state_dict(), "guide": self._guide}
+        """That of a generator, the guide of the next step, and the number of guided ones."""
+        return {**super().state_dict(), "guide": self._guide, "guided": self._guided}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`.
@@ -65,6 +75,8 @@ class GuidedGenerator(Generator):
         """
         super().load_state_dict(state)
         guide = state["guide"] if isinstance(state, Mapping) else None
+        # Checkpoints from before there was a schedule have no number, and no need of one.
+        self._guided = int(state.get("guided", 0)) if isinstance(state, Mapping) else 0
         if guide is None:
             self._guide = None
             return

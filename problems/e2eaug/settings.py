@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mlseg.config import Settings
 from mlseg.config.components import Component
@@ -125,12 +125,14 @@ class LevelThreeSettings(Settings):
             it is either 0 or 1, and its gradient noisier.
         guidance: the generator also steps along what the segmentor's validation loss asks of it,
             at this size relative to its own gradient.
+        guidance_steps: over so many of its steps the size falls to zero, linearly; None: it stays.
     """
 
     synthetic_weight: bool = False
     mask_augmentation: bool = False
     mask_temperature: PositiveFloat = 0.2
     guidance: NonNegativeFloat = 0.0
+    guidance_steps: PositiveInt | None = None
 
     @property
     def is_on(self) -> str | None:
@@ -207,6 +209,8 @@ class E2EAugSettings(RunSettings):
                 else "with gan.frozen or alphas that aren't learned there is no level three"
             )
             raise ValueError(f"level3.{self.level3.is_on}: {why}; drop it")
+        if self.level3.guidance_steps is not None and not self.level3.guidance:
+            raise ValueError("level3.guidance_steps: goes with level3.guidance above 0")
         if self.level3.mask_augmentation:
             starting_values(self.mask_augmentation)
         if self.architecture.choice is not None and self.architecture.mode != "frozen":

@@ -46,14 +46,18 @@ def build(settings: E2EAugSettings, out: Path | None) -> Engine:
     require_validation(data)
     make, levels, spec = Builder(settings, data.spec, out), settings.problems, data.spec
     maker, critic, alphas = networks(settings, data)
+    make.lay_out(maker, critic)
     features = perceptual_features(settings, data, out)
     if features is not None:
-        features.to(make.device)
+        make.lay_out(features.to(make.device))
     criterion = build_loss(settings.loss, spec.ignore_index)
 
     loader = make.loader("generator", levels.generator, data.train, settings.gan.augmentation)
     level3 = settings.level3
-    kind = partial(GuidedGenerator, guidance=level3.guidance) if level3.guidance else Generator
+    guided = partial(
+        GuidedGenerator, guidance=level3.guidance, guidance_steps=level3.guidance_steps
+    )
+    kind = guided if level3.guidance else Generator
     generator = kind(
         make.level("generator", levels.generator, maker, loader),
         l1=settings.gan.l1,

@@ -17,6 +17,7 @@ import tiny
 from commanding import parsed
 
 from mlseg import config, run
+from mlseg.problems.systems import parse_run
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = BENCHMARKS.parent / "configs" / "e2eaug_isic_small.yaml"
@@ -88,11 +89,17 @@ def test_engine_overhead(script: Script, tmp_path: Path) -> None:
     assert set(json.loads(figures.read_text())["cases"]) == {"e2eaug", "toy"}
 
 
-def test_e2eaug_iteration(script: Script, tmp_path: Path) -> None:
-    config = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug")
-    shown = script("e2eaug_iteration", "--config", config, "--iterations", 1)
-    parts = {"segmentor: hop", "generator: hop", "outer gradient", *EVERY_PART}
-    assert parts <= {row[0] for row in rows(shown)}
+@pytest.mark.parametrize(
+    ("system", "parts"),
+    [
+        ("e2eaug", {"segmentor: hop", "generator: hop", "outer gradient"}),
+        ("segan", {"segmentor: forward", "critic: step", "clamp"}),
+    ],
+)
+def test_iteration(system: str, parts: set[str], script: Script, tmp_path: Path) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml", system)
+    shown = script("iteration", config, "--iterations", 1)
+    assert parts | {*EVERY_PART} <= {row[0] for row in rows(shown)}
 
 
 def test_checks(script: Script, tmp_path: Path) -> None:
@@ -100,13 +107,6 @@ def test_checks(script: Script, tmp_path: Path) -> None:
     shown = script("checks", "--config", config, "--iterations", 2)
     kinds = ["an iteration", "all checks", "notes in every", "both, over"]
     assert all(row[0].startswith(kind) for row, kind in zip(rows(shown), kinds, strict=True))
-
-
-def test_segan_iteration(script: Script, tmp_path: Path) -> None:
-    config = tiny.write_config(tmp_path / "tiny.yaml", "segan")
-    shown = script("segan_iteration", "--config", config, "--iterations", 1)
-    parts = {"segmentor: forward", "critic: step", "clamp", *EVERY_PART}
-    assert parts <= {row[0] for row in rows(shown)}
 
 
 def test_hypergradients(script: Script) -> None:
@@ -179,7 +179,7 @@ def test_a_section_of_gpu_is_a_command(section: Any, monkeypatch: pytest.MonkeyP
     overrides = [word for word in words if "=" in word]
     assert found.get("overrides", []) == overrides
     if "config" in found:
-        run.parse_run(config.load(found["config"], overrides))
+        parse_run(config.load(found["config"], overrides))
 
 
 def test_beside_betty(script: Script, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from mlseg.config import load, yaml12
 from mlseg.config.loading import MAX_BASES, MAX_BYTES
 from mlseg.errors import UserError, printable
 from mlseg.files import reachable
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -10,7 +10,7 @@ from pydantic import Field
 from mlseg import config, run
 from mlseg.config import Settings
 from mlseg.config.keys import Key, described, keys, kinds, printed
-from mlseg.problems.systems import SYSTEMS
+from mlseg.problems.systems import SYSTEMS, parse_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -25,7 +25,7 @@ def flat(values: Any, path: str = "") -> Iterator[str]:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("[!c]*.yaml")), ids=lambda path: path.stem)
 def test_every_key_that_a_resolved_config_holds_is_printed(path: Path) -> None:
-    settings, system = run.parse_run(config.load(path))
+    settings, system = parse_run(config.load(path))
     known = {key.path for key in keys(system.settings)}
     things = kinds(system.settings)
     of_things = {key.path for kind in things for own in kind.things.values() for key in own}

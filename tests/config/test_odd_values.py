@@ -10,7 +10,7 @@ import pytest
 
 from mlseg import config
 from mlseg.errors import UserError
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SYSTEMS = ("e2eaug_isic_small", "segan_isic_small", "load_camvid_small", "dct_isic_small")

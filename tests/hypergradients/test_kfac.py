@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from scaled import points
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,11 +20,6 @@ from mlseg.testing.families import Vector
 from mlseg.testing.programs import TWO_LEVELS, Graph, Recorded
 
 CLASSES, EXAMPLES = 3, 6
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def dense_net() -> nn.Sequential:
@@ -89,7 +85,7 @@ def test_factors_are_those_of_curvlinops(case: str) -> None:
 
     make, shape = CASES[case]
     torch.manual_seed(0)
-    net, x = make(), draw(EXAMPLES, *shape)
+    net, x = make(), points(EXAMPLES, *shape)
     y = torch.arange(EXAMPLES) % CLASSES
     if case == "convolutional":
         setattr(net[2], "padding_mode", "zeros")  # noqa: B010, theirs alone
@@ -129,12 +125,12 @@ def test_factors_are_those_of_curvlinops(case: str) -> None:
 def test_inverse_and_roots(case: str) -> None:
     make, shape = CASES[case]
     torch.manual_seed(0)
-    net, x = make(), draw(EXAMPLES, *shape)
+    net, x = make(), points(EXAMPLES, *shape)
     y = torch.arange(EXAMPLES) % CLASSES
     engine: Any = level(net, x, y, functional.cross_entropy, "identity")
     f = factors_of(engine, lambda: functional.cross_entropy(net(x), y), damping=1e-2)
     parameters = engine.low.trainable_parameters()
-    v = draw(sum(p.numel() for p in parameters), seed=3)
+    v = points(sum(p.numel() for p in parameters), seed=3)
     found, parts = f.inverse(v), iter(v.split([p.numel() for p in parameters]))
     expected = []
     for i, layer in enumerate(f.layers):
@@ -151,18 +147,18 @@ def test_inverse_and_roots(case: str) -> None:
     assert distance(found, torch.cat(expected)) < 1e-10
     assert distance(f.root(f.root_transposed(v)), found) < 1e-10
     assert distance(f.root(f.root_inverse(v)), v) < 1e-10
-    w = draw(len(v), seed=4)
+    w = points(len(v), seed=4)
     assert abs(float(w.dot(f.root(v)) - f.root_transposed(w).dot(v))) < 1e-10 * len(v)
 
 
 def regression(method: Any, **options: Any) -> Any:
     """One output, features of very different sizes: the Hessian is ``A`` times a number."""
     torch.manual_seed(0)
-    x = draw(40, 6) * torch.logspace(0, 2, 6, dtype=torch.float64)
+    x = points(40, 6) * torch.logspace(0, 2, 6, dtype=torch.float64)
     return level(
         nn.Linear(6, 1),
         x,
-        draw(40, 1, seed=1),
+        points(40, 1, seed=1),
         lambda out, y: ((out - y) ** 2).mean() / 2,
         method,
         **options,
@@ -221,9 +217,9 @@ def test_a_warm_start_goes_through_the_roots(method: str) -> None:
 
 def test_factors_are_averaged_and_factorised_every_so_many_hops() -> None:
     torch.manual_seed(0)
-    xs = [draw(8, 4, seed=n) for n in range(4)]
+    xs = [points(8, 4, seed=n) for n in range(4)]
     net = nn.Linear(4, 2)
-    batches = [(x, draw(8, 2, seed=9)) for x in xs]
+    batches = [(x, points(8, 2, seed=9)) for x in xs]
     engine: Any = level(
         net,
         *batches[0],
@@ -285,8 +281,8 @@ def test_the_identity_elsewhere_is_said_once(tmp_path: Any) -> None:
     settings = EngineSettings(iterations=4, log_every=1, tensorboard=False)
     engine: Any = level(
         Mixed(),
-        draw(6, 4),
-        draw(6, 4, seed=1),
+        points(6, 4),
+        points(6, 4, seed=1),
         lambda out, y: ((out - y) ** 2).mean(),
         "kfac",
         settings=settings,
@@ -307,7 +303,7 @@ def test_a_batch_with_a_nan_does_not_stay_in_the_factors() -> None:
     engine = regression("kfac")
     gradient(engine, 2)
     known = {k: v.clone() for k, v in engine.low.hop_memory["top"].items()}
-    engine.low.set_train_data_loader([(torch.full((40, 6), torch.nan).double(), draw(40, 1))])
+    engine.low.set_train_data_loader([(torch.full((40, 6), torch.nan).double(), points(40, 1))])
     low = {k: v.clone() for k, v in engine.low.module.state_dict().items()}
     gradient(engine)
     engine.low.module.load_state_dict(low)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mlseg.hypergradients import optimizers
 from mlseg.hypergradients.optimizers import Optimizer, find, known, one_step_scale
@@ -57,6 +58,70 @@ def test_a_diagonals_formula_is_what_follows_from_the_map(name: str) -> None:
     assert not torch.allclose(formula, v)
 
 
+@pytest.mark.parametrize("rate", [None, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", MADE)
+def test_a_scale_reads_no_number(name: str, rate: torch.dtype | None) -> None:
+    """Of tensors that stand for a device's; the rate may be one of them, of any dtype."""
+    with FakeTensorMode():
+        made: Any = by_name(name.split()[0]).torch_class
+        parameters = [torch.nn.Parameter(torch.ones(3 + i)) for i in range(2)]
+        optimizer = made(parameters, lr=0.05, **MADE[name])
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        if rate is not None:
+            optimizer.param_groups[0]["lr"] = torch.ones((), dtype=rate)
+        for preconditioned in (False, True):
+            found = one_step_scale(parameters, parameters, optimizer, preconditioned)
+            assert [v.shape for v in found] == [p.shape for p in parameters]
+            assert {v.dtype for v in found} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["adam", "adagrad", "rmsprop"])
+def test_a_diagonal_in_half_precision_is_near_the_exact_one(name: str) -> None:
+    """The corrections and eps are not of that precision."""
+    cls = by_name(name)
+    p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    made: Any = cls.torch_class
+    optimizer = made([p], lr=0.05)
+    p.grad = torch.tensor([1.0, 1e-3, 2.0, 3.0], dtype=torch.bfloat16)
+    optimizer.step()
+    state = optimizer.state[p]
+    wide = {k: v.double() for k, v in state.items()}
+    ones = torch.ones_like(p)
+    found = cls.scaled(ones, p, state, optimizer.param_groups[0])
+    exact = cls.scaled(ones.double(), p.double(), wide, optimizer.param_groups[0])
+    # Square root, sum, quotient and product are each rounded to it.
+    torch.testing.assert_close(found.double(), exact, rtol=4 * 2.0**-8, atol=0.0)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_all_parameters_have_their_own_scale(name: str) -> None:
+    """Of two groups, two dtypes and different numbers of steps, one of them 0."""
+    cls = by_name(name.split()[0])
+    generator = torch.Generator().manual_seed(0)
+    dtypes = [torch.float64, torch.float64, torch.float32, torch.float64, torch.float64]
+    parameters = [
+        torch.nn.Parameter(torch.randn(3 + i, generator=generator, dtype=dtype))
+        for i, dtype in enumerate(dtypes)
+    ]
+    groups: Any = [{"params": parameters[:3], "lr": 0.05}, {"params": parameters[3:], "lr": 0.2}]
+    optimizer = cls.torch_class(groups, **MADE[name])
+    for step in range(3):
+        for i, p in enumerate(parameters):
+            taken = i < 4 and (i != 1 or step > 0)
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype) if taken else None
+        optimizer.step()
+    vector = [torch.linspace(-2.0, 3.0, len(p), dtype=p.dtype) for p in parameters]
+    found = one_step_scale(vector, parameters, optimizer, preconditioned=True)
+    for i, (v, p, scaled) in enumerate(zip(vector, parameters, found, strict=True)):
+        group, state = optimizer.param_groups[i // 3], optimizer.state.get(p)
+        alone = v * group["lr"] * (-1 if group.get("maximize") else 1)
+        if state:
+            alone = Optimizer.scaled.__func__(cls, v, p, state, group)  # type: ignore[attr-defined]
+        torch.testing.assert_close(scaled, alone, rtol=32 * torch.finfo(v.dtype).eps, atol=0.0)
+
+
 @pytest.mark.parametrize("name", MADE)
 def test_the_map_is_torchs_step(name: str) -> None:
     cls = by_name(name.split()[0])
@@ -70,6 +135,34 @@ def test_the_map_is_torchs_step(name: str) -> None:
     for key, value in left.items():
         theirs = optimizer.state[p][key].to(value.dtype)
         torch.testing.assert_close(value, theirs, rtol=1e-13, atol=0.0)
+
+
+def test_a_diagonal_of_ones_own_is_kept() -> None:
+    """A class that says it of one parameter, derived from one that says it of many."""
+
+    class Own(torch.optim.Adam):
+        pass
+
+    class Halved(by_name("adam")):  # type: ignore[misc]
+        name: Literal["halved"] = "halved"
+
+        torch_class = Own
+
+        @classmethod
+        def scaled(cls, v: Tensor, w: Tensor, moments: Any, group: Any) -> Tensor:
+            result: Tensor = 0.5 * super().scaled(v, w, moments, group)
+            return result
+
+    whole, w = stepped(torch.optim.Adam)
+    half, p = stepped(Own)
+    ones = [torch.ones_like(p)]
+    try:
+        optimizers.register(Halved)
+        (found,) = one_step_scale(ones, [p], half, preconditioned=True)
+    finally:
+        optimizers.OPTIMIZERS.remove("halved")
+    (plain,) = one_step_scale(ones, [w], whole, preconditioned=True)
+    torch.testing.assert_close(found, 0.5 * plain)
 
 
 def test_every_file_is_found() -> None:

@@ -153,6 +153,15 @@ def test_accumulation_and_clipping(method: str) -> None:
     assert distance(found, true) < allowed(method)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_that_are_written_into(method: str) -> None:
+    """By clipping and, over lists of tensors, by Nesterov's momentum; graphs want the old ones."""
+    nesterov = sgd(momentum=0.9, nesterov=True, foreach=True)
+    engine = program(METHODS[method], nesterov, gradient_clipping=0.3)
+    found = run(engine, 2)
+    assert distance(found, reference(engine, 3, clip=0.3)) < allowed(method)
+
+
 def test_a_fresh_optimizers_state() -> None:
     """The same in the first window; later only where moments enter nonlinearly."""
     made = {

@@ -1,5 +1,6 @@
 """What optimizers need of a problem: gradients in the right layout, a state in the right place."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,30 @@ def test_fused_optimizers_step_along_the_gradient(cls: Make, store: str, device:
     torch.testing.assert_close(found[1], found[0])
 
 
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_state_of_another_layout_goes_on_the_same(batches: int) -> None:
+    """Moments and accumulated gradients of a device whose weights lie in memory otherwise."""
+
+    def fused(parameters: Any, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr, fused=True)
+
+    settings: dict[str, Any] = {"hypergradient": "identity", "gradient_accumulation": batches}
+    old, new = program(fused, **settings), program(fused, **settings)
+    for problem in new.problems:
+        problem.module.weight.data = problem.module.weight.data.contiguous()
+    for _ in range(3):
+        old.iterate()
+    for problem in new.problems:
+        problem.load_state_dict(copy.deepcopy(getattr(old, problem.name).state_dict()))
+    for _ in range(2):
+        old.iterate()
+        new.iterate()
+    for problem in new.problems:
+        weight = problem.module.weight
+        assert weight.is_contiguous()
+        torch.testing.assert_close(weight, getattr(old, problem.name).module.weight)
+
+
 @waiting.needs_gpu
 @pytest.mark.parametrize("settings", [{}, {"fused": True}, {"capturable": True}])
 def test_a_state_from_before_goes_to_the_gpu(settings: dict[str, Any]) -> None:
@@ -121,7 +146,9 @@ def test_learned_rates_stay_on_the_gpu(name: str, dtype: torch.dtype) -> None:
     engine.low.__class__ = Rate
     for problem in engine.problems:
         problem.module.to(dtype)
-    engine.iterate()
+    # The engine looks at a level's first hypergradient, or second where the optimizer is adaptive.
+    for _ in range(2):
+        engine.iterate()
     with waiting.forbidden():
         engine.iterate()
     assert isinstance(engine.low.optimizer.param_groups[0]["lr"], Tensor)

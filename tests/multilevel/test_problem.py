@@ -329,6 +329,60 @@ def test_accumulation_and_clipping_are_those_of_a_plain_loop(accumulate: int, cl
     assert torch.equal(problem.module.bias, module.bias)
 
 
+class Terms(nn.Module):
+    """Of a sum, whose gradients are one tensor."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.terms = nn.ParameterList(torch.full((2,), 0.1 / count) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ sum(self.terms, torch.zeros(2))
+
+
+class Weighted(Problem):
+    def training_step(self, batch: Any) -> Tensor:
+        x, y = batch
+        return ((self(x) - y) ** 2).mean() * self.top.module.bias.exp().mean()
+
+
+class Judging(Problem):
+    def training_step(self, batch: Any) -> Tensor:
+        x, y = batch
+        return ((self.low(x) - y) ** 2).mean()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"method": "identity"},
+        {"method": "unrolled", "store": "graphs"},
+        {"method": "finite_difference", "scheme": "one_sided", "linearise": "before_step"},
+    ],
+    ids=lambda spec: spec["method"],
+)
+def test_clipping_writes_once_into_a_gradient_of_two_parameters(spec: dict[str, Any]) -> None:
+    """With two terms each has the step of one: their norm is sqrt(2) as large."""
+    moved = []
+    for count in (1, 2):
+        torch.manual_seed(0)
+        terms, top = Terms(count), nn.Linear(2, 1)
+        low = Weighted(
+            "low",
+            terms,
+            torch.optim.SGD(terms.parameters(), 0.1),
+            points(),
+            Config(hypergradient=spec, gradient_clipping=1e-3 * count**0.5),
+        )
+        high = Judging("top", top, torch.optim.SGD(top.parameters(), 0.1), points())
+        before = terms.terms[0].detach().clone()
+        engine = engine_of(low, high, dependencies={"u2l": {high: [low]}, "l2u": {low: [high]}})
+        engine.iterate()
+        moved.append(terms.terms[0].detach() - before)
+    assert float(moved[0].norm()) == pytest.approx(1e-4, rel=1e-3)
+    assert torch.allclose(moved[0], moved[1], rtol=1e-3, atol=0.0)
+
+
 def test_accumulation_reports_the_loss_of_each_batch_whole() -> None:
     plain, accumulated = line(), line(Config(gradient_accumulation=4))
     for problem in (plain, accumulated):

@@ -41,6 +41,18 @@ def test_a_level_is_complete_when_made(make: Builder, settings: SupervisedSettin
         Segmentor(setup)  # type: ignore[call-arg]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_networks_are_channels_last_on_a_gpu_alone(
+    make: Builder, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make, "device", torch.device(device))
+    networks = nn.Conv2d(3, 2, 3), nn.Conv2d(2, 4, 3)
+    make.lay_out(*networks)
+    for network in networks:
+        last = network.weight.is_contiguous(memory_format=torch.channels_last)
+        assert (last, network.weight.is_contiguous()) == (device == "cuda", device == "cpu")
+
+
 def test_changes_to_a_levels_config_are_checked(
     make: Builder, settings: SupervisedSettings
 ) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from mlseg import calibrate, checkpoint, evaluate, predict, run
 from mlseg.config import load
 from mlseg.errors import UserError
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 from mlseg.segmentation import calibration
 from mlseg.segmentation.data import DataSettings, load_data, to_float
 from mlseg.segmentation.data.given import resized

@@ -10,7 +10,7 @@ import torch
 from commanding import one_line
 
 from mlseg import checkpoint, export, run
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 from mlseg.segmentation.nets.unet import UNet
 
 pytestmark = pytest.mark.slow  # trains for seconds

@@ -5,30 +5,27 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from commanding import train
 from numpy.typing import NDArray
 from PIL import Image
 
 import mlseg
-from mlseg import calibrate, checkpoint, predict, run
+from mlseg import calibrate, checkpoint, predict
 from mlseg.errors import UserError
 
 pytestmark = pytest.mark.slow  # trains for seconds
-
-
-def train(folder: Path, name: str, **changes: Any) -> Path:
-    config = tiny.write_config(folder / f"{name}.yaml", changes=changes)
-    assert run.main([str(config), "--out", str(folder / name)]) == 0
-    return folder / name
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two runs of two classes on windows, and one of seven classes."""
     folder = tmp_path_factory.mktemp("runs")
-    two = [train(folder, f"seed_{n}", seed=n, augmentation={"window": 24}) for n in (1, 2)]
-    return [*two, train(folder, "scenes", **{"data.name": "synthetic_scenes"})]
+    two = [
+        train(folder, f"seed={n}", changes={"augmentation": {"window": 24}}, name=f"seed_{n}")
+        for n in (1, 2)
+    ]
+    return [*two, train(folder, "data.name=synthetic_scenes", name="scenes")]
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +188,7 @@ def test_what_can_not_be_loaded_is_one_line(runs: list[Path], tmp_path: Path) ->
     assert "threshold: 1 doesn't lie" in said(runs[0], threshold=1)
     assert "its classes are sky" in said([runs[0], runs[2]])
 
-    interrupted = train(tmp_path, "interrupted")
+    interrupted = train(tmp_path, name="interrupted")
     best = interrupted / "checkpoints" / "best.pt"
     state = checkpoint.load(best)
     best.unlink()

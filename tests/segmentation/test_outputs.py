@@ -4,41 +4,33 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from commanding import one_line
+from commanding import one_line, train
 from PIL import Image
 
 import mlseg
-from mlseg import evaluate, predict, run
+from mlseg import evaluate, predict
 from mlseg.errors import UserError
 from mlseg.segmentation.model import Model
 
 pytestmark = pytest.mark.slow  # trains for seconds
 
 
-def train(folder: Path, name: str, **changes: Any) -> Path:
-    config = tiny.write_config(folder / f"{name}.yaml", changes=changes)
-    assert run.main([str(config), "--out", str(folder / name)]) == 0
-    return folder / name
-
-
 @pytest.fixture(scope="module")
 def lesions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes, on windows that aren't square."""
     folder = tmp_path_factory.mktemp("lesions")
-    return train(folder, "run", augmentation={"window": [16, 24]})
+    return train(folder, changes={"augmentation": {"window": [16, 24]}})
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven classes, images that aren't square."""
     folder = tmp_path_factory.mktemp("scenes")
-    return train(folder, "run", **{"data.name": "synthetic_scenes", "data.image_size": [32, 48]})
+    return train(folder, "data.name=synthetic_scenes", "data.image_size=[32, 48]")
 
 
 @pytest.fixture(scope="module")

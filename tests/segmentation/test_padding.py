@@ -14,7 +14,7 @@ from tiny_files import write_image
 
 from mlseg import calibrate, checkpoint, evaluate, predict, run
 from mlseg.config import load
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 from mlseg.segmentation.data import BatchLoader, load_data, to_float
 from mlseg.segmentation.losses import LossSettings, build_loss
 from mlseg.segmentation.nets import class_probabilities

@@ -52,7 +52,7 @@ def test_differences_of_nothing_and_of_one_seed() -> None:
 def finish(grid: Grid, cell: Cell, val: float, test: float, **more: Any) -> None:
     """A finished run of these scores, as runs of any age have left them."""
     from mlseg import config
-    from mlseg.run import parse_run
+    from mlseg.problems.systems import parse_run
 
     directory = grid.directory(cell)
     directory.mkdir(parents=True)

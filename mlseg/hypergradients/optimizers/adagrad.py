@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from mlseg.hypergradients.optimizers.base import (
     COUNT,
+    Diagonal,
     Hold,
     Moments,
-    Optimizer,
     count_of,
+    counts_of,
     descent,
+    each,
     register,
     safe_sqrt,
     sign_of,
@@ -23,7 +25,7 @@ from mlseg.hypergradients.optimizers.base import (
 
 
 @register
-class Adagrad(Optimizer):
+class Adagrad(Diagonal):
     """``torch.optim.Adagrad``.
 
     Attributes:
@@ -50,10 +52,15 @@ class Adagrad(Optimizer):
         return w - rate * g / (safe_sqrt(total) + group["eps"]), {COUNT: count, "sum": total}
 
     @classmethod
-    def scaled(cls, v: Tensor, w: Tensor, moments: Moments, group: Mapping[str, Any]) -> Tensor:
+    def scaled_together(
+        cls, v: list[Tensor], moments: Sequence[Moments], group: Mapping[str, Any]
+    ) -> list[Tensor]:
         """``eta / (1 + (t - 1) lr_decay) v / (sqrt(u) + eps)``, with ``u`` the second moment and
         ``t`` the steps taken."""
-        rate = group["lr"] / (1.0 + (count_of(moments) - 1.0) * group["lr_decay"])
-        # In the denominator's own storage: these are passes over all of a network's parameters.
-        denominator = moments["sum"].sqrt().add_(group["eps"])
-        return torch.div(v, denominator, out=denominator).mul_(sign_of(group) * rate)
+        counts = counts_of(moments)
+        rate = group["lr"] / (1.0 + (counts - 1.0) * group["lr_decay"])
+        denominators = torch._foreach_sqrt([m["sum"] for m in moments])
+        torch._foreach_add_(denominators, group["eps"])
+        result = list(torch._foreach_div(v, denominators))
+        torch._foreach_mul_(result, each(sign_of(group) * rate, v[0]))
+        return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from mlseg.hypergradients.optimizers.base import (
     COUNT,
+    Diagonal,
     Hold,
     Moments,
-    Optimizer,
     count_of,
+    counts_of,
     descent,
+    each,
     register,
     safe_sqrt,
     sign_of,
@@ -25,7 +27,7 @@ Betas = Annotated[tuple[float, float], Strict(False)]
 
 
 @register
-class Adam(Optimizer):
+class Adam(Diagonal):
     """``torch.optim.Adam``.
 
     Attributes:
@@ -66,19 +68,23 @@ class Adam(Optimizer):
         return w - lr / correction1.to(w.dtype) * first / denominator, after
 
     @classmethod
-    def scaled(cls, v: Tensor, w: Tensor, moments: Moments, group: Mapping[str, Any]) -> Tensor:
+    def scaled_together(
+        cls, v: list[Tensor], moments: Sequence[Moments], group: Mapping[str, Any]
+    ) -> list[Tensor]:
         """``eta (1 - beta1) / (1 - beta1^t) v / (sqrt(u / (1 - beta2^t)) + eps)``.
 
         ``u`` is the second moment, the largest so far with AMSGrad, ``t`` the steps taken.
         """
-        (beta1, beta2), count = group["betas"], count_of(moments)
-        second = moments["max_exp_avg_sq"] if group["amsgrad"] else moments["exp_avg_sq"]
+        (beta1, beta2), counts = group["betas"], counts_of(moments)
+        second = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
         # Numerator and denominator, both times the square root of the correction.
-        root = (1.0 - beta2**count) ** 0.5
-        factor = group["lr"] * (1.0 - beta1) / (1.0 - beta1**count) * root
-        # In the denominator's own storage: these are passes over all of a network's parameters.
-        denominator = second.sqrt().add_(group["eps"] * root)
-        return torch.div(v, denominator, out=denominator).mul_(sign_of(group) * factor)
+        root = (1.0 - beta2**counts) ** 0.5
+        factor = group["lr"] * (1.0 - beta1) / (1.0 - beta1**counts) * root
+        denominators = torch._foreach_sqrt([m[second] for m in moments])
+        torch._foreach_add_(denominators, each(group["eps"] * root, v[0]))
+        result = list(torch._foreach_div(v, denominators))
+        torch._foreach_mul_(result, each(sign_of(group) * factor, v[0]))
+        return result
 
 
 @register

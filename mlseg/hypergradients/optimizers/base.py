@@ -12,7 +12,7 @@ Sources: the update rules in the documentation of ``torch.optim``.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -115,6 +115,27 @@ class Optimizer(Settings):
         return decay * ((second / correction).sqrt().to(p.dtype) + group["eps"])
 
 
+class Diagonal(Optimizer):
+    """An optimizer with a formula for its diagonal, of many parameters at once.
+
+    A network has dozens of parameters and a formula a handful of operations: one by one they take
+    a device longer to be told than to do.
+    """
+
+    @classmethod
+    def scaled(cls, v: Tensor, w: Tensor, moments: Moments, group: Mapping[str, Any]) -> Tensor:
+        """See :meth:`scaled_together`."""
+        (result,) = cls.scaled_together([v], [moments], group)
+        return result
+
+    @classmethod
+    @abstractmethod
+    def scaled_together(
+        cls, v: list[Tensor], moments: Sequence[Moments], group: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """:meth:`Optimizer.scaled` of parameters of one group, device and dtype."""
+
+
 OPTIMIZERS: Registry[Any] = Registry(
     "optimizer",
     base=(Settings, torch.optim.Optimizer),
@@ -162,3 +183,27 @@ def count_of(moments: Moments) -> Tensor:
     In double precision, as in torch's own update: ``1 - beta^t`` cancels in single precision.
     """
     return torch.as_tensor(moments.get(COUNT, 0.0)).to(torch.float64)
+
+
+def counts_of(moments: Sequence[Moments]) -> Tensor:
+    """(n,) :func:`count_of` several parameters of one device, in one operation."""
+    counts = [torch.as_tensor(m.get(COUNT, 0.0)) for m in moments]
+    return torch.stack(counts).to(torch.float64)
+
+
+def each(values: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """(n,) values as scalars for operations with tensors like that, one for each parameter.
+
+    Those that have stepped together have the same ones, but only the device may know it. As a list:
+    one number that is a tensor is read by ``torch._foreach_add_``.
+    """
+    narrow = like.dtype in (torch.bfloat16, torch.float16)
+    return values.to(torch.float32 if narrow else like.dtype).unbind()
+
+
+def factors(factor: Any, count: int) -> Any:
+    """A factor of so many tensors as ``torch._foreach_mul`` takes it.
+
+    One number that is a tensor must be of their dtype there; in a list it may be of any.
+    """
+    return [factor] * count if isinstance(factor, Tensor) else factor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor
 
 from mlseg.hypergradients.optimizers.base import (
     COUNT,
+    Diagonal,
     Hold,
     Moments,
-    Optimizer,
     count_of,
     descent,
+    factors,
     register,
     safe_sqrt,
     sign_of,
@@ -23,7 +24,7 @@ from mlseg.hypergradients.optimizers.base import (
 
 
 @register
-class RmsProp(Optimizer):
+class RmsProp(Diagonal):
     """``torch.optim.RMSprop``.
 
     Attributes:
@@ -61,12 +62,17 @@ class RmsProp(Optimizer):
         return w - group["lr"] * direction, after
 
     @classmethod
-    def scaled(cls, v: Tensor, w: Tensor, moments: Moments, group: Mapping[str, Any]) -> Tensor:
+    def scaled_together(
+        cls, v: list[Tensor], moments: Sequence[Moments], group: Mapping[str, Any]
+    ) -> list[Tensor]:
         """``eta v / (sqrt(u) + eps)``, with ``u`` the second moment, less the squared mean when
         centred."""
-        second = moments["square_avg"]
+        second = [m["square_avg"] for m in moments]
         if group["centered"]:
-            second = second - moments["grad_avg"] ** 2
-        # In the denominator's own storage: these are passes over all of a network's parameters.
-        denominator = second.sqrt().add_(group["eps"])
-        return torch.div(v, denominator, out=denominator).mul_(sign_of(group) * group["lr"])
+            mean = [m["grad_avg"] for m in moments]
+            second = list(torch._foreach_sub(second, torch._foreach_mul(mean, mean)))
+        denominators = torch._foreach_sqrt(second)
+        torch._foreach_add_(denominators, group["eps"])
+        result = list(torch._foreach_div(v, denominators))
+        torch._foreach_mul_(result, factors(sign_of(group) * group["lr"], len(result)))
+        return result

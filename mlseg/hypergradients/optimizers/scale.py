@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mlseg.hypergradients.optimizers.base import Optimizer, sign_of
+from mlseg.hypergradients.optimizers.base import Diagonal, Moments, Optimizer, factors, sign_of
 from mlseg.hypergradients.optimizers.finding import check_known, find
 
 
@@ -37,17 +37,50 @@ def one_step_scale(
         UserError: ``preconditioned``, and nothing is known of this optimizer.
     """
     kind = check_known(optimizer) if preconditioned else None
-    scaled = []
-    for v, p, group in zip(vector, parameters, _groups(parameters, optimizer), strict=True):
+    scaled = list(vector)
+    for group, has_state, places in _alike(vector, parameters, optimizer):
+        part = [vector[i] for i in places]
+        found: Sequence[Tensor]
         if group is None:
-            scaled.append(torch.zeros_like(v))  # nothing ever steps it
-            continue
-        state = optimizer.state.get(p, {})
-        if kind is not None and state:
-            scaled.append(kind.scaled(v, p, state, group))
+            found = [torch.zeros_like(v) for v in part]  # nothing ever steps it
+        elif kind is None or not has_state:
+            found = torch._foreach_mul(part, factors(sign_of(group) * group["lr"], len(part)))
         else:
-            scaled.append(v * (sign_of(group) * group["lr"]))
+            held = [parameters[i] for i in places]
+            found = _preconditioned(kind, part, held, [optimizer.state[p] for p in held], group)
+        for i, value in zip(places, found, strict=True):
+            scaled[i] = value
     return scaled
+
+
+def _preconditioned(
+    kind: type[Optimizer],
+    vector: list[Tensor],
+    parameters: Sequence[Tensor],
+    moments: Sequence[Moments],
+    group: Mapping[str, Any],
+) -> Sequence[Tensor]:
+    """By the formula of all together, unless a class of its own has one of each."""
+    names = {"scaled", "scaled_together"}
+    nearest = next(cls for cls in kind.__mro__ if names & vars(cls).keys())
+    if issubclass(kind, Diagonal) and "scaled_together" in vars(nearest):
+        return kind.scaled_together(vector, moments, group)
+    return [
+        kind.scaled(v, p, m, group) for v, p, m in zip(vector, parameters, moments, strict=True)
+    ]
+
+
+def _alike(
+    vector: Sequence[Tensor], parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
+) -> list[tuple[dict[str, Any] | None, bool, list[int]]]:
+    """The parameters of each group that are of one device and dtype, and have a state or none."""
+    found: dict[Any, tuple[dict[str, Any] | None, bool, list[int]]] = {}
+    groups = _groups(parameters, optimizer)
+    for i, (v, p, group) in enumerate(zip(vector, parameters, groups, strict=True)):
+        has_state = bool(optimizer.state.get(p))
+        key = id(group), has_state, v.dtype, v.device
+        found.setdefault(key, (group, has_state, []))[2].append(i)
+    return list(found.values())
 
 
 @torch.no_grad()

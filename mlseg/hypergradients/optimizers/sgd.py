@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,17 +10,18 @@ from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from mlseg.hypergradients.optimizers.base import (
+    Diagonal,
     Hold,
     Moments,
-    Optimizer,
     descent,
+    factors,
     register,
     sign_of,
 )
 
 
 @register
-class Sgd(Optimizer):
+class Sgd(Diagonal):
     """Stochastic gradient descent; ``torch.optim.SGD``.
 
     Attributes:
@@ -52,7 +53,9 @@ class Sgd(Optimizer):
         return w - group["lr"] * g, after
 
     @classmethod
-    def scaled(cls, v: Tensor, w: Tensor, moments: Moments, group: Mapping[str, Any]) -> Tensor:
+    def scaled_together(
+        cls, v: list[Tensor], moments: Sequence[Moments], group: Mapping[str, Any]
+    ) -> list[Tensor]:
         """``eta v``, times (1 - dampening) with momentum, times (1 + momentum) with Nesterov.
 
         SGD leaves its very first step undampened; nothing in its state tells that step apart, and
@@ -61,4 +64,4 @@ class Sgd(Optimizer):
         momentum = group["momentum"]
         fresh = 1.0 - group["dampening"] if momentum else 1.0
         factor = group["lr"] * (1.0 + momentum * fresh if group["nesterov"] else fresh)
-        return v * (sign_of(group) * factor)
+        return list(torch._foreach_mul(v, factors(sign_of(group) * factor, len(v))))

@@ -13,8 +13,8 @@ with ``m`` the mean. With ``v``, ``vw``, ``vb`` their cotangents, ``d = m(v h)``
     by x:      -gamma r^2 [d (g - m(g)) + c (v - m(v)) + h (q - 2 c d)] + r vw (g - m(g) - h c)
 
 Each result is a combination of g, v and x with numbers per channel. Sums come from torch's own
-backward kernel, which subtracts the means before it multiplies; ``e (x - mean) + k`` is its forward
-kernel in evaluation mode.
+backward kernel, which subtracts the means before it multiplies, and on CUDA makes none without a
+weight, so that it is given ones. ``e (x - mean) + k`` is its forward kernel in evaluation mode.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ def _gradients(
     eps: float,
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if w is None and (mask[1] or mask[2]):
+        w = torch.ones_like(r)
     return aten._batch_norm_impl_index_backward(
         kernel, x, g, w, None, None, mean, r, True, eps, mask, reserve
     )
@@ -90,7 +92,9 @@ class _Backward(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The sums come for nothing, and the double backward wants them.
         gx, gw, gb = _gradients(g, x, w, mean, r, reserve, kernel, eps, [mask[0], True, True])
-        ctx.save_for_backward(g, x, w, mean, r, gw, gb)
+        # Not the gradients themselves: optimizers over lists of tensors may write into them.
+        n = x.numel() // x.shape[1]
+        ctx.save_for_backward(g, x, w, mean, r, gw / n, gb / n)
         ctx.eps, ctx.given = eps, (True, True, w is not None)
         ctx.set_materialize_grads(False)
         return gx, gw, gb
@@ -99,33 +103,24 @@ class _Backward(torch.autograd.Function):
     def backward(
         ctx: Any, v: Tensor | None, vw: Tensor | None, vb: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        g, x, w, mean, r, gw, gb = ctx.saved_tensors
+        g, x, w, mean, r, c, g_mean = ctx.saved_tensors
         rest = (None,) * 6
         if torch.is_grad_enabled():
             return *_again(g, x, w, (v, vw, vb), ctx.eps), *rest
         by_g, by_x, by_w = wanted(ctx, 3)
         n = x.numel() // x.shape[1]
-        c, g_mean = gw / n, gb / n
         scale = r if w is None else w * r
         zero = torch.zeros_like(r)
         d = v_mean = q = b = zero
         if v is not None:
+            one = torch.ones_like(r)
             _, dn, vn = aten.native_batch_norm_backward(
-                v, x, None, None, None, mean, r, True, ctx.eps, [False, True, True]
+                v, x, one, None, None, mean, r, True, ctx.eps, [False, True, True]
             )
             d, v_mean = dn / n, vn / n
             if by_x or by_w:
                 _, gvn, _ = aten.native_batch_norm_backward(
-                    v,
-                    g,
-                    None,
-                    None,
-                    None,
-                    g_mean,
-                    torch.ones_like(r),
-                    True,
-                    ctx.eps,
-                    [False, True, False],
+                    v, g, one, None, None, g_mean, one, True, ctx.eps, [False, True, False]
                 )
                 q = gvn / n - c * d
         vw = zero if vw is None else vw

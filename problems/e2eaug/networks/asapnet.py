@@ -317,12 +317,12 @@ class SearchableGenerator(_Body, OfCells):
             ValueError: ``weights`` of another shape.
             UserError: an image that needs other tiles.
         """
-        self.check_weights(weights)
+        rows = self.rows(weights)
 
         def stride(level: int, x: Tensor) -> Tensor:
-            if self.search == "none" or weights is None:
+            if self.search == "none" or rows is None:
                 return self.strided[level](reflect(x, 1, 1))
-            return self.strided[level](x, weights[level])
+            return self.strided[level](x, rows[level])
 
         return self._generate(label_BCHW, stride)
 

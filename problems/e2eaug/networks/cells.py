@@ -58,7 +58,9 @@ def _unreachable(positions: int) -> int:
     return max(0, 5 - 2 * positions)
 
 
-def _merge(kernels: Sequence[Tensor], weights: Tensor, rows: int = 0, columns: int = 0) -> Tensor:
+def _merge(
+    kernels: Sequence[Tensor], weights: Sequence[Tensor], rows: int = 0, columns: int = 0
+) -> Tensor:
     """w_1 pad(W_4, 2) + w_2 pad(W_6, 1) + w_3 W_8 without its outer `rows` and `columns`.
 
     From the inside out and padded after the product: half the memory traffic of padding first.
@@ -106,8 +108,10 @@ def mix(
     cut_rows, cut_columns = _unreachable(height), _unreachable(width)
     if merge is None:
         merge = x.shape[0] * height * width >= MERGE_FROM
+    # At once: the gradient of one element alone is a vector of zeros, filled, written to and added.
+    parts = weights.unbind()
     if merge:
-        kernel = _merge(kernels, weights, cut_rows, cut_columns)
+        kernel = _merge(kernels, parts, cut_rows, cut_columns)
         return _convolve(x, kernel, (3 - cut_rows, 3 - cut_columns), transposed)
     outputs = []
     for index, kernel in enumerate(kernels):
@@ -115,7 +119,7 @@ def mix(
         rows, columns = max(0, cut_rows - border), max(0, cut_columns - border)
         padding = (3 - border - rows, 3 - border - columns)
         y = _convolve(x, _cut(kernel, rows, columns), padding, transposed)
-        outputs.append(weights[index] * y)
+        outputs.append(parts[index] * y)
     return outputs[0] + outputs[1] + outputs[2]
 
 
@@ -150,7 +154,7 @@ class Cell(nn.Module):
     @torch.no_grad()
     def merged(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
         """Kernel (8x8) and bias of the one operator equal to this cell with (3,) `weights`."""
-        kernel = _merge((self.kernel4, self.kernel6, self.kernel8), weights)
+        kernel = _merge((self.kernel4, self.kernel6, self.kernel8), weights.unbind())
         return kernel, None if self.bias is None else weights @ self.bias
 
 

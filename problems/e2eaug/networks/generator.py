@@ -77,6 +77,11 @@ class MaskToImage(nn.Module, ABC):
             shape = None if weights is None else tuple(weights.shape)
             raise ValueError(f"selection weights must be {wanted}, not {shape}")
 
+    def rows(self, weights: Tensor | None) -> Sequence[Tensor] | None:
+        """Each cell's weights, checked, taken apart at once: see :func:`~.cells.mix`."""
+        self.check_weights(weights)
+        return None if weights is None else weights.unbind()
+
 
 GENERATORS: Registry[type[MaskToImage]] = Registry(
     "generator",

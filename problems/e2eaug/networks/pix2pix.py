@@ -88,14 +88,14 @@ class _Body(nn.Module, ABC):
         )
 
     @abstractmethod
-    def _encode(self, level: int, x: Tensor, weights: Tensor | None) -> Tensor:
+    def _encode(self, level: int, x: Tensor, weights: Sequence[Tensor] | None) -> Tensor:
         """The operator at this place, applied."""
 
     @abstractmethod
-    def _decode(self, step: int, x: Tensor, weights: Tensor | None) -> Tensor:
+    def _decode(self, step: int, x: Tensor, weights: Sequence[Tensor] | None) -> Tensor:
         """The operator at this place, applied."""
 
-    def _generate(self, label_BCHW: Tensor, weights: Tensor | None) -> Tensor:
+    def _generate(self, label_BCHW: Tensor, weights: Sequence[Tensor] | None) -> Tensor:
         x, (rows, columns) = pad_to_multiple(label_BCHW, 2**self.levels)
         last = self.levels - 1
         skips = []
@@ -168,10 +168,10 @@ class Generator(_Body):
         """What the class has to be called with to make another of this shape."""
         return {**super().settings(), "kernels": self.kernels}
 
-    def _encode(self, level: int, x: Tensor, weights: Tensor | None) -> Tensor:
+    def _encode(self, level: int, x: Tensor, weights: Sequence[Tensor] | None) -> Tensor:
         return self.encoder[level](x)
 
-    def _decode(self, step: int, x: Tensor, weights: Tensor | None) -> Tensor:
+    def _decode(self, step: int, x: Tensor, weights: Sequence[Tensor] | None) -> Tensor:
         return self.decoder[step](x)
 
     def forward(self, label_BCHW: Tensor) -> Tensor:
@@ -241,13 +241,13 @@ class SearchableGenerator(_Body, OfCells):
         decoder = [f"decoder.{level}" for level in range(self.levels - 1, -1, -1)]
         return {"both": encoder + decoder, "decoder": decoder, "none": []}[self.search]
 
-    def _encode(self, level: int, x: Tensor, weights: Tensor | None) -> Tensor:
+    def _encode(self, level: int, x: Tensor, weights: Sequence[Tensor] | None) -> Tensor:
         operator = self.encoder[level]
         if weights is None or not isinstance(operator, AnyCell):
             return operator(x)
         return operator(x, weights[level])
 
-    def _decode(self, step: int, x: Tensor, weights: Tensor | None) -> Tensor:
+    def _decode(self, step: int, x: Tensor, weights: Sequence[Tensor] | None) -> Tensor:
         operator = self.decoder[step]
         if weights is None or not isinstance(operator, AnyCell):
             return operator(x)
@@ -259,8 +259,7 @@ class SearchableGenerator(_Body, OfCells):
         `weights` (cells, K) in [0, 1] are the selection weights; with search "none" they are
         ignored. ValueError for any other shape.
         """
-        self.check_weights(weights)
-        return self._generate(label_BCHW, weights)
+        return self._generate(label_BCHW, self.rows(weights))
 
     def of_plain(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
         """The side of every kernel."""

@@ -75,7 +75,8 @@ class RichCell(nn.Module):
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """The sum of the candidates' outputs with (5,) ``weights``."""
         outputs = self.candidates(x)
-        total = weights[0] * outputs[0]
-        for weight, output in zip(weights[1:].unbind(), outputs[1:], strict=True):
+        first, *rest = weights.unbind()
+        total = first * outputs[0]
+        for weight, output in zip(rest, outputs[1:], strict=True):
             total = total + weight * output
         return total

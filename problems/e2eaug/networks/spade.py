@@ -276,12 +276,12 @@ class SearchableGenerator(_Body, OfCells):
             ValueError: ``weights`` of another shape.
             UserError: an image that can't be halved so often.
         """
-        self.check_weights(weights)
+        rows = self.rows(weights)
 
         def double(step: int, x: Tensor) -> Tensor:
-            if self.search == "none" or weights is None:
+            if self.search == "none" or rows is None:
                 return _nearest_doubled(x)
-            return self.doublings[step](x, weights[step])
+            return self.doublings[step](x, rows[step])
 
         return self._generate(label_BCHW, double)
 

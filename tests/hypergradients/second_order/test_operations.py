@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import waiting
 from own_functions import own
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlseg.hypergradients.second_order.fused import SecondOrder, formulas
 
@@ -100,6 +102,33 @@ WITHOUT_TORCH: dict[str, Case] = {
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
+class Sums(TorchDispatchMode):
+    """Notes for each sum that batch normalisation is asked for whether it has a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weighted: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.native_batch_norm_backward.default and any(args[-1][1:]):
+            self.weighted.append(args[2] is not None)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["batch_norm 2d", "batch_norm 2d plain"])
+def test_sums_of_batch_norm_have_a_weight(name: str) -> None:
+    """CUDA's kernel makes none without."""
+    operation, shapes = CASES[name]
+    operands = drawn(shapes, torch.float64)
+    given = [t.requires_grad_() for t in operands if t is not None]
+    with formulas("fused"), Sums() as sums:
+        y = operation(*operands).tanh().sum()
+        first = torch.autograd.grad(y, given, create_graph=True)
+        torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), given)
+    assert sums.weighted
+    assert all(sums.weighted)
+
+
 def drawn(
     shapes: list[tuple[int, ...] | None], dtype: torch.dtype, last: bool = False
 ) -> list[Tensor | None]:
@@ -155,6 +184,22 @@ def test_value_and_both_derivatives_are_torchs(case: str, dtype: torch.dtype, la
             assert a.shape == b.shape
             size = max(float(t.norm()) for t in wanted)
             assert float((a - b).norm()) <= 500 * torch.finfo(dtype).eps * size
+
+
+@waiting.needs_gpu
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", [*CASES, *WITHOUT_TORCH])
+def test_on_a_gpu_the_same(case: str, last: bool) -> None:
+    """As on the CPU, in float64, in which nothing is rounded to TF32."""
+    operation, shapes = (CASES | WITHOUT_TORCH)[case]
+    here = drawn(shapes, torch.float64, last)
+    there = [None if t is None else t.detach().cuda().requires_grad_() for t in here]
+    found = derivatives(operation, there, "fused")
+    for ours, wanted in zip(found, derivatives(operation, here, "fused"), strict=True):
+        size = max(float(t.norm()) for t in wanted)
+        for a, b in zip(ours, wanted, strict=True):
+            assert a.device.type == "cuda"
+            assert float((a.cpu() - b).norm()) <= 500 * torch.finfo(torch.float64).eps * size
 
 
 @pytest.mark.parametrize("case", [*CASES, *WITHOUT_TORCH])

@@ -51,16 +51,7 @@ def test_a_lambda_that_stands_still_changes_nothing_else() -> None:
 
 def test_2_networks_stay_as_they_are_through_a_hypergradient() -> None:
     engine = tiny.build("e2eaug", {**NOW, **BOTH})
-    seen: list[Any] = []
-    former = engine.architecture.backward
-
-    def backward(*args: Any, **kwargs: Any) -> Any:
-        seen.append(tiny.weights(engine))
-        result = former(*args, **kwargs)
-        seen.append(tiny.weights(engine))
-        return result
-
-    engine.architecture.backward = backward
+    seen = tiny.around_gradients(engine, engine.architecture)
     engine.iterate()
     engine.iterate()
     assert tiny.same(seen[0], seen[1])
@@ -121,6 +112,16 @@ def test_the_guide_is_added_at_its_relative_size() -> None:
     assert factor > 0
     for t, g, u in zip(total, own, guide, strict=True):
         torch.testing.assert_close(t, g + factor * u)
+
+
+def test_a_guide_that_fades() -> None:
+    """By linear steps from its size on; after the last of them a step is the generator's alone."""
+    engine = tiny.build("e2eaug", {**NOW, "level3": {"guidance": 0.5, "guidance_steps": 2}})
+    sizes = []
+    for _ in range(5):  # the first has no guide yet
+        sizes.append(engine.generator.relative_size())
+        engine.iterate()
+    assert sizes == [0.5, 0.5, 0.25, 0.0, 0.0]
 
 
 def test_the_hop_is_of_the_step_that_was_taken() -> None:

@@ -16,8 +16,7 @@ from mlseg.engines.segmentation import Segmentation
 from mlseg.errors import UserError
 from mlseg.problems.e2eaug.masks import encode
 from mlseg.problems.e2eaug.networks.pix2pix import Generator
-from mlseg.problems.systems import load_system
-from mlseg.run import parse_run
+from mlseg.problems.systems import load_system, parse_run
 
 pytestmark = pytest.mark.slow
 
@@ -59,16 +58,7 @@ def test_1_the_first_iteration_moves_the_alphas(changes: dict[str, Any]) -> None
 def test_2_a_hypergradient_leaves_the_networks_bit_identical(generator: str) -> None:
     """Weights and buffers: running statistics, spectral vectors."""
     engine = tiny.build("e2eaug", {**NOW, **GENERATORS[generator]})
-    seen: list[Any] = []
-    former = engine.architecture.backward
-
-    def backward(*args: Any, **kwargs: Any) -> Any:
-        seen.append(tiny.weights(engine))
-        result = former(*args, **kwargs)
-        seen.append(tiny.weights(engine))
-        return result
-
-    engine.architecture.backward = backward
+    seen = tiny.around_gradients(engine, engine.architecture)
     engine.iterate()
     engine.iterate()
     assert len(seen) == 4
@@ -286,11 +276,12 @@ def test_deeplab_as_segmentor() -> None:
     assert float(engine.architecture.metrics["hypergradient/via_segmentor"]) > 0
 
 
-def test_a_generators_own_discriminator_and_losses_fill_in_what_the_config_leaves_open() -> None:
-    def settings(**changes: Any) -> Any:
-        values = {"system": "e2eaug", "data": {"name": "synthetic_lesions"}, "problems": {}}
-        return load_system("e2eaug").settings.model_validate(values | changes)
+def settings(**changes: Any) -> Any:
+    values = {"system": "e2eaug", "data": {"name": "synthetic_lesions"}, "problems": {}}
+    return load_system("e2eaug").settings.model_validate(values | changes)
 
+
+def test_a_generators_own_discriminator_and_losses_fill_in_what_the_config_leaves_open() -> None:
     pix2pix, spade = settings(), settings(generator={"name": "spade"})
     assert (pix2pix.discriminator.name, pix2pix.gan.adversarial) == ("patchgan", "vanilla")
     assert (spade.discriminator.name, spade.gan.adversarial) == ("multiscale", "hinge")
@@ -305,10 +296,6 @@ def test_a_generators_own_discriminator_and_losses_fill_in_what_the_config_leave
 
 
 def test_the_presets() -> None:
-    def settings(**changes: Any) -> Any:
-        values = {"system": "e2eaug", "data": {"name": "synthetic_lesions"}, "problems": {}}
-        return load_system("e2eaug").settings.model_validate(values | changes)
-
     paper, genseg = settings(), settings(preset="genseg")
     assert paper.generator.search == "both"
     assert paper.loss.jaccard == 0

@@ -9,6 +9,7 @@ import torch
 
 from mlseg import config, run
 from mlseg.hypergradients import names
+from mlseg.problems.systems import parse_run
 
 pytestmark = pytest.mark.slow
 
@@ -85,5 +86,5 @@ def test_the_resolved_config_has_the_methods_settings(tmp_path: Path) -> None:
     tree = config.load(tmp_path / "run" / "config.yaml")
     written = tree.values["problems"]["segmentor"]["hypergradient"]
     assert {k: written[k] for k in method} == method
-    settings: Any = run.parse_run(tree)[0]
+    settings: Any = parse_run(tree)[0]
     assert settings.problems.segmentor.hypergradient.steps == 1

@@ -12,8 +12,7 @@ import tiny
 import torch
 
 from mlseg.config import load
-from mlseg.problems.systems import load_system
-from mlseg.run import parse_run
+from mlseg.problems.systems import load_system, parse_run
 from mlseg.segmentation.losses import LossSettings
 
 CONFIGS = Path(__file__).parents[3] / "configs"

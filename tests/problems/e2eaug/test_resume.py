@@ -33,7 +33,7 @@ def test_e2eaug_unrolled_with_schedulers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("row", ["frozen", "decoder", "level three", "masks", "rich"])
 def test_rows_of_e2eaug(tmp_path: Path, row: str) -> None:
     rows: dict[str, Any] = {
-        "level three": {"level3.synthetic_weight": True, "level3.guidance": 0.5},
+        "level three": {"level3": {"synthetic_weight": True, "guidance": 0.5, "guidance_steps": 9}},
         "masks": {"level3.mask_augmentation": True, "mask_augmentation.scale": [0.9, 1.1]},
         "rich": {"generator.candidates": "rich"},
         "frozen": {"gan.frozen": True},

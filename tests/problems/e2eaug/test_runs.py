@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import commanding
 import pytest
 import tiny
 import torch
+from commanding import one_line
 from e2eaug_generators import GENERATORS, OTHERS
 
 from mlseg import checkpoint, run
@@ -16,19 +19,7 @@ from mlseg.problems.e2eaug.networks import asapnet, spade
 pytestmark = pytest.mark.slow
 
 
-def train(tmp_path: Path, *overrides: str) -> Path:
-    """A tiny run by command; its directory."""
-    config = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug", {"engine.samples": 1})
-    out = tmp_path / "run"
-    assert run.main([str(config), *overrides, "--out", str(out)]) == 0
-    return out
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """What a failed command said: a single line on stderr."""
-    said = capsys.readouterr().err.strip()
-    assert said.count("\n") == 0, said
-    return said
+train = partial(commanding.train, system="e2eaug")
 
 
 def test_a_run_leaves_gan_pairs_and_architecture(
@@ -76,6 +67,8 @@ def test_a_dry_run_shows_the_path_of_each_hypergradient(
         ("architecture.choice=4-2-1", "architecture.choice: goes with"),
         ("architecture.draw=1", "architecture.draw: goes with"),
         ("level3={guidance: -1}", "level3.guidance"),
+        ("level3={guidance: 1, guidance_steps: 0}", "level3.guidance_steps"),
+        ("level3={guidance_steps: 5}", "level3.guidance_steps: goes with"),
         ("level3={mask_augmentation: true, mask_temperature: 0}", "level3.mask_temperature"),
         ("generator.candidates=poor", "generator.candidates"),
         ("gan.feature_matching=10", "gan.feature_matching: patchgan gives no features"),

@@ -11,7 +11,7 @@ from resuming import check
 from torch import Tensor
 
 from mlseg.config import load
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 
 pytestmark = pytest.mark.slow
 

@@ -18,6 +18,7 @@ from mlseg import checkpoint, config, evaluate, run
 from mlseg.engines.segmentation import Segmentation
 from mlseg.problems.load.records import class_changes, markdown, read_events
 from mlseg.problems.load.settings import LoadSettings
+from mlseg.problems.systems import parse_run
 from mlseg.segmentation.data.entry import data_set
 from mlseg.segmentation.nets import build_segmentor
 from mlseg.segmentation.pictures import GAP, LINE, SIDE
@@ -394,7 +395,7 @@ CONFIGS = sorted(
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configs_are_what_their_names_say(path: Path) -> None:
-    settings, _ = run.parse_run(config.load(path))
+    settings, _ = parse_run(config.load(path))
     assert isinstance(settings, LoadSettings)
     assert settings.data.when_missing == "synthetic", "a fresh machine can try it"
     if path.stem == "load_camvid_small":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mlseg.config import load
 from mlseg.problems.load.networks import Discriminator, DiscriminatorSettings
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ from PIL import Image
 from mlseg import sweep
 from mlseg.config import load
 from mlseg.evaluate import own_data
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 from mlseg.segmentation.data import to_float
 from mlseg.segmentation.pictures import GAP, colour, enlarged
 from mlseg.segmentation.trained import load_runs

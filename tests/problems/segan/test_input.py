@@ -9,7 +9,7 @@ import tiny
 from mlseg.config import load
 from mlseg.errors import UserError
 from mlseg.problems.segan import wiring
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 from mlseg.segmentation.data import load_data
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mlseg.config import load
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 

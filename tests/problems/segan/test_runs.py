@@ -10,7 +10,7 @@ import torch
 
 from mlseg import calibrate, evaluate, run
 from mlseg.config import load
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 from mlseg.segmentation.data import load_data
 from mlseg.segmentation.scoring import score
 from mlseg.segmentation.trained import load_runs

@@ -13,7 +13,7 @@ from tiny_files import half_mask, write_image
 from mlseg import checkpoint, run
 from mlseg.config import load
 from mlseg.engines.segmentation import Segmentation
-from mlseg.run import parse_run
+from mlseg.problems.systems import parse_run
 from mlseg.segmentation.data import DataSettings, load_data
 
 pytestmark = pytest.mark.slow

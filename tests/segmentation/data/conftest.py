@@ -21,6 +21,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths start in an empty folder, whatever the machine has."""
+    monkeypatch.delenv("MLSEG_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
 def samples() -> Samples:
     """Ten examples of 8x6 pixels, each of its own grey; the mask's corner tells which it is."""
     images = torch.arange(10, dtype=torch.uint8).mul(20)[:, None, None, None].repeat(1, 3, 8, 6)

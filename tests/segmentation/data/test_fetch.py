@@ -99,9 +99,9 @@ def picture(number: int, kind: str) -> bytes:
     return file.getvalue()
 
 
-def archive(members: dict[str, bytes]) -> bytes:
+def archive(members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as made:
+    with zipfile.ZipFile(file, "w", method) as made:
         for name, content in members.items():
             made.writestr(name, content)
     return file.getvalue()
@@ -186,39 +186,31 @@ def test_a_link_in_the_place_of_a_file_is_somebodys(server: Server, tmp_path: Pa
     assert not target.exists()
 
 
-def _packed(members: dict[str, bytes], method: int) -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", method) as made:
-        for name, content in members.items():
-            made.writestr(name, content)
-    return file.getvalue()
-
-
 def _odd(kind: str) -> tuple[bytes, str]:
     """An archive of an image and its mask, and what is said of it."""
     image, mask = "Kvasir-SEG/images/a.jpg", "Kvasir-SEG/masks/a.jpg"
     flat = {image: bytes(60 * 2**20), mask: b"x"}
     if kind == "bomb":
-        return _packed(flat, zipfile.ZIP_DEFLATED), r"that would become 60; refused"
+        return archive(flat, zipfile.ZIP_DEFLATED), r"that would become 60; refused"
     if kind == "one file":
-        packed = bytearray(_packed({image: b"x", mask: b"x"}, zipfile.ZIP_STORED))
+        packed = bytearray(archive({image: b"x", mask: b"x"}, zipfile.ZIP_STORED))
         directory = packed.find(b"PK\x01\x02")
         packed[directory + 24 : directory + 28] = (2**31).to_bytes(4, "little")
         return bytes(packed), r"'Kvasir-SEG/images/a\.jpg' would take 2048 MiB; refused"
     if kind == "method":
-        return _packed({image: b"x", mask: b"x"}, zipfile.ZIP_BZIP2), "packed by method 12"
+        return archive({image: b"x", mask: b"x"}, zipfile.ZIP_BZIP2), "packed by method 12"
     if kind == "encrypted":
-        packed = bytearray(_packed({image: b"x", mask: b"x"}, zipfile.ZIP_STORED))
+        packed = bytearray(archive({image: b"x", mask: b"x"}, zipfile.ZIP_STORED))
         for place in (6, packed.find(b"PK\x01\x02") + 8):
             packed[place] |= 1
         return bytes(packed), r"no archive that can be unpacked \(.*encrypted"
     if kind == "directory":
-        packed = bytearray(_packed({image: b"x", mask: b"x"}, zipfile.ZIP_STORED))
+        packed = bytearray(archive({image: b"x", mask: b"x"}, zipfile.ZIP_STORED))
         end = packed.find(b"PK\x05\x06")
         packed[end + 12 : end + 16] = (2**31).to_bytes(4, "little")
         return bytes(packed), "can't be read"
     assert kind == "twice"
-    other = _packed({image: b"x", mask: b"x", f"{image[:-5]}b.jpg": b"x"}, zipfile.ZIP_STORED)
+    other = archive({image: b"x", mask: b"x", f"{image[:-5]}b.jpg": b"x"}, zipfile.ZIP_STORED)
     return other.replace(b"/b.jpg", b"/a.jpg"), "is in it twice"
 
 

@@ -6,23 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_files import half_mask, write_image
+from tiny_files import half_mask, own, write_image
 
 from mlseg.errors import UserError
 from mlseg.segmentation.data import DataSettings, SegmentationData, load_data
 
-
-@pytest.fixture(autouse=True)
-def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLSEG_DATA", raising=False)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("nowhere")
 
 
 def load(folder: Path, unlabelled: int = 3, **changes: Any) -> SegmentationData:
     """Twelve pairs, of which seven are split up."""
-    settings: dict[str, Any] = {"name": "folder", "root": str(folder), "image_size": 16}
-    settings |= {"train": 3, "val": 2, "test": 2, "unlabelled": unlabelled}
-    return load_data(DataSettings(**settings | changes))
+    split = {"train": 3, "val": 2, "test": 2, "unlabelled": unlabelled}
+    return load_data(own(folder, **split | changes))
 
 
 def ids(data: SegmentationData) -> list[str]:
