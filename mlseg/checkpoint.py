@@ -78,13 +78,25 @@ def first_not_finite(tensors: Mapping[K, Tensor]) -> K | None:
     may overflow, so that what is suspected by its sum is looked at once more. One synchronisation
     per device, where all is well.
     """
-    wanted = {k: t.detach() for k, t in tensors.items() if t.is_floating_point() or t.is_complex()}
+    wanted = {
+        k: _stored(t.detach())
+        for k, t in tensors.items()
+        if t.is_floating_point() or t.is_complex()
+    }
     suspected: set[K] = set()
     for device in {t.device for t in wanted.values()}:
         keys = [k for k, t in wanted.items() if t.device == device]
         sums = torch.stack([wanted[k].sum() for k in keys]).isfinite().tolist()
         suspected |= {k for k, finite in zip(keys, sums, strict=True) if not finite}
     return next((k for k, t in wanted.items() if k in suspected and not t.isfinite().all()), None)
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """The numbers that a tensor keeps, of a type that can be calculated with."""
+    if tensor.layout != torch.strided:
+        tensor = tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor
+        tensor = tensor.values()
+    return tensor.float() if tensor.dtype.itemsize == 1 else tensor
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -178,12 +178,17 @@ def named(text: str) -> Path:
     A leading ``~`` is the home; a shell fills it in at the beginning of a word alone, so not in
     ``--out=~/runs``.
     """
-    if not text:
-        raise argparse.ArgumentTypeError("an empty name")
     try:
         return reachable(text)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def worded(text: str) -> str:
+    """A name that isn't empty, for argparse."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty name")
+    return text
 
 
 def say_notes(tree: Tree) -> None:

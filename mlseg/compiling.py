@@ -64,8 +64,10 @@ class Compiled:
         from torch._dynamo import exc
 
         # A step's graph may be gone through twice (`retain_graph`), which buffers that the first
-        # pass gives away wouldn't outlive.
-        with dynamo.patch(_SETTINGS), functorch.patch(donated_buffer=False), _without_our_modes():
+        # pass gives away wouldn't outlive. torch asks again when that is done, in a thread of
+        # autograd's, where nothing but the default of a setting is seen.
+        functorch._config["donated_buffer"].default = False  # type: ignore[attr-defined]
+        with dynamo.patch(_SETTINGS), _without_our_modes():
             try:
                 return self._compiled(*args, **kwargs)
             except exc.FailOnRecompileLimitHit as error:

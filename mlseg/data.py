@@ -11,7 +11,7 @@ from mlseg import signals
 if __name__ == "__main__":
     signals.end_at_once()
 
-from mlseg.commands import guarded, make_console, print_whole
+from mlseg.commands import guarded, make_console, print_whole, worded
 from mlseg.errors import EXIT_USER_ERROR, UserError
 from mlseg.segmentation.data.entry import DATA_SETS, data_set
 from mlseg.segmentation.data.fetch import fetch, how_to_get
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         description="Fetch a data set, or say where it is. Without a name: list all.",
     )
     made.add_argument("name", nargs="?", help="data set, as in a config")
-    made.add_argument("--root", help="its folder (default data/NAME; see $MLSEG_DATA)")
+    made.add_argument("--root", type=worded, help="its folder (default data/NAME; see $MLSEG_DATA)")
     made.add_argument("--limit", type=int, help="fetch only the first N examples of each part")
     made.add_argument("--part", action="append", help="official part: train, val or test")
     return made

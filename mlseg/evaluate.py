@@ -43,6 +43,7 @@ from mlseg.commands import (
     make_console,
     named,
     print_whole,
+    worded,
 )
 from mlseg.config.registry import say_foreign, strangers, trusted
 from mlseg.engines.evaluation import spans
@@ -78,8 +79,10 @@ def parser() -> argparse.ArgumentParser:
     """Its arguments."""
     made = argparse.ArgumentParser(prog="mlseg evaluate", description="Score a finished run.")
     made.add_argument("runs", type=named, nargs="+", metavar="RUN", help="run directories")
-    made.add_argument("--data", nargs="+", metavar="NAME", help="data sets; default: the run's own")
-    made.add_argument("--root", help="folder of the data set, when one is named")
+    made.add_argument(
+        "--data", type=worded, nargs="+", metavar="NAME", help="data sets; default: the run's own"
+    )
+    made.add_argument("--root", type=worded, help="folder of the data set, when one is named")
     for key, text in (
         ("images", "folder of its images (images)"),
         ("masks", "folder of its masks (masks)"),
@@ -87,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     ):
         made.add_argument(
             f"--{key}",
+            type=worded,
             help=f"of --data folder: {text}; as data.{key.replace('-', '_')} of a config",
         )
     made.add_argument("--scale", choices=("native", "trained"), help="default: the run's own")

@@ -28,8 +28,11 @@ def reachable(path: str | Path) -> Path:
 
     Raises:
         UserError: nobody is called so (``~nobody``), or the system can't even look there: a name
-            too long, a loop of links, a folder that may not be entered.
+            too long, a loop of links, a folder that may not be entered. An empty text isn't the
+            working folder: an unset variable leaves one.
     """
+    if not str(path).strip():
+        raise UserError("an empty name; the working folder is .")
     try:
         found = Path(path).expanduser()
         with suppress(FileNotFoundError, NotADirectoryError):

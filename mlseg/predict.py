@@ -43,7 +43,7 @@ if __name__ == "__main__":
 
 from rich.progress import track
 
-from mlseg.commands import guarded, make_console, named
+from mlseg.commands import guarded, make_console, named, worded
 from mlseg.errors import EXIT_RUN_ERROR, UserError, printable
 from mlseg.evaluate import add_choices, add_tta, choose_threads, load_chosen
 from mlseg.files import reachable, require_writable, writing
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     """Its arguments."""
     made = argparse.ArgumentParser(prog="mlseg predict", description="Segment images with a run.")
     made.add_argument("runs", type=named, nargs="+", metavar="RUN", help="run directories")
-    made.add_argument("images", help="a folder, a file, or a glob in quotes")
+    made.add_argument("images", type=worded, help="a folder, a file, or a glob in quotes")
     made.add_argument("--out", type=named, required=True, help="folder for masks and overlays")
     made.add_argument(
         "--server", choices=tuple(SERVERS), help="of a benchmark, for its test images; see above"

@@ -210,7 +210,9 @@ def parse_run(tree: config.Tree) -> tuple[AnyRunSettings, Any]:
         system = load_system(name)
     except UserError as error:
         raise tree.error("system", str(error)) from None
-    return config.parse(system.settings, tree), system
+    settings = config.parse(system.settings, tree)
+    config.require_names(settings, tree)
+    return settings, system
 
 
 def all_systems() -> Sequence[System]:

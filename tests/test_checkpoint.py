@@ -262,6 +262,27 @@ def test_what_is_finite(dtype: torch.dtype) -> None:
         assert checkpoint.first_not_finite({**fine, "bad": bad}) == "bad"
 
 
+@pytest.mark.parametrize("value", [1.0, float("nan"), float("inf"), -float("inf")])
+def test_what_is_finite_of_odd_kinds(value: float) -> None:
+    """Sparse tensors by the numbers that they keep, eight bits, a part that isn't contiguous."""
+    dense = torch.zeros(4, 6)
+    dense[1, 2] = value
+    kinds = {
+        "sparse": dense.to_sparse(),
+        "twice": torch.sparse_coo_tensor(
+            torch.zeros(1, 2), torch.tensor([value, 1.0]), (2,)
+        ),  # not coalesced
+        "rows": dense.to_sparse_csr(),
+        "strided": dense[:, ::2],
+        "transposed": dense.t(),
+        "expanded": dense[1, 2].expand(5),
+        "small": dense.to(torch.float8_e5m2),
+    }
+    for name, tensor in kinds.items():
+        found = checkpoint.first_not_finite({"yes": torch.tensor(True), name: tensor})
+        assert found == (None if value == 1.0 else name), name
+
+
 @pytest.mark.parametrize(
     ("own", "fits", "misfits"),
     [

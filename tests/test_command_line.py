@@ -3,10 +3,11 @@
 import argparse
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mlseg import command_line, compare, run, sweep
+from mlseg import calibrate, command_line, compare, data, evaluate, predict, run, sweep
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,3 +81,28 @@ def test_whoever_takes_overrides_reads_them_so() -> None:
                 takers += 1
                 assert "command_line.parse(" in text, path
     assert takers > 10
+
+
+@pytest.mark.parametrize(
+    ("command", "given"),
+    [
+        (evaluate, ["runs/a", "--data", "folder", "--root", ""]),
+        (evaluate, ["runs/a", "--data", ""]),
+        (evaluate, ["runs/a", "--masks", " "]),
+        (evaluate, [""]),
+        (predict, ["runs/a", "", "--out", "out"]),
+        (predict, ["runs/a", "images", "--out", ""]),
+        (data, ["kvasir", "--root", ""]),
+        (calibrate, [""]),
+        (sweep, [""]),
+    ],
+)
+def test_an_empty_name_is_not_the_working_folder(
+    command: Any, given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        command.main(given)
+    assert end.value.code == 2
+    assert "an empty name" in capsys.readouterr().err
+    assert run.main([""]) == 2
+    assert "an empty name" in capsys.readouterr().err

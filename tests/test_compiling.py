@@ -3,17 +3,20 @@
 import copy
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from resuming import check
 from scaled import Lower, X, gradient, program
+from tiny_files import write_image
 from torch import Tensor, nn
 
-from mlseg import Config, compiling, config
+from mlseg import Config, compiling, config, evaluate, export, predict, run
 from mlseg.errors import RunError, UserError
 from mlseg.hypergradients.registry import classes
 from mlseg.problems.systems import load_system
@@ -126,6 +129,18 @@ def test_a_network_that_is_never_called_is_refused() -> None:
         program(DIFFERENCE, Small(), lower=Apart, **compiled()).iterate()
 
 
+def test_a_graph_is_gone_through_twice_in_any_thread() -> None:
+    """As the Stackelberg game does, and in another thread as on CUDA; once before for good."""
+    module = Small()
+    compiling.compile_module("lower", module, BACKEND)
+    module(X).sum().backward()
+    loss = module(X).square().sum()
+    expected = torch.autograd.grad(loss, module.last.weight, retain_graph=True)[0]
+    with ThreadPoolExecutor(1) as pool:
+        again = pool.submit(torch.autograd.grad, loss, module.last.weight, retain_graph=True)
+        assert torch.equal(again.result()[0], expected)
+
+
 class Counting(Small):
     """Whose every pass is another program."""
 
@@ -194,6 +209,36 @@ def test_e2eaug_with_all_levels_compiled_resumes_exactly(tmp_path: Path) -> None
     changes: dict[str, Any] = {f"problems.{level}.compile": BACKEND for level in LEVELS}
     changes |= {"gan.pretrain": 1, "engine.iterations": 2, "engine.checkpoint_every": 1}
     check(lambda out: tiny.build("e2eaug", changes, out), tmp_path, [2], "saved")
+
+
+LEVELS_OF = {
+    "segan": ("segmentor", "critic"),
+    "load": ("pretraining", "generator", "discriminator"),
+    "semi_supervised": ("segmentor", "partner"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", LEVELS_OF)
+def test_a_run_of_every_system_is_scored_exported_and_gone_on_with(
+    system: str, tmp_path: Path
+) -> None:
+    # Traced is enough for what isn't training.
+    backend = BACKEND if system == "segan" else "eager"
+    changes: dict[str, Any] = {f"problems.{n}.compile": backend for n in LEVELS_OF[system]}
+    if system == "segan":
+        changes["game"] = "stackelberg"  # whose critic is differentiated twice
+    if system != "load":
+        changes |= {"engine.iterations": 2, "engine.validate_every": 2}
+    path, out = tiny.write_config(tmp_path / "tiny.yaml", system, changes), tmp_path / "run"
+    assert run.main([str(path), "--out", str(out)]) == 0
+    images = tmp_path / "images"
+    write_image(images / "a.png", np.zeros((40, 33, 3), np.uint8))
+    assert evaluate.main([str(out)]) == 0
+    assert predict.main([str(out), str(images), "--out", str(tmp_path / "masks")]) == 0
+    assert export.main([str(out), "--format", "torchscript", "--out", str(tmp_path / "m.ts")]) == 0
+    assert run.main(["--resume", str(out), "engine.iterations=3"]) == 0
+    assert run.main([str(path), "--dry-run=timed"]) == 0
 
 
 @pytest.mark.slow

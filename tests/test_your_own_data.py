@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -32,6 +33,15 @@ def draw(folder: Path, masks: str, count: int) -> None:
         write_image(folder / masks.format(number), labels)
 
 
+def draw_volume() -> None:
+    """A scan of ten slices, and its labels."""
+    nibabel = pytest.importorskip("nibabel")
+    labels = np.zeros((50, 40, 10), np.int16)
+    labels[5:35, 4:30], labels[15:25, 10:20] = 1, 2
+    for name, values in (("ct", labels * 80 - 100), ("ct_labels", labels)):
+        nibabel.Nifti1Image(values, np.diag([-1, -1, 3, 1])).to_filename(f"{name}.nii.gz")
+
+
 @pytest.mark.slow
 def test_its_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -41,6 +51,8 @@ def test_its_commands(
     draw(tmp_path / "cells", "masks/{}.png", 12)
     draw(tmp_path / "more", "mask/{}_mask.png", 2)
     monkeypatch.chdir(tmp_path)
+    draw_volume()
+    runpy.run_path("slices.py")
     monkeypatch.delenv("MLSEG_DATA", raising=False)
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     ran = []
@@ -54,7 +66,8 @@ def test_its_commands(
         cheap = ["engine.iterations=2", "engine.validate_every=2"] if command == "run" else []
         assert main([command, *words[2:], *cheap]) == 0, line
         ran.append(command)
-    assert ran == ["run", "run", "evaluate", "predict", "evaluate"]
+    assert ran == ["run", "run", "run", "evaluate", "predict", "evaluate"]
+    assert len(list((tmp_path / "scans" / "images").iterdir())) == 10
     sys.modules.pop("my_nets", None)
     assert json.loads((tmp_path / "runs/own/results.json").read_text())["provenance"] == "real"
     assert list((tmp_path / "runs/own/samples").iterdir())

@@ -145,6 +145,7 @@ def parse(tree: config.Tree) -> Comparison:
     """
     run_imports(tree)
     settings = config.parse(CompareSettings, tree)
+    config.require_names(settings, tree)
     tasks = {
         label: _task(label, values, tree)
         for label, values in settings.tasks.items()

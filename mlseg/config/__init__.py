@@ -14,6 +14,7 @@ from mlseg.config.loading import (
     override,
     parse,
     read_overrides,
+    require_names,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "override",
     "parse",
     "read_overrides",
+    "require_names",
 ]

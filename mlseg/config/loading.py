@@ -72,12 +72,14 @@ class Tree:
             "command line". A path is the tuple of keys and list indices from the top.
         source: the config file as it was named.
         notes: what the author of a command line should know, a line each.
+        empty: keys of overrides behind whose = nothing stood.
     """
 
     values: dict[str, Any]
     origins: dict[yaml12.Path, str] = field(default_factory=dict)
     source: str = "config"
     notes: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
 
     def where(self, key: str | yaml12.Path) -> str:
         """The place that set `key`, dotted or a path; for a key not set, its parent's place."""
@@ -114,7 +116,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
     Args:
         path: a YAML file. Its top-level `base:` names another, relative to the file.
         overrides: `KEY=VALUE` strings, KEY dotted (`engine.iterations=100`), VALUE read
-            as YAML (`1e-5`, `null`, `[ph2, dermis]`; nothing after the = is null).
+            as YAML (`1e-5`, `null`, `[ph2, dermis]`). Nothing after the = is what a shell's
+            unset variable leaves: `parse` refuses it.
 
     Raises:
         UserError: a file is missing or unreadable, isn't YAML, inherits from itself, or
@@ -134,11 +137,13 @@ class Override:
         key: dotted.
         value: plain.
         origins: places by path below the key; the empty path is the key's own.
+        empty: nothing stood there to be read.
     """
 
     key: str
     value: Any
     origins: Mapping[yaml12.Path, str]
+    empty: bool = False
 
 
 def override(tree: Tree, overrides: Sequence[Override]) -> None:
@@ -155,6 +160,7 @@ def override(tree: Tree, overrides: Sequence[Override]) -> None:
         node[parts[-1]] = copy.deepcopy(given.value)
         layer.origins.update({(*parts, *below): at for below, at in given.origins.items()})
     tree.notes.extend(_dropped(tree.values, layer.values))
+    tree.empty.extend(given.key for given in overrides if given.empty)
     known = set(tree.origins)
     _merge(tree, layer)
     for given in overrides:
@@ -171,12 +177,45 @@ def parse(settings: type[S], tree: Tree) -> S:
         UserError: one line that names the first faulty key, where it was set, what is
             wrong and what is allowed, and how many more faults there are.
     """
+    if tree.empty:
+        key = tree.empty[0]
+        raise tree.error(key, f"nothing stands behind the =; if that is meant, write {key}=null")
     try:
         return settings.model_validate(tree.values)
     except pydantic.ValidationError as error:
         path, text, more = explain(error, settings, tree.values)
         suffix = f" (and {more} more)" if more else ""
         raise tree.error(path, text + suffix) from None
+
+
+def require_names(settings: pydantic.BaseModel, tree: Tree) -> None:
+    """Refuse texts that are empty, where every text is a name or a path.
+
+    Raises:
+        UserError: one is, and not by default; names its key.
+    """
+    for path in _empty_texts(settings):
+        raise tree.error(path, "an empty text is no name and no path; leave the key out")
+
+
+def _empty_texts(value: Any, path: yaml12.Path = ()) -> Iterator[yaml12.Path]:
+    if isinstance(value, str):
+        if not value.strip():
+            yield path
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _empty_texts(item, (*path, index))
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _empty_texts(item, (*path, key))
+    elif isinstance(value, pydantic.BaseModel):
+        values = dict(value)
+        schema = value.fitting(values) if isinstance(value, Settings) else type(value)
+        for key, item in values.items():
+            known = schema.model_fields.get(key)
+            # What somebody's own function takes, it says itself.
+            if known is None or (known.default != item and known.annotation != dict[str, Any]):
+                yield from _empty_texts(item, (*path, key))
 
 
 def dump(settings: pydantic.BaseModel) -> str:
@@ -279,7 +318,9 @@ def read_overrides(texts: Sequence[str]) -> list[Override]:
         if len(parts) > yaml12.MAX_DEPTH:
             raise UserError(f"{COMMAND_LINE}: a key of more than {yaml12.MAX_DEPTH} parts")
         value, paths = yaml12.read(written, f"{COMMAND_LINE}: {key.strip()}")
-        found.append(Override(key.strip(), value, dict.fromkeys([(), *paths], COMMAND_LINE)))
+        origins = dict.fromkeys([(), *paths], COMMAND_LINE)
+        empty = value is None and written.strip().lower() not in ("null", "~")
+        found.append(Override(key.strip(), value, origins, empty))
     return found
 
 

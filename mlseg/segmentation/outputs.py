@@ -44,7 +44,7 @@ class Outputs:
 
     def files(self, image: Path) -> list[Path]:
         """All of an image, the mask first, then the overlay."""
-        stem = stem_of(image)
+        stem = medical.stem(image)
         names = [f"{stem}.png", f"{stem}_overlay.png"]
         if medical.suffix(image):
             names.append(f"{stem}{medical.suffix(image)}")
@@ -104,12 +104,6 @@ class Outputs:
         """
         for file in self.of_all():
             write_json(file, {"software": SOFTWARE, "classes": _classes(self.spec)})
-
-
-def stem_of(image: Path) -> str:
-    """A file's name without its ending, that of ``.nii.gz`` being one."""
-    end = medical.suffix(image)
-    return image.name[: -len(end)] if end else image.stem
 
 
 def is_own(file: Path) -> bool:

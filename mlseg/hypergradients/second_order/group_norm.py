@@ -140,9 +140,9 @@ class _Group:
 def _format(x: Tensor) -> torch.memory_format:
     """Its own on the CPU; other devices' kernels take channels first alone."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if x.device.type != "cpu" or last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+    if x.device.type != "cpu" or last is None or x.is_contiguous():
         return torch.contiguous_format
-    return last
+    return last if x.is_contiguous(memory_format=last) else torch.contiguous_format
 
 
 class _Norm(torch.autograd.Function):

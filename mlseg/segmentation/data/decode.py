@@ -17,8 +17,9 @@ from PIL import Image, ImageOps
 
 from mlseg.errors import UserError
 from mlseg.files import require_file
-from mlseg.segmentation.data import labels
+from mlseg.segmentation.data import labels, medical
 from mlseg.segmentation.data.entry import RawFormat
+from mlseg.segmentation.data.pixels import as_array, decoding, unreadable
 
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What files may be, whatever their names say: none for which Pillow starts another program."""
@@ -43,7 +44,7 @@ def read_image(
 
     Grey files are repeated for three channels, colour is turned to grey (ITU-R BT.601) for one.
     16-bit files are scaled by the smallest of 8, 10, 12, 14 and 16 bits that holds their values.
-    Turned upright where the file says how (EXIF).
+    Turned upright where the file says how (EXIF). Slices of DICOM and NIfTI: see `medical`.
 
     Args:
         path: of the file.
@@ -80,7 +81,8 @@ def read_mask(
 ) -> NDArray[np.uint8]:
     """A mask as (H, W) uint8: class indices, or the ignore index; turned upright as images are.
 
-    A text file holds a row of integers per line (Stanford Background).
+    A text file holds a row of integers per line (Stanford Background), slices of DICOM and NIfTI
+    the numbers that `medical` says.
 
     Args:
         kind: "binary" (by colour or transparency: 0 and 1, or 0 and 255 with a cut at half the
@@ -107,9 +109,7 @@ def _read_labels(
     remap: Mapping[int, int] | None,
 ) -> NDArray[np.uint8]:
     """A mask at its own size."""
-    text = path.suffix.lower() == ".txt"
-    image, how = (_load_text(path), labels.Storage()) if text else _load(path)
-    image = _upright(image, path)
+    image, how = _load_mask(path)
     if kind != "index":
         return labels.foreground(image, how, path, nonzero=kind == "nonzero")
     known = labels.known_classes(num_classes, ignore_index) if remap is None else remap.keys()
@@ -117,6 +117,15 @@ def _read_labels(
     if remap is not None:
         return labels.remapped(numbers, remap, ignore_index)
     return labels.check_classes(numbers, num_classes, ignore_index, path)
+
+
+def _load_mask(path: Path) -> tuple[Image.Image, labels.Storage]:
+    if medical.suffix(path):
+        return medical.read_numbers(path)
+    if path.suffix.lower() == ".txt":
+        return _load_text(path), labels.Storage()
+    image, how = _load(path)
+    return _upright(image, path), how
 
 
 def image_size(path: Path, raw: RawFormat | None = None) -> tuple[int, int]:
@@ -128,6 +137,8 @@ def image_size(path: Path, raw: RawFormat | None = None) -> tuple[int, int]:
     if _is_raw(path, raw):
         assert raw is not None
         return raw.height, raw.width
+    if medical.suffix(path):
+        return medical.image_size(path)
     if path.suffix.lower() == ".txt":
         width, height = _load_text(path).size
         return height, width
@@ -142,6 +153,8 @@ def _open_image(path: Path, raw: RawFormat | None) -> Image.Image:
     if _is_raw(path, raw):
         assert raw is not None
         return Image.fromarray(_read_raw(path, raw))
+    if medical.suffix(path):
+        return medical.read_picture(path)
     image, _ = _load(path)
     return eight_bits(image, path)
 
@@ -154,17 +167,6 @@ def eight_bits(image: Image.Image, path: Path) -> Image.Image:
     if image.mode.startswith("I"):
         return Image.fromarray(to_8_bits(np.asarray(image).astype(np.int64), path))
     return image
-
-
-def as_array(
-    image: Image.Image, channels: int, path: Path, size: tuple[int, int] | None = None
-) -> NDArray[np.uint8]:
-    """(channels, H, W), at another size if one is given."""
-    image = labels.converted(image, "L" if channels == 1 else "RGB", path)
-    if size is not None and image.size != size[::-1]:
-        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
-    array = np.asarray(image, dtype=np.uint8)
-    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
 def stored_size(image: Image.Image) -> tuple[int, int]:
@@ -225,23 +227,6 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             yield image
 
 
-@contextmanager
-def decoding(path: Path) -> Iterator[None]:
-    """Within this block a file is decoded; whatever fails is one line about it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Image.DecompressionBombError:
-        millions = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
-        raise UserError(
-            f"{path}: more than {millions:.0f} million pixels; make it smaller, or raise the limit "
-            "(data.max_megapixels in a config, --max-megapixels)"
-        ) from None
-    except Exception as error:  # a damaged file makes decoders fail in any way
-        raise unreadable(path, error) from error
-
-
 def _load_text(path: Path) -> Image.Image:
     """A text file of integers, a row per line, as an image of 32 bits."""
     try:
@@ -254,12 +239,6 @@ def _load_text(path: Path) -> Image.Image:
     if not values.size:
         raise UserError(f"{path}: no labels in it")
     return Image.fromarray(values)
-
-
-def unreadable(path: Path, error: Exception, what: str = "") -> UserError:
-    """The error for a file that can't be decoded."""
-    reason = " ".join(str(error).replace(repr(str(path)), "the file").split())
-    return UserError(f"{path}: not a readable image ({what}{reason or type(error).__name__})")
 
 
 def _is_raw(path: Path, raw: RawFormat | None) -> bool:

@@ -17,10 +17,11 @@ from rich.markup import escape
 from rich.progress import track
 
 from mlseg.errors import UserError
-from mlseg.segmentation.data import labels
+from mlseg.segmentation.data import labels, medical
 from mlseg.segmentation.data.cache import kept
-from mlseg.segmentation.data.decode import image_size, read_image, read_mask, unreadable
+from mlseg.segmentation.data.decode import image_size, read_image, read_mask
 from mlseg.segmentation.data.entry import Entry, Example
+from mlseg.segmentation.data.pixels import unreadable
 from mlseg.segmentation.data.placement import PADDING, Fit, padded, placed
 from mlseg.segmentation.data.samples import DatasetSpec, Samples
 
@@ -134,6 +135,7 @@ def _native_size(example: Example, entry: Entry) -> tuple[int, int]:
                     else ""
                 )
             )
+        medical.require_same_axes(example.image, path)
     return height, width
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from mlseg.errors import UserError
 from mlseg.files import reachable
 from mlseg.segmentation.data import decode, labels
+from mlseg.segmentation.data.pixels import as_array, decoding
 
 KINDS = (
     "a path, a PIL image, an array (H, W) or (H, W, 3), a tensor (C, H, W) or (B, C, H, W), or a "
@@ -65,7 +66,7 @@ def from_pillow(image: Image.Image, channels: int, name: str = "the image") -> N
         UserError: it can't be decoded, has too many pixels, or is one of several in its file.
     """
     path = Path(getattr(image, "filename", "") or name)
-    with decode.decoding(path):
+    with decoding(path):
         if min(image.size) < 1:
             raise UserError(f"{path}: no pixels")
         decode.require_few_pixels(image)
@@ -76,7 +77,7 @@ def from_pillow(image: Image.Image, channels: int, name: str = "the image") -> N
                 image._size = decode.stored_size(image)
             image.load()
             decode.require_black_zero(image, inverted, path)
-        return decode.as_array(decode.eight_bits(image, path), channels, path)
+        return as_array(decode.eight_bits(image, path), channels, path)
 
 
 def _from_array(values: NDArray[Any], channels: int, name: str) -> NDArray[np.uint8]:
@@ -95,7 +96,7 @@ def _from_array(values: NDArray[Any], channels: int, name: str) -> NDArray[np.ui
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
     picture = Image.fromarray(np.ascontiguousarray(values))
-    return decode.as_array(picture, channels, Path(name))
+    return as_array(picture, channels, Path(name))
 
 
 def _from_floats(values: NDArray[Any], name: str) -> NDArray[np.uint8]:

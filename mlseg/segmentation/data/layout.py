@@ -2,6 +2,7 @@
 
 import codecs
 import csv
+import glob
 import io
 import os
 import re
@@ -12,7 +13,11 @@ from unicodedata import normalize
 
 from mlseg.errors import UserError
 from mlseg.files import reachable, require_file
+from mlseg.segmentation.data import medical
 from mlseg.segmentation.data.entry import IMAGE_EXTENSIONS, Entry, Example, Part
+
+EXTENSIONS = (*IMAGE_EXTENSIONS, *(end[1:] for end in (*medical.DICOM, *medical.NIFTI)))
+"""What ``{ext}`` stands for in a pattern."""
 
 
 @cache
@@ -27,7 +32,7 @@ def pattern(text: str, ids: str) -> re.Pattern[str]:
             found += {
                 "**/": "(?:.*/)?",
                 "*": "[^/]*",
-                "{ext}": f"(?:{'|'.join(IMAGE_EXTENSIONS)})",
+                "{ext}": f"(?:{'|'.join(map(re.escape, EXTENSIONS))})",
             }.get(piece) or re.escape(piece)
     return re.compile(found, re.IGNORECASE)
 
@@ -153,8 +158,12 @@ def find_examples(
     files = list_files(root, most)
     layout = choose_layout(entry, files)
     if layout is None:
+        expected = ", ".join(entry.expected)
+        kinds = f" ({{ext}}: {', '.join(EXTENSIONS)})" if "{ext}" in expected else ""
+        any_kind = pattern(entry.expected[0].replace("{ext}", "*"), entry.ids)
+        other = next((f"; there is {path}" for path in files if any_kind.fullmatch(path)), "")
         raise UserError(
-            f"{root}: no image of {entry.spec.name} found; expected {', '.join(entry.expected)}"
+            f"{root}: no image of {entry.spec.name} found; expected {expected}{kinds}{other}"
         )
     found = {}
     for name, part in layout.items():
@@ -280,7 +289,7 @@ def _paired(
                 expected = part.images.replace("**/", "").replace("{id}", name)
                 raise UserError(
                     f"{root / paths[0]}: mask without an image; expected {expected} "
-                    f"(add the image or remove the mask)"
+                    f"(add the image or remove the mask){_instead(root, part.images, name)}"
                 )
     examples = []
     for name, paths in sorted(images.items()):
@@ -297,13 +306,22 @@ def _paired(
             expected = missing[0].replace("**/", "").replace("{id}", name)
             raise UserError(
                 f"{root / paths[0]}: image without a mask; expected {expected} "
-                f"(add the mask or remove the image{elsewhere})"
+                f"(add the mask or remove the image{elsewhere})" + _instead(root, missing[0], name)
             )
         files = tuple(root / path for found in masks for path in found[name])
         examples.append(Example(name, root / paths[0], files))
     if not examples:
         raise UserError(f"{root}: {entry.spec.name} has images, but none of them has a mask")
     return examples
+
+
+def _instead(root: Path, expected: str, name: str) -> str:
+    """Says of a file of the expected name that its ending is none that is read; else empty."""
+    beginning, ext, _ = expected.replace("{id}", glob.escape(name)).partition(".{ext}")
+    found = sorted(p for end in ("", ".*") for p in root.glob(beginning + end) if p.is_file())
+    if not ext or not found:
+        return ""
+    return f"; {found[0]} has an ending that isn't read (these are: {', '.join(EXTENSIONS)})"
 
 
 def read_pairs(root: Path, unmasked: bool = False) -> dict[str, list[Example]]:
@@ -346,7 +364,7 @@ def read_pairs(root: Path, unmasked: bool = False) -> dict[str, list[Example]]:
                 raise UserError(f"{path}:{line}: {error}") from None
             if not there:
                 raise UserError(f"{path}:{line}: no file {named}")
-        name = row.get("id") or PurePosixPath(image.as_posix()).stem
+        name = row.get("id") or medical.stem(image)
         part = row.get("split") or "all"
         if part not in ("all", "train", "val", "test"):
             raise UserError(f"{path}:{line}: split {part!r}; there are train, val and test")
