@@ -63,6 +63,8 @@ class Group:
                 contestants[name].run()
                 clock.mark()
                 (reading,) = clock.stretches()
+                if self.device.type == "cuda":
+                    contestants[name].forget()  # the next one's graphs may not fit beside these
                 if number:  # the first round warms up
                     self.seconds[name].append(reading["stream" if "stream" in reading else "cpu"])
         for name, contestant in contestants.items():

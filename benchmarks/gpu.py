@@ -9,6 +9,7 @@ and all together have ``--seconds``. What wouldn't end in time is stopped and co
 never as passed. The sections:
 
 * the tests that need a GPU;
+* how many kernels E2EAug launches, and how long they keep the GPU busy;
 * an iteration of E2EAug and of SegAN by part, at the papers' scale: in full precision without and
   with TF32, in bf16, at the papers' batch and a larger one, with peak memory; E2EAug's beside the
   same passes in a loop by hand;
@@ -96,6 +97,8 @@ def at_scale(device: str) -> list[Section]:
                 TF32),
         Section("e2eaug batch 8", [*e2eaug, *few, *images, *large], 40, TF32),
         Section("engine", engine, 60, TF32),
+        Section("kernels", ["benchmarks/kernels.py", "configs/e2eaug_isic.yaml", *there,
+                            *images], 45, TF32),
         Section("segan fp32 and bf16", [*segan, "--precision", "fp32", "bf16", "data.train=100",
                                         "data.val=8"], 45, TF32),
         *(
@@ -103,8 +106,8 @@ def at_scale(device: str) -> list[Section]:
             for steps, seconds in ((1, 25), (5, 40), (20, 80))
         ),
         Section("one hop", ["benchmarks/hypergradients.py", *there, "--size", "large", "--rounds",
-                            "5", "--parts", "passes", "one_step", "products"], 50, STRICT),
-        Section("load", [*load, "--gib", "0", "data.train=40", "data.val=100", "data.test=8"], 45),
+                            "5", "--parts", "passes", "one_step", "products"], 70, STRICT),
+        Section("load", [*load, "--gib", "0", "data.train=40", "data.val=100", "data.test=8"], 60),
         Section("product", ["benchmarks/second_order.py", *there, "--rounds", "5"], 30, STRICT),
         Section("cells", ["benchmarks/cell.py", *there, "--repeats", "7"], 25),
         # Last: it takes what time is left.

@@ -29,9 +29,9 @@ import argparse
 import json
 import multiprocessing
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,9 @@ MORE_PARTS: Mapping[str, Mapping[str, str]] = {
 
 
 @contextmanager
-def parts_of(engine: Engine, spans: Spans, system: str) -> Iterator[None]:
+def parts_of(
+    engine: Engine, spans: Callable[[str], AbstractContextManager[Any]], system: str
+) -> Iterator[None]:
     """Within this block the methods that make up an iteration open spans of their own."""
     restore = []
 
@@ -87,6 +89,16 @@ def parts_of(engine: Engine, spans: Spans, system: str) -> Iterator[None]:
                 setattr(owner, name, own)
 
 
+def built(path: Path, overrides: Sequence[str]) -> tuple[Any, Engine]:
+    """A config's settings, and its engine in the last stage."""
+    settings, build = parse_run(config.load(path, overrides))
+    torch.manual_seed(0)
+    engine = build(settings, None)
+    while engine.stage is not engine.stages[-1]:
+        engine.next_stage()
+    return settings, engine
+
+
 def measure(
     path: Path,
     overrides: Sequence[str],
@@ -101,11 +113,7 @@ def measure(
         ``peak`` bytes; ``total``: the same of a whole iteration, with quartiles.
     """
     own = [f"device={device_name}", f"precision={precision}", "data.test=8"]
-    settings, build = parse_run(config.load(path, [*overrides, *own]))
-    torch.manual_seed(0)
-    engine = build(settings, None)
-    while engine.stage is not engine.stages[-1]:
-        engine.next_stage()
+    settings, engine = built(path, [*overrides, *own])
     data = engine.hook(Segmentation).data
     device = engine.device
     cuda = device.type == "cuda"

@@ -102,6 +102,41 @@ def test_iteration(system: str, parts: set[str], script: Script, tmp_path: Path)
     assert parts | {*EVERY_PART} <= {row[0] for row in rows(shown)}
 
 
+def test_kernels(script: Script, tmp_path: Path) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug")
+    shown = script("kernels", config, "--device", "cpu", "--iterations", 1, "--profiled", 1)
+    counts = {name: int(count) for name, count, _ in rows(shown)}
+    assert counts["generator: hop"] > counts["generator: step"] > 10
+    assert counts["segmentor: hop"] > 10
+
+
+def test_kernels_are_of_the_part_that_launched_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a GPU's trace, where they run later than that."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    kernels = runpy.run_path(str(BENCHMARKS / "kernels.py"))
+
+    def event(kind: str, name: str, ts: float, dur: float, **args: int) -> dict[str, Any]:
+        return {"cat": kind, "name": name, "ts": ts, "dur": dur, "args": args}
+
+    trace = [
+        event("user_annotation", "part: step", 0.0, 10.0),
+        event("user_annotation", "part: data", 2.0, 2.0),
+        event("user_annotation", "part: hop", 20.0, 5.0),
+        event("cuda_runtime", "cudaLaunchKernel", 1.0, 0.5, correlation=1),
+        event("cuda_runtime", "cudaMemcpyAsync", 3.0, 0.5, correlation=2),
+        event("cuda_runtime", "cudaLaunchKernel", 9.0, 0.5, correlation=3),
+        event("cuda_runtime", "cudaLaunchKernel", 15.0, 0.5, correlation=4),
+        event("kernel", "gemm", 21.0, 30.0, correlation=1),
+        event("gpu_memcpy", "copy", 51.0, 1.0, correlation=2),
+        event("kernel", "gemm", 52.0, 30.0, correlation=3),
+        event("kernel", "add", 82.0, 4.0, correlation=4),
+    ]
+    found = kernels["Profile"].read(trace, cuda=True)
+    parts = {name: (part.count, part.microseconds) for name, part in found.parts.items()}
+    assert parts == {"step": (2, 60.0), "data": (1, 1.0), "rest": (1, 4.0)}
+    assert found.names["gemm"].count == 2
+
+
 def test_checks(script: Script, tmp_path: Path) -> None:
     config = tiny.write_config(tmp_path / "tiny.yaml", "e2eaug")
     shown = script("checks", "--config", config, "--iterations", 2)
