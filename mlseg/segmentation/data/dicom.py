@@ -37,6 +37,16 @@ _GEOMETRY = (
     "Laterality",
     "PatientOrientation",
 )
+_OF_FRAMES = {
+    "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept"),
+    "FrameVOILUTSequence": ("WindowCenter", "WindowWidth", "VOILUTFunction"),
+    "PlaneOrientationSequence": ("ImageOrientationPatient",),
+    "PlanePositionSequence": ("ImagePositionPatient",),
+    "PixelMeasuresSequence": ("PixelSpacing", "SliceThickness", "SpacingBetweenSlices"),
+}
+"""Where an enhanced file says of its frames what others say of a slice (PS3.3, C.7.6.16)."""
+_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+_WINDOWS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 _LOSSY = ("JPEGBaseline8Bit", "JPEGExtended12Bit", "JPEGLSNearLossless", "JPEG2000", "HTJ2K")
 
 
@@ -50,7 +60,7 @@ def is_own(path: Path, pydicom: Any) -> bool:
 def head(path: Path, pydicom: Any) -> Any:
     """All of a file but its pixels; UserError where they aren't those of one slice."""
     _require_plain(path, pydicom)
-    found = pydicom.dcmread(path, stop_before_pixels=True)
+    found = _of_the_frame(pydicom.dcmread(path, stop_before_pixels=True))
     rows, columns = size(found)
     if not (rows and columns):
         raise UserError(f"{path}: a DICOM without pixels")
@@ -58,6 +68,18 @@ def head(path: Path, pydicom: Any) -> Any:
     if frames > 1:
         raise UserError(f"{path}: {frames} frames in one file; save each slice as a file")
     require_few(rows, columns, path)
+    return found
+
+
+def _of_the_frame(found: Any) -> Any:
+    """With what an enhanced file says of its one frame where others say it."""
+    for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        for group in found.get(groups) or ():
+            for sequence, keys in _OF_FRAMES.items():
+                for item in group.get(sequence) or ():
+                    for key in keys:
+                        if key in item and key not in found:
+                            found[key] = item[key]
     return found
 
 
@@ -99,7 +121,7 @@ def numbers(path: Path, pydicom: Any) -> tuple[Numbers, Storage]:
         raise UserError(f"{path}: a mask whose zero is white (MONOCHROME1); save it as MONOCHROME2")
     lossy = _syntax(whole) in [getattr(pydicom.uid, name, None) for name in _LOSSY]
     lossy = lossy or str(whole.get("LossyImageCompression")) == "01"
-    return np.asarray(pydicom.pixels.apply_modality_lut(values, whole)), Storage(lossy=lossy)
+    return _meant(values, whole, pydicom, path), Storage(lossy=lossy)
 
 
 def _require_plain(path: Path, pydicom: Any) -> None:
@@ -114,8 +136,8 @@ def _require_plain(path: Path, pydicom: Any) -> None:
 def _pixels(path: Path, pydicom: Any) -> tuple[NDArray[Any], Any, Any]:
     """Values as stored, (H, W) or (H, W, channels); the whole file; its head."""
     top = head(path, pydicom)
-    whole = pydicom.dcmread(path)
-    if "PixelData" not in whole:
+    whole = _of_the_frame(pydicom.dcmread(path))
+    if not any(key in whole for key in _PIXELS):
         raise UserError(f"{path}: a DICOM without pixels")
     _require_decoder(path, _syntax(whole), pydicom)
     values = whole.pixel_array
@@ -142,9 +164,30 @@ def _require_decoder(path: Path, syntax: Any, pydicom: Any) -> None:
     )
 
 
+def _meant(values: NDArray[Any], whole: Any, pydicom: Any, path: Path) -> NDArray[Any]:
+    """Values of the modality: by its table or its rescaling, as stored where there is neither."""
+    if not whole.get("ModalityLUTSequence"):
+        if not _has_both(whole, "RescaleSlope", "RescaleIntercept", path):
+            return values
+        slope, intercept = float(whole.RescaleSlope), float(whole.RescaleIntercept)
+        if not (np.isfinite([slope, intercept]).all() and slope):
+            raise UserError(f"{path}: a rescaling of slope {slope:g} and intercept {intercept:g}")
+    return np.asarray(pydicom.pixels.apply_modality_lut(values, whole))
+
+
+def _has_both(whole: Any, one: str, other: str, path: Path) -> bool:
+    """Whether it says both; UserError where it says one alone, which means nothing."""
+    has, lacks = (one, other) if whole.get(one) is not None else (other, one)
+    if whole.get(has) is None:
+        return False
+    if whole.get(lacks) is None:
+        raise UserError(f"{path}: {has} without {lacks}; write both, or neither")
+    return True
+
+
 def _windowed(values: NDArray[Any], whole: Any, pydicom: Any, path: Path) -> NDArray[np.uint8]:
-    meant = np.asarray(pydicom.pixels.apply_modality_lut(values, whole))
-    if whole.get("WindowCenter") is None or whole.get("WindowWidth") is None:
+    meant = _meant(values, whole, pydicom, path)
+    if not _has_both(whole, "WindowCenter", "WindowWidth", path):
         if whole.get("VOILUTSequence"):
             table = whole.VOILUTSequence[0]
             looked = np.asarray(pydicom.pixels.apply_voi_lut(meant, whole))
@@ -154,6 +197,8 @@ def _windowed(values: NDArray[Any], whole: Any, pydicom: Any, path: Path) -> NDA
         float(np.ravel(whole[key].value)[0]) for key in ("WindowCenter", "WindowWidth")
     )
     how = str(whole.get("VOILUTFunction") or "LINEAR")
+    if how not in _WINDOWS:
+        raise UserError(f"{path}: a window of the kind {how}; there are {', '.join(_WINDOWS)}")
     if not (np.isfinite([centre, width]).all() and width > (1 if how == "LINEAR" else 0)):
         raise UserError(f"{path}: a window of centre {centre:g} and width {width:g}")
     if how == "SIGMOID":

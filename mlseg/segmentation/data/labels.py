@@ -127,7 +127,8 @@ def class_numbers(image: Image.Image, how: Storage, path: Path, known: Collectio
         if not (np.isfinite(values) & (values == np.rint(values))).all():
             raise UserError(f"{path}: values that aren't whole numbers; a mask of several classes "
                             "holds class numbers")  # fmt: skip
-        return values.astype(np.int64)
+        # Beyond 64 bits there is no class, but the number to be named.
+        return values.astype(np.int64) if np.abs(values).max(initial=0) < 2**63 else values
     if image.mode not in ("LA", "La", "RGB", "RGBA", "RGBa"):
         raise _coloured(path)
     array = np.asarray(

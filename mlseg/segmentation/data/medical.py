@@ -168,7 +168,7 @@ def _library(name: str, path: Path) -> Any:
 
 
 class _Silence:
-    """Keeps the libraries quiet, which say much of files that they forgive, in any thread.
+    """Keeps the libraries quiet in any thread: what they forgive, and what they raise anyway.
 
     What is switched off belongs to the process: the first to come in does it, the last undoes it.
     """
@@ -184,7 +184,7 @@ class _Silence:
         with self._lock:
             if self._inside == 0:
                 self._disabled = logging.root.manager.disable
-                logging.disable(max(logging.WARNING, self._disabled))
+                logging.disable(max(logging.CRITICAL, self._disabled))
                 self._caught = warnings.catch_warnings()
                 self._caught.__enter__()
                 warnings.simplefilter("ignore")

@@ -18,6 +18,7 @@ Like = tuple[Any, Any, type[Any]]
 
 _HEADER = 540  # bytes of NIfTI-2's; NIfTI-1's are 348
 _LARGEST_OFFSET = 2**20
+_LARGEST_REST = 64  # MiB that may follow the pixels
 
 
 def is_own(path: Path, nibabel: Any) -> bool:
@@ -95,8 +96,18 @@ def _voxels(path: Path, nibabel: Any) -> tuple[Any, NDArray[Any], Any, type[Any]
     wanted = offset + shape[0] * shape[1] * header.get_data_dtype().itemsize
     with _opened(path) as file:
         image = kind.from_bytes(file.read(wanted))
+        if path.name.lower().endswith(".gz"):
+            _require_sound(file, path)
     stored = np.asanyarray(image.dataobj.get_unscaled()).reshape(shape[:2])
     return image, stored, header, kind
+
+
+def _require_sound(file: Any, path: Path) -> None:
+    """Read on to the checksum, which stands at the end: gzip compares it there, and raises."""
+    for _ in range(_LARGEST_REST):
+        if not file.read(2**20):
+            return
+    raise UserError(f"{path}: more than {_LARGEST_REST} MiB behind its pixels")
 
 
 def _slice_header(path: Path, nibabel: Any) -> tuple[Any, type[Any]]:

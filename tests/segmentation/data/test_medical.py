@@ -99,6 +99,60 @@ def test_masks_keep_place_and_spacing(name: str, tmp_path: Path) -> None:
     assert image.header.get_zooms() == first.header.get_zooms()
 
 
+def floats(path: Path, values: Any) -> Path:
+    """Pixels of floating point, which have an element of their own."""
+    bits = {"BitsStored", "HighBit", "PixelRepresentation", "PixelData"}
+    made = pydicom.dcmread(dicom(path, BYTES))
+    for key in bits:
+        delattr(made, key)
+    made.BitsAllocated = 8 * values.dtype.itemsize
+    name = "FloatPixelData" if values.dtype == np.float32 else "DoubleFloatPixelData"
+    setattr(made, name, values.tobytes())
+    pydicom.dcmwrite(path, made, enforce_file_format=True)
+    return path
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_pixels_of_floating_point(kind: Any, tmp_path: Path) -> None:
+    path = floats(tmp_path / "a.dcm", (BYTES % 3).astype(kind))
+    assert np.array_equal(np.asarray(medical.read_numbers(path)[0]), BYTES % 3)
+    shown = np.rint((BYTES % 3) * 127.5)
+    assert np.array_equal(medical.read_slice(path, 1).image[0], shown)
+
+
+def test_what_an_enhanced_dicom_says_of_its_frame(tmp_path: Path) -> None:
+    """The same as a plain one that says it of its slice; the mask lies where the slice does."""
+    said = {"RescaleSlope": 2, "RescaleIntercept": -5, "WindowCenter": 20, "WindowWidth": 60}
+    plain = dicom(tmp_path / "plain.dcm", WORDS, **said)
+    path = dicom(tmp_path / "enhanced.dcm", WORDS, NumberOfFrames=1)
+    made = pydicom.dcmread(path)
+
+    def group(**sequences: dict[str, Any]) -> Any:
+        found = pydicom.Dataset()
+        for name, values in sequences.items():
+            item = pydicom.Dataset()
+            for key, value in values.items():
+                setattr(item, key, value)
+            setattr(found, name, [item])
+        return [found]
+
+    plane = made.ImageOrientationPatient
+    del made.ImageOrientationPatient
+    rescaling = dict(list(said.items())[:2])
+    made.SharedFunctionalGroupsSequence = group(
+        PixelValueTransformationSequence=rescaling,
+        PlaneOrientationSequence={"ImageOrientationPatient": plane},
+    )
+    made.PerFrameFunctionalGroupsSequence = group(FrameVOILUTSequence=dict(list(said.items())[2:]))
+    made.save_as(path)
+    like = medical.read_slice(path, 1)
+    assert np.array_equal(like.image, medical.read_slice(plain, 1).image)
+    numbers = [np.asarray(medical.read_numbers(file)[0]) for file in (path, plain)]
+    assert np.array_equal(*numbers)
+    medical.write_mask(BYTES % 2, like, tmp_path / "mask.dcm")
+    assert pydicom.dcmread(tmp_path / "mask.dcm").ImageOrientationPatient == plane
+
+
 def deflated(path: Path) -> Path:
     dicom(path, BYTES)
     made = pydicom.dcmread(path)
@@ -118,9 +172,62 @@ def endless(path: Path, offset: float = 352, side: int = 7) -> Path:
     return path
 
 
+def patched(path: Path, offset: int, data: bytes) -> None:
+    """A header of which some bytes are others."""
+    made = bytearray(nifti(path, BYTES.T).read_bytes())
+    made[offset : offset + len(data)] = data
+    path.write_bytes(made)
+
+
+def changed(path: Path) -> None:
+    """One bit of a pixel, which gzip's checksum alone tells."""
+    made = bytearray(gzip.compress(nifti(path.with_suffix(""), BYTES.T).read_bytes(), 0))
+    made[-12] ^= 1
+    path.write_bytes(made)
+
+
+def cut(path: Path) -> None:
+    """All of the pixels, without the checksum."""
+    path.write_bytes(nifti(path, BYTES.T).read_bytes()[:-8])
+
+
+def longer(path: Path) -> None:
+    path.write_bytes(
+        gzip.compress(nifti(path.with_suffix(""), BYTES.T).read_bytes() + bytes(2**27))
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "make", "said"),
     [
+        ("a.nii.gz", changed, "CRC check failed"),
+        ("a.nii.gz", cut, "before the end-of-stream marker"),
+        ("a.nii.gz", longer, "more than 64 MiB behind its pixels"),
+        ("a.nii", lambda p: patched(p, 344, b"xxx\0"), "magic string"),
+        ("a.nii", lambda p: patched(p, 70, b"\0\0"), "data code 0 not supported"),
+        ("a.nii", lambda p: patched(p, 108, bytes(4)), "not a readable image"),
+        (
+            "a.dcm",
+            lambda p: dicom(p, BYTES, RescaleSlope=2),
+            "RescaleSlope without RescaleIntercept",
+        ),
+        (
+            "a.dcm",
+            lambda p: dicom(p, BYTES, RescaleIntercept=2, RescaleSlope=None),
+            "RescaleIntercept without RescaleSlope",
+        ),
+        (
+            "a.dcm",
+            lambda p: dicom(p, BYTES, RescaleSlope=0, RescaleIntercept=1),
+            "a rescaling of slope 0 and intercept 1",
+        ),
+        ("a.dcm", lambda p: dicom(p, BYTES, WindowCenter=2), "WindowCenter without WindowWidth"),
+        (
+            "a.dcm",
+            lambda p: dicom(p, WORDS, WindowCenter=1, WindowWidth=9, VOILUTFunction="CUBIC"),
+            "a window of the kind CUBIC",
+        ),
+        ("a.dcm", lambda p: floats(p, np.full((6, 7), np.nan, np.float32)), "NaN or infinite"),
         ("a.dcm", lambda p: dicom(p, None), "a DICOM without pixels"),
         ("a.dcm", lambda p: dicom(p, None, Rows=4, Columns=4), "a DICOM without pixels"),
         ("a.dcm", lambda p: dicom(p, BYTES, NumberOfFrames=2), "2 frames in one file"),

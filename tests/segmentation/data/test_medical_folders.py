@@ -172,6 +172,8 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "another class": ("masks/a.nii", lambda p: nifti(p, 7 * MASK.T), "mask value 7"),
     "infinite": ("masks/a.nii", lambda p: nifti(p, np.full((12, 10), np.nan, np.float32)),
                  "mask value nan"),
+    "beyond 64 bits": ("masks/a.nii", lambda p: nifti(p, np.full((12, 10), 1e30, np.float32)),
+                       "mask value 1"),
     "of another kind": ("images/a.mha", lambda p: p.touch(),
                         "dicom, nii, nii.gz); there is images/a.mha"),
     "one of another kind": ("images/b.mha", another_kind, "b.mha has an ending that isn't read"),
