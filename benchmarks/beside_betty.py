@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mlseg import command_line, config, machine
+from mlseg.commands import as_script
 from mlseg.comparison import memory
 from mlseg.errors import UserError
 from mlseg.problems.e2eaug.losses import gan_loss
@@ -345,4 +346,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(as_script(main))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from turns import take_turns
 
-from mlseg import command_line
+from mlseg import command_line, machine
+from mlseg.commands import as_script
 from mlseg.problems.e2eaug.networks.cells import SIZES, mix
 
 
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=128, help="skip larger maps (positions)")
     arguments = command_line.parse(parser)
     torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
+    device = machine.choose_device(arguments.device)
     print(f"torch {torch.__version__}, {device}, {arguments.threads} thread(s)")
     print(
         "| operator | Cin | Cout | positions | batch | separate ms | merged ms | ratio | "
@@ -102,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(as_script(main))

@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 
 from mlseg import command_line, config, machine
+from mlseg.commands import as_script
 from mlseg.engines import notices
 from mlseg.multilevel import again, revisiting
 from mlseg.problems.systems import parse_run
@@ -103,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(as_script(main))

@@ -31,6 +31,7 @@ import torch
 from hand_written import HandWrittenDecay, HandWrittenE2EAug, decay_engine
 
 from mlseg import command_line, config, machine, randomness
+from mlseg.commands import as_script
 from mlseg.engines.engine import Engine
 from mlseg.problems.systems import parse_run
 
@@ -194,7 +195,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=5, help="iterations left out")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     arguments = command_line.parse(parser)
-    device = torch.device(arguments.device)
+    device = machine.choose_device(arguments.device)
     report: dict[str, Any] = {"machine": machine.describe(device), "cases": {}}
     print(machine.head(report["machine"]), "\n", sep="")
     print("| case | clock | engine ms | hand-written ms | ratio of medians | blocks | of means |")
@@ -231,4 +232,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(as_script(main))

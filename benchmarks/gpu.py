@@ -39,6 +39,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mlseg import machine
+from mlseg.commands import as_script
 
 ROOT = Path(__file__).resolve().parent.parent
 STRICT, TF32 = {"NVIDIA_TF32_OVERRIDE": "0"}, {"NVIDIA_TF32_OVERRIDE": "1"}
@@ -235,10 +236,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from mlseg.errors import UserError
-
-    try:
-        raise SystemExit(main())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    raise SystemExit(as_script(main))

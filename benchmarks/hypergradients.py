@@ -48,6 +48,7 @@ from torch.autograd import forward_ad
 from two_levels import Contestant, Task
 
 from mlseg import command_line, machine
+from mlseg.commands import as_script
 from mlseg.hypergradients.second_order.products import dual_level
 from mlseg.hypergradients.substitution import substituted
 
@@ -272,7 +273,7 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable(logging.INFO)  # Betty's engine introduces its problems
     gc.freeze()  # what was imported needn't be walked at each of the collections below
-    device, size = torch.device(arguments.device), two_levels.SIZES[arguments.size]
+    device, size = machine.choose_device(arguments.device), two_levels.SIZES[arguments.size]
     rounds, targets = arguments.rounds, Targets()
     report: dict[str, Any] = {"machine": machine.describe(device), "size": vars(size)}
     print(machine.head(report["machine"]), "\n", sep="")
@@ -335,4 +336,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(as_script(main))

@@ -39,6 +39,7 @@ import torch
 from spans import CpuClock, CpuMemory, CudaClock, CudaMemory, Spans
 
 from mlseg import command_line, config, machine
+from mlseg.commands import as_script, counted, named
 from mlseg.engines.engine import Engine
 from mlseg.engines.segmentation import Segmentation
 from mlseg.multilevel.outer_gradient import OuterGradient
@@ -190,13 +191,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=named)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
-    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--iterations", type=counted, default=20)
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     arguments = command_line.parse(parser)
+    parse_run(config.load(arguments.config, arguments.overrides))  # before a process is started
     described = machine.describe(arguments.device)
     print(f"# One iteration of {arguments.config.name}\n\n{machine.head(described)}\n", flush=True)
     figures = []
@@ -218,4 +220,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(as_script(main))

@@ -27,6 +27,7 @@ from iteration import REST, built, parts_of
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mlseg import command_line, machine
+from mlseg.commands import as_script, counted, named
 from mlseg.engines.engine import Engine
 
 PART = "part: "
@@ -139,12 +140,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=named)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--iterations", type=int, default=20, help="that are timed")
-    parser.add_argument("--profiled", type=int, default=3, help="iterations with the profiler on")
-    parser.add_argument("--longest", type=int, default=12, help="kernels to name")
+    parser.add_argument("--iterations", type=counted, default=20, help="that are timed")
+    parser.add_argument("--profiled", type=counted, default=3, help="iterations with a profiler")
+    parser.add_argument("--longest", type=counted, default=12, help="kernels to name")
     arguments = command_line.parse(parser)
     device = machine.choose_device(arguments.device)
     settings, engine = built(arguments.config, [f"device={device}", *arguments.overrides])
@@ -171,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(as_script(main))

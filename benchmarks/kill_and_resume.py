@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from mlseg import checkpoint, command_line
+from mlseg.commands import as_script
 
 CONFIG = Path(__file__).parent.parent / "configs" / "e2eaug_isic_small.yaml"
 SMALL = [
@@ -201,4 +202,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(as_script(main))

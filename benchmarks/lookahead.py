@@ -30,6 +30,7 @@ from torch import Tensor
 from turns import take_turns
 
 from mlseg import command_line, config, machine
+from mlseg.commands import as_script
 from mlseg.engines.lookahead.loop import LookaheadLoop
 from mlseg.engines.lookahead.map_buffer import MapBuffer
 from mlseg.errors import UserError
@@ -152,4 +153,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(as_script(main))

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlseg import command_line
+from mlseg.commands import as_script
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -125,4 +126,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(as_script(main))

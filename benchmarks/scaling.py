@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mlseg import machine
+from mlseg.commands import as_script
 from mlseg.comparison import memory
 from mlseg.segmentation.nets.unet import UNet
 from mlseg.testing import programs
@@ -232,4 +233,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(as_script(main))

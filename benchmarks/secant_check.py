@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from mlseg import config
+from mlseg.commands import as_script
 from mlseg.hypergradients import Hop, Method, pointed_at, resolve
 from mlseg.hypergradients.optimizers import one_step_scale
 from mlseg.machine import describe, head
@@ -153,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(as_script(main))

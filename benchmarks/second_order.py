@@ -21,6 +21,7 @@ from torch.nn import functional
 from two_levels import CLASSES, SIZES, Size
 
 from mlseg import command_line, machine
+from mlseg.commands import as_script
 from mlseg.hypergradients.second_order.fused import SecondOrder, formulas
 from mlseg.segmentation.nets.unet import UNet
 
@@ -79,7 +80,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     arguments = command_line.parse(parser)
     torch.set_num_threads(1)
-    device = torch.device(arguments.device)
+    device = machine.choose_device(arguments.device)
     cuda = device.type == "cuda"
     clock = CudaClock(device) if cuda else CpuClock()
     print(machine.head(machine.describe(device)), "\n", sep="")
@@ -109,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(as_script(main))

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from mlseg import command_line, config, machine
+from mlseg.commands import as_script
 from mlseg.problems.systems import parse_run
 from mlseg.randomness import seed_everything
 
@@ -93,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(as_script(main))

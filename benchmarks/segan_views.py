@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mlseg import machine
+from mlseg.commands import as_script
 from mlseg.evaluate import own_data
 from mlseg.segmentation.data import Samples
 from mlseg.segmentation.metrics import SCORES
@@ -86,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(as_script(main))

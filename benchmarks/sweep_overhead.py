@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from mlseg import machine
+from mlseg.commands import as_script
 
 RUN = {
     "system": "supervised",
@@ -106,4 +107,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(as_script(main))

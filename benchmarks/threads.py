@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlseg import command_line
+from mlseg.commands import as_script
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BUSY = "while True: pass"
@@ -241,4 +242,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(as_script(main))

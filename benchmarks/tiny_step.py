@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mlseg import Config, Engine, Problem, machine
+from mlseg.commands import as_script
 from mlseg.engines.settings import EngineSettings
 
 FEATURES, BATCH, INNER = 21, 32, 10
@@ -254,4 +255,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(as_script(main))

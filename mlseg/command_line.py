@@ -21,8 +21,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
         argv: arguments without the program's name; None takes the process's.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    if all(action.dest != "overrides" for action in parser._actions):
+    taking = [action for action in parser._actions if action.dest == "overrides"]
+    if not taking:
         return parser.parse_args(given)
+    taking[0].required = False  # else argparse misses it too, where another is missing
     overrides: list[str] = []
     rest: list[str] = []
     before = ""
@@ -37,7 +39,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
 def _takes_the_next(parser: argparse.ArgumentParser, word: str) -> bool:
     """Whether it is an option, or the beginning of one, that has exactly one value."""
-    return word.startswith("--") and any(
-        action.nargs is None and any(name.startswith(word) for name in action.option_strings)
-        for action in parser._actions
+    return (
+        len(word) > 2
+        and word.startswith("--")
+        and any(
+            action.nargs is None and any(name.startswith(word) for name in action.option_strings)
+            for action in parser._actions
+        )
     )

@@ -159,6 +159,28 @@ def _guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.N
         return signals.exit_code(interrupt)
 
 
+def as_script(main: Callable[[], int | None]) -> int:
+    """A script's exit code; a mistake and a failure are one line, as those of a command are."""
+    try:
+        return main() or 0
+    except UserError as error:
+        _say(f"error: {printable(str(error))}")
+        return EXIT_USER_ERROR
+    except RunError as error:
+        _say(f"failed: {printable(str(error))}")
+        return EXIT_RUN_ERROR
+    except KeyboardInterrupt as interrupt:
+        _say("interrupted")
+        return signals.exit_code(interrupt)
+
+
+def counted(text: str) -> int:
+    """A whole number from 1, for argparse."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1")
+    return int(text)
+
+
 def _say(line: str) -> None:
     """On stderr; of several processes the first that asks says it."""
     if parallel.speaks():

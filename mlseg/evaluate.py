@@ -331,9 +331,16 @@ def _nothing_of_its_own(run: Path, name: str) -> UserError:
     return UserError(f"{run}: its test split is empty, so it has nothing to be scored on; {mend}")
 
 
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+
+
 def above_zero(text: str) -> float:
     """A number above 0, for argparse."""
-    value = float(text)
+    value = _number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} isn't above 0")
     return value
@@ -341,7 +348,7 @@ def above_zero(text: str) -> float:
 
 def probability(text: str) -> float:
     """A number between 0 and 1, for argparse."""
-    value = float(text)
+    value = _number(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} doesn't lie between 0 and 1")
     return value

@@ -64,8 +64,12 @@ def device_name(device: torch.device) -> str:
 
 
 def describe(device: str | torch.device = "cpu") -> dict[str, str]:
-    """Processor, cores, memory, GPU if ``device`` is one, versions, date."""
-    device = torch.device(device)
+    """Processor, cores, memory, GPU if ``device`` is one, versions, date.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    device = choose_device(device) if isinstance(device, str) else device
     found = {
         "processor": f"{_processor()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB",
         "threads": str(torch.get_num_threads()),

@@ -142,7 +142,7 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _number(text: str) -> int:
-    number = int(text)
+    number = int(text) if text.strip().isdecimal() else 0
     if not 1 <= number <= MOST:
         raise argparse.ArgumentTypeError(f"{text} isn't 1 to {MOST}")
     return number

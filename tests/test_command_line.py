@@ -56,6 +56,33 @@ def test_whose_a_word_with_an_equals_sign_is() -> None:
     assert (found.config, found.overrides) == ("runs/row=ours/config.yaml", ["a=b"])
 
 
+def test_behind_two_dashes() -> None:
+    for given in (["--", "a=b", "c.yaml", "d=e"], ["a=b", "--", "c.yaml", "d=e"]):
+        found = command_line.parse(parser(), given)
+        assert (found.config, found.overrides) == ("c.yaml", ["a=b", "d=e"])
+
+
+@pytest.mark.parametrize("number", ["x", "", "1.5", "seed=1", "-1", "0", "\u00b2"])
+def test_no_number(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is said names no function of ours."""
+    with pytest.raises(SystemExit) as end:
+        run.main(["a.yaml", f"--threads={number}"])
+    assert end.value.code == 2
+    assert f"--threads: {number} isn't 1 to" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        calibrate.main(["runs/a", "--k", number.replace("1.5", "y")])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert "invalid" not in said
+
+
+def test_overrides_are_never_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        sweep.main([])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.endswith("arguments are required: grid\n")
+
+
 def test_what_is_no_override_is_refused_as_ever(capsys: pytest.CaptureFixture[str]) -> None:
     for given in (["a.yaml", "--seeds", "x=1"], ["a.yaml", "--seeds", "0", "b.yaml"]):
         with pytest.raises(SystemExit) as end:

@@ -149,15 +149,19 @@ class Override:
 def override(tree: Tree, overrides: Sequence[Override]) -> None:
     """Lay overrides over a config, in place, as one layer; what it drops goes to the notes."""
     layer = Tree({}, {}, COMMAND_LINE)
+    last = {given.key: given for given in overrides}
+    _require_side_by_side(list(last.values()))
     for given in overrides:
+        if last[given.key] is not given:
+            continue
         # As one layer: the rule about `name:` is for layers, not for keys side by side.
         parts = given.key.split(".")
         node = layer.values
         for part in parts[:-1]:
-            if not isinstance(node.get(part), dict):
-                node[part] = {}
-            node = node[part]
-        node[parts[-1]] = copy.deepcopy(given.value)
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{COMMAND_LINE}: {given.key}: {part} is given without keys, too")
+        _lay_beside(node, parts[-1], copy.deepcopy(given.value))
         layer.origins.update({(*parts, *below): at for below, at in given.origins.items()})
     tree.notes.extend(_dropped(tree.values, layer.values))
     tree.empty.extend(given.key for given in overrides if given.empty)
@@ -168,6 +172,30 @@ def override(tree: Tree, overrides: Sequence[Override]) -> None:
         for above in (tuple(parts[:length]) for length in range(1, len(parts))):
             if above not in known:  # a mapping that the key has made without saying so
                 tree.origins[above] = given.origins.get((), COMMAND_LINE)
+
+
+def _require_side_by_side(overrides: Sequence[Override]) -> None:
+    """Refuse a key below one that has no mapping: one of the two would be lost."""
+    single = {given.key: given for given in overrides if not isinstance(given.value, dict)}
+    for given in overrides:
+        parts = given.key.split(".")
+        for above in (".".join(parts[:length]) for length in range(1, len(parts))):
+            if above in single:
+                name = f"; name a component by {above}.name" * isinstance(single[above].value, str)
+                raise UserError(
+                    f"{COMMAND_LINE}: {above}: given as {quoted(single[above].value)}, which has "
+                    f"no key of {given.key}{name}"
+                )
+
+
+def _lay_beside(node: dict[str, Any], key: str, value: Any) -> None:
+    """A value beside those of the same layer: mappings hold the keys of both."""
+    before = node.get(key)
+    if isinstance(before, dict) and isinstance(value, dict):
+        for name, item in value.items():
+            _lay_beside(before, name, item)
+    else:
+        node[key] = value
 
 
 def parse(settings: type[S], tree: Tree) -> S:
@@ -295,7 +323,8 @@ def _nearest_files(path: Path) -> str:
     nearest = difflib.get_close_matches(path.stem, by_stem, n=3, cutoff=0.5)
     if nearest:
         return "; did you mean " + " or ".join(str(by_stem[stem]) for stem in nearest) + "?"
-    return f"; {path.parent} has {', '.join(f.name for f in files[:8])}" if files else ""
+    here = [file.name for file in files if file.parent == files[0].parent]
+    return f"; {files[0].parent} has {', '.join(here[:8])}" if files else ""
 
 
 def read_overrides(texts: Sequence[str]) -> list[Override]:

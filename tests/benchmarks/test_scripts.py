@@ -8,6 +8,7 @@ agree, that a killed run ends as an untouched one.
 import json
 import re
 import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,45 @@ def test_every_script_is_here() -> None:
     tested = set(re.findall(r'script\(\s*"(\w+)"', here.read_text()))
     elsewhere = {p.stem.removeprefix("test_") for p in here.parent.glob("test_*.py") if p != here}
     assert scripts == tested | elsewhere
+
+
+def test_every_script_says_mistakes_in_a_line() -> None:
+    """But for one whose parts say them, and one that takes nothing to be mistaken in."""
+    for path in BENCHMARKS.glob("*.py"):
+        if "__main__" in path.read_text() and path.stem not in ("faults", "betty_programs"):
+            assert path.read_text().endswith("    raise SystemExit(as_script(main))\n"), path
+
+
+@pytest.mark.parametrize("name", ["kernels", "iteration"])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["{configs}/compare_ridge.yaml"], "system: missing"),
+        (["nosuch.yaml"], "nosuch.yaml: no such file"),
+        (["{configs}/supervised_isic_small.yaml", "--device", "tpu"], "device: 'tpu' is none"),
+        (["{configs}/supervised_isic_small.yaml", "--device", "meta"], "'meta' isn't supported"),
+        (["{configs}/supervised_isic_small.yaml", "nosuch=1"], "nosuch: unknown key"),
+        (["{configs}/supervised_isic_small.yaml", "--iterations", "0"], "no whole number from 1"),
+        ([""], "an empty name"),
+    ],
+)
+def test_a_mistake(
+    name: str,
+    given: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = BENCHMARKS / f"{name}.py"
+    words = [word.format(configs=SMALL.parent) for word in given]
+    monkeypatch.setattr(sys, "argv", [str(path), *words])
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(path), run_name="__main__")
+    shown = capsys.readouterr()
+    assert end.value.code == 2
+    assert said in shown.err.splitlines()[-1]
+    assert "Traceback" not in shown.err
 
 
 def test_second_order(script: Script) -> None:

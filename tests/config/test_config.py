@@ -402,3 +402,37 @@ def test_every_way_to_write_a_float(value: float) -> None:
 
 def test_pyyaml_itself_is_left_alone() -> None:
     assert yaml.safe_load("[1e-5, no]") == ["1e-5", False]
+
+
+# Of keys that come twice the last holds, and else the order says nothing.
+KEYS = ["engine={iterations: 3, log: {every: 1}}", "engine.log.name=x", "engine.log.every=2"]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (0, 2, 1)])
+def test_overrides_are_one_layer(order: tuple[int, ...], folder: Path) -> None:
+    (folder / "any.yaml").write_text("engine: {iterations: 9, more: 1}\n")
+    tree = load("any.yaml", [KEYS[index] for index in order])
+    engine = {"iterations": 3, "more": 1, "log": {"every": 2, "name": "x"}}
+    assert tree.values == {"engine": engine}
+    tree = load("any.yaml", ["log={a: 1}", "log=3", "log={b: 2}", "log.c=3"])
+    assert tree.values["log"] == {"b": 2, "c": 3}
+
+
+@pytest.mark.parametrize("value", ["adam", "3", "null", "[lr]"])
+def test_an_override_below_one_without_keys(value: str, folder: Path) -> None:
+    """One of the two would be lost."""
+    (folder / "any.yaml").write_text("optimizer: {name: sgd, lr: 1}\n")
+    both = [f"optimizer={value}", "optimizer.lr=3"]
+    for overrides in (both, both[::-1]):
+        with pytest.raises(UserError, match=r"command line: optimizer: given as .*optimizer\.lr"):
+            load("any.yaml", overrides)
+    with pytest.raises(UserError, match=r"optimizer\.lr\.x: lr is given without keys"):
+        load("any.yaml", ["optimizer={lr: 3}", "optimizer.lr.x=1"])
+
+
+def test_whose_files_are_named(folder: Path) -> None:
+    """Those of the folder that has them, if the one that was asked for has none."""
+    (folder / "configs").mkdir()
+    (folder / "configs" / "qqqqqq.yaml").touch()
+    with pytest.raises(UserError, match=r"elsewhere/zz\.yaml: no such file; configs has qqqqqq\."):
+        load("elsewhere/zz.yaml")
