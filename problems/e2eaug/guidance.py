@@ -71,12 +71,16 @@ class GuidedGenerator(Generator):
         """Restore :meth:`state_dict`.
 
         Raises:
-            ValueError: the guide isn't one of these parameters.
+            ValueError: the guide isn't one of these parameters, or a size that fades has no number
+                to go on from.
         """
         super().load_state_dict(state)
-        guide = state["guide"] if isinstance(state, Mapping) else None
+        held = state if isinstance(state, Mapping) else {}
+        guide = held.get("guide")
         # Checkpoints from before there was a schedule have no number, and no need of one.
-        self._guided = int(state.get("guided", 0)) if isinstance(state, Mapping) else 0
+        if guide is not None and self.guidance_steps is not None and "guided" not in held:
+            raise ValueError("no number of guided steps, over which level3.guidance_steps falls")
+        self._guided = int(held.get("guided", 0))
         if guide is None:
             self._guide = None
             return

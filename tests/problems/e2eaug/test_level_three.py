@@ -124,6 +124,42 @@ def test_a_guide_that_fades() -> None:
     assert sizes == [0.5, 0.5, 0.25, 0.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("steps", "batches", "sizes"),
+    [
+        (1, 1, [0.5, 0.5, 0.0, 0.0]),
+        (100, 1, [0.5, 0.5, 0.495, 0.49]),
+        (4, 2, [0.5, 0.5, 0.5, 0.5, 0.375, 0.375, 0.25]),
+    ],
+)
+def test_how_long_it_fades(steps: int, batches: int, sizes: list[float]) -> None:
+    """Over one step, or over more than there are; of several batches a step, steps count."""
+    level3 = {"guidance": 0.5, "guidance_steps": steps}
+    changes = {**NOW, "level3": level3, "problems.generator.accumulate": batches}
+    engine = tiny.build("e2eaug", changes)
+    found = []
+    for _ in sizes:
+        found.append(engine.generator.relative_size())
+        engine.iterate()
+    assert found == pytest.approx(sizes)
+
+
+def test_a_fade_goes_on_where_it_was() -> None:
+    """A state from before it was counted has none to go on from."""
+    changes = {**NOW, "level3": {"guidance": 0.5, "guidance_steps": 4}}
+    engine = tiny.build("e2eaug", changes)
+    for _ in range(3):
+        engine.iterate()
+    state = engine.generator.state_dict()
+    other = tiny.build("e2eaug", changes).generator
+    other.load_state_dict(state)
+    assert other.relative_size() == engine.generator.relative_size() == 0.25
+    old = {key: value for key, value in state.items() if key != "guided"}
+    with pytest.raises(ValueError, match=r"level3\.guidance_steps"):
+        other.load_state_dict(old)
+    tiny.build("e2eaug", {**NOW, "level3.guidance": 0.5}).generator.load_state_dict(old)
+
+
 def test_the_hop_is_of_the_step_that_was_taken() -> None:
     """A guide changes the point, not the hop: the alphas' gradient stays finite and alive."""
     engine = tiny.build("e2eaug", {**NOW, **BOTH})
