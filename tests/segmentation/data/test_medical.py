@@ -148,7 +148,7 @@ def test_what_an_enhanced_dicom_says_of_its_frame(tmp_path: Path) -> None:
     like = medical.read_slice(path, 1)
     assert np.array_equal(like.image, medical.read_slice(plain, 1).image)
     numbers = [np.asarray(medical.read_numbers(file)[0]) for file in (path, plain)]
-    assert np.array_equal(*numbers)
+    assert np.array_equal(numbers[0], numbers[1])
     medical.write_mask(BYTES % 2, like, tmp_path / "mask.dcm")
     assert pydicom.dcmread(tmp_path / "mask.dcm").ImageOrientationPatient == plane
 
