@@ -207,7 +207,11 @@ def parse(settings: type[S], tree: Tree) -> S:
     """
     if tree.empty:
         key = tree.empty[0]
-        raise tree.error(key, f"nothing stands behind the =; if that is meant, write {key}=null")
+        # Whatever a file has set in its place since.
+        raise UserError(
+            f"{COMMAND_LINE}: {key}: nothing stands behind the =; if that is meant, write "
+            f"{key}=null"
+        )
     try:
         return settings.model_validate(tree.values)
     except pydantic.ValidationError as error:

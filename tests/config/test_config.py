@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlseg.config import Settings, Tree, dump, load, parse, yaml12
+from mlseg.config import Override, Settings, Tree, dump, load, override, parse, yaml12
 from mlseg.errors import UserError
 
 
@@ -428,6 +428,14 @@ def test_an_override_below_one_without_keys(value: str, folder: Path) -> None:
             load("any.yaml", overrides)
     with pytest.raises(UserError, match=r"optimizer\.lr\.x: lr is given without keys"):
         load("any.yaml", ["optimizer={lr: 3}", "optimizer.lr.x=1"])
+
+
+def test_nothing_that_a_file_has_overwritten(folder: Path) -> None:
+    """As a grid's row does: it is of the command line all the same."""
+    tree = load("basic.yaml", ["engine.iterations="])
+    override(tree, [Override("engine.iterations", 3, {(): "grid.yaml:9"})])
+    with pytest.raises(UserError, match=r"^command line: engine\.iterations: nothing stands"):
+        parse(Experiment, tree)
 
 
 def test_whose_files_are_named(folder: Path) -> None:
