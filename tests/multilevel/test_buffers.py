@@ -10,7 +10,7 @@ from mlseg.multilevel.buffers import ProgramBuffers, put_back
 
 
 def test_a_table_that_has_replaced_another_is_looked_up() -> None:
-    norm = nn.BatchNorm1d(2)
+    norm: Any = nn.BatchNorm1d(2)
     problem: Any = SimpleNamespace(name="level", module=nn.Sequential(norm))
     buffers = ProgramBuffers(lambda: [problem])
     put_back(buffers.contents())
@@ -26,7 +26,7 @@ def test_a_table_that_has_replaced_another_is_looked_up() -> None:
 
 def test_buffers_of_every_kind_are_put_back() -> None:
     """In one operation per kind: of several dtypes and layouts, tied, empty or none."""
-    module = nn.Module()
+    module: Any = nn.Module()
     kept: dict[str, Any] = {
         "whole": torch.arange(3),
         "turned": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
