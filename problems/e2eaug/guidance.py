@@ -51,7 +51,8 @@ class GuidedGenerator(Generator):
 
     def grad_callback(self) -> None:
         """Add the guide to the whole gradient of a step."""
-        if self._guide is None or not self.gradient_accumulation_boundary():
+        size = self.relative_size()
+        if self._guide is None or size == 0.0 or not self.gradient_accumulation_boundary():
             return
         gradients: Vector = []
         for p in self.trainable_parameters():
@@ -59,7 +60,7 @@ class GuidedGenerator(Generator):
                 p.grad = torch.zeros_like(p)
             gradients.append(p.grad)
         smallest = torch.finfo(gradients[0].dtype).tiny
-        factor = self.relative_size() * norm(gradients) / norm(self._guide).clamp_min(smallest)
+        factor = size * norm(gradients) / norm(self._guide).clamp_min(smallest)
         torch._foreach_add_(gradients, torch._foreach_mul(self._guide, factor))
         self._guided += 1
 
@@ -71,12 +72,15 @@ class GuidedGenerator(Generator):
         """Restore :meth:`state_dict`.
 
         Raises:
-            ValueError: the guide isn't one of these parameters.
+            ValueError: the guide isn't one of these parameters, or the number of guided steps none.
         """
         super().load_state_dict(state)
         guide = state["guide"] if isinstance(state, Mapping) else None
         # Checkpoints from before there was a schedule have no number, and no need of one.
-        self._guided = int(state.get("guided", 0)) if isinstance(state, Mapping) else 0
+        guided = state.get("guided", 0) if isinstance(state, Mapping) else 0
+        if not isinstance(guided, int) or guided < 0:
+            raise ValueError(f"guided is {guided!r}, and no number of steps")
+        self._guided = guided
         if guide is None:
             self._guide = None
             return
