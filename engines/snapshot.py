@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mlseg.checkpoint import require_form
 from mlseg.multilevel.restoring import check_slots
-from mlseg.transfer import state_to_device
+from mlseg.transfer import laid_out, state_to_device
 
 _Pairs = list[tuple[Tensor, Tensor]]
 """Where to, and what."""
@@ -225,7 +225,7 @@ def _grouped(pairs: _Pairs) -> list[tuple[list[Tensor], list[Tensor]]]:
 
 
 def _like(parameter: Tensor, group: Mapping[str, Any], key: str, value: Any) -> Any:
-    """A copy of a saved slot, where torch's optimizers look for it."""
+    """A copy of a saved slot, where torch's optimizers look for it, in the parameter's layout."""
     if not isinstance(value, Tensor):
         return value
-    return state_to_device(key, value.clone(), group, parameter.device)
+    return laid_out(state_to_device(key, value.clone(), group, parameter.device), parameter)

@@ -66,7 +66,9 @@ class Compiled:
         # A step's graph may be gone through twice (`retain_graph`), which buffers that the first
         # pass gives away wouldn't outlive. torch asks again when that is done, in a thread of
         # autograd's, where nothing but the default of a setting is seen.
-        functorch._config["donated_buffer"].default = False  # type: ignore[attr-defined]
+        donated = getattr(functorch, "_config", {}).get("donated_buffer")
+        if donated is not None:  # another torch may not give any away
+            donated.default = False
         with dynamo.patch(_SETTINGS), _without_our_modes():
             try:
                 return self._compiled(*args, **kwargs)

@@ -29,6 +29,7 @@ from torch.utils.flop_counter import flop_registry
 
 from mlseg.compiling import uncompiled
 from mlseg.engines.engine import Engine
+from mlseg.hypergradients.modules import submodules
 from mlseg.multilevel.problem import Problem
 
 NEEDS_NUMBERS = (
@@ -141,7 +142,7 @@ def _fake(problem: BettyProblem, mode: FakeTensorMode) -> None:
 def _modules(problem: BettyProblem) -> list[nn.Module]:
     """The level's module and all others that it holds, such as a loss with a buffer."""
     held = [problem.module, *(v for v in vars(problem).values() if isinstance(v, nn.Module))]
-    return list({id(m): m for whole in held for m in whole.modules()}.values())
+    return submodules(held)
 
 
 def held_bytes(engine: Engine) -> int:

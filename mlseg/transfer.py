@@ -49,12 +49,13 @@ def optimizer_to_device(optimizer: torch.optim.Optimizer, device: torch.device |
 
 
 def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    """The same numbers in the memory layout of another tensor of this shape.
+    """The same numbers in the memory layout of another tensor, if that is of this shape.
 
     Fused optimizers go through the memory of a parameter, its gradient and its moments side by
     side: on the CPU they would take numbers of another layout for those of other elements.
     """
-    if tensor.layout is not torch.strided or tensor.stride() == like.stride():
+    strided = tensor.layout is like.layout is torch.strided
+    if not strided or tensor.shape != like.shape or tensor.stride() == like.stride():
         return tensor
     return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
@@ -66,7 +67,7 @@ def lay_out_state(optimizer: torch.optim.Optimizer) -> None:
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
             for key, value in state.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                if isinstance(value, Tensor):
                     state[key] = laid_out(value, parameter)
 
 

@@ -15,7 +15,6 @@ GROUND = (
     "checkpoint",
     "compiling",
     "machine",
-    "modules",
     "parallel",
     "precision",
     "threads",
@@ -113,3 +112,8 @@ def test_a_system_knows_no_other(name: str) -> None:
             assert to[2] == own, f"{name}:{line} knows the system {to[2]}"
         if to[:3] == ["mlseg", "engines", "lookahead"]:
             assert own == "load" or parts[:3] == to[:3], f"{name}:{line} knows the lookahead"
+
+
+def test_every_name_of_the_ground_is_there() -> None:
+    found = {name.split(".")[1] for name in modules() if "." in name}
+    assert set(GROUND) <= found

@@ -16,7 +16,10 @@ def submodules(modules: Iterable[nn.Module]) -> list[nn.Module]:
     found: dict[int, nn.Module] = {}
 
     def visit(module: nn.Module) -> None:
-        if id(module) not in found:
+        if type(module).named_modules is not nn.Module.named_modules:
+            # It has another notion of what its modules are, which torch asks for, too.
+            found.update((id(m), m) for _, m in module.named_modules() if id(m) not in found)
+        elif id(module) not in found:
             found[id(module)] = module
             for child in module._modules.values():
                 if child is not None:
@@ -30,8 +33,8 @@ def submodules(modules: Iterable[nn.Module]) -> list[nn.Module]:
 def parameters_of(module: nn.Module) -> list[nn.Parameter]:
     """``list(module.parameters())``."""
     cls = type(module)
-    own = (cls.parameters, cls.named_parameters, cls.named_modules)
-    if own != (nn.Module.parameters, nn.Module.named_parameters, nn.Module.named_modules):
+    own = cls.parameters, cls.named_parameters
+    if own != (nn.Module.parameters, nn.Module.named_parameters):
         return list(module.parameters())  # it has another notion of what its parameters are
     found = {
         id(p): p

@@ -31,7 +31,7 @@ class ProgramBuffers:
     def __init__(self, problems: Callable[[], Sequence[betty.problems.Problem]]) -> None:
         self._problems = problems
         self._found: dict[str, tuple[dict[str, Any], str, bool]] | None = None
-        self._holders: list[tuple[nn.Module, tuple[str, ...]]] = []
+        self._holders: list[tuple[nn.Module, int, tuple[str, ...]]] = []
 
     def forget(self) -> None:
         """Modules may have changed: look for them anew."""
@@ -70,13 +70,13 @@ class ProgramBuffers:
     def contents(self) -> Contents:
         """All of them as they are, for :func:`put_back`."""
         modules = submodules(problem.module for problem in self._problems())
-        holders = [(module, tuple(module._buffers)) for module in modules]
+        holders = [(module, id(module._buffers), tuple(module._buffers)) for module in modules]
         if holders != self._holders:  # one was made since
             self._holders = holders
             self.forget()
         places = [
             (module._buffers, name, module._buffers[name])
-            for module, names in holders
+            for module, _, names in holders
             for name in names
         ]
         copies = _copies([buffer for _, _, buffer in places])

@@ -12,6 +12,7 @@ from torch.utils.data import DistributedSampler
 
 from mlseg import parallel, randomness
 from mlseg.errors import UserError
+from mlseg.hypergradients.modules import submodules
 
 # ------------------------------------------------------------------------------ batches
 
@@ -135,8 +136,7 @@ class Buffers:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        found = {id(m): m for module in modules for m in module.modules()}
-        self._holders = [m for m in found.values() if m._buffers]
+        self._holders = [m for m in submodules(modules) if m._buffers]
         self._before = [_versions(holder) for holder in self._holders]
 
     def average_moved(self) -> None:

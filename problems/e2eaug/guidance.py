@@ -51,7 +51,8 @@ class GuidedGenerator(Generator):
 
     def grad_callback(self) -> None:
         """Add the guide to the whole gradient of a step."""
-        if self._guide is None or not self.gradient_accumulation_boundary():
+        size = self.relative_size()
+        if self._guide is None or size == 0.0 or not self.gradient_accumulation_boundary():
             return
         gradients: Vector = []
         for p in self.trainable_parameters():
@@ -59,7 +60,7 @@ class GuidedGenerator(Generator):
                 p.grad = torch.zeros_like(p)
             gradients.append(p.grad)
         smallest = torch.finfo(gradients[0].dtype).tiny
-        factor = self.relative_size() * norm(gradients) / norm(self._guide).clamp_min(smallest)
+        factor = size * norm(gradients) / norm(self._guide).clamp_min(smallest)
         torch._foreach_add_(gradients, torch._foreach_mul(self._guide, factor))
         self._guided += 1
 
@@ -71,8 +72,8 @@ class GuidedGenerator(Generator):
         """Restore :meth:`state_dict`.
 
         Raises:
-            ValueError: the guide isn't one of these parameters, or a size that fades has no number
-                to go on from.
+            ValueError: the guide isn't one of these parameters, or the number of guided steps none,
+                or missing where the size fades.
         """
         super().load_state_dict(state)
         held = state if isinstance(state, Mapping) else {}
@@ -80,7 +81,10 @@ class GuidedGenerator(Generator):
         # Checkpoints from before there was a schedule have no number, and no need of one.
         if guide is not None and self.guidance_steps is not None and "guided" not in held:
             raise ValueError("no number of guided steps, over which level3.guidance_steps falls")
-        self._guided = int(held.get("guided", 0))
+        guided = held.get("guided", 0)
+        if not isinstance(guided, int) or guided < 0:
+            raise ValueError(f"guided is {guided!r}, and no number of steps")
+        self._guided = guided
         if guide is None:
             self._guide = None
             return

@@ -10,7 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlseg.config import Override, Settings, Tree, dump, load, override, parse, yaml12
+from mlseg import config
+from mlseg.config import Override, Settings, Tree, dump, load, parse, yaml12
 from mlseg.errors import UserError
 
 
@@ -433,7 +434,7 @@ def test_an_override_below_one_without_keys(value: str, folder: Path) -> None:
 def test_nothing_that_a_file_has_overwritten(folder: Path) -> None:
     """As a grid's row does: it is of the command line all the same."""
     tree = load("basic.yaml", ["engine.iterations="])
-    override(tree, [Override("engine.iterations", 3, {(): "grid.yaml:9"})])
+    config.override(tree, [Override("engine.iterations", 3, {(): "grid.yaml:9"})])
     with pytest.raises(UserError, match=r"^command line: engine\.iterations: nothing stands"):
         parse(Experiment, tree)
 

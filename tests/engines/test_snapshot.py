@@ -119,3 +119,26 @@ def test_one_that_was_saved(name: str) -> None:
         training.step()
         snapshot.restore()
         assert tiny.same(training.state(), expected)
+
+
+def test_one_that_was_saved_in_another_memory_layout() -> None:
+    """Fused optimizers step through weights and moments side by side; a fresh one has none yet."""
+    found = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(4, 3, 3, 3).to(memory_format=memory_format))
+        module = nn.ParameterList([weight])
+        optimizer = torch.optim.Adam([weight], lr=0.1, fused=True)
+        weight.grad = torch.randn(weight.shape).to(memory_format=memory_format)
+        optimizer.step()
+        before = Snapshot(module, optimizer)
+        before.take()
+        other = nn.Parameter(torch.zeros(4, 3, 3, 3))
+        later = torch.optim.Adam([other], lr=0.1, fused=True)
+        snapshot = Snapshot(nn.ParameterList([other]), later)
+        snapshot.load_state_dict(before.state_dict())
+        snapshot.restore()
+        other.grad = weight.grad.contiguous()
+        later.step()
+        found.append(other.detach())
+    torch.testing.assert_close(found[1], found[0])

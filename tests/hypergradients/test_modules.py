@@ -36,3 +36,22 @@ def test_a_module_may_say_itself_what_its_parameters_are() -> None:
 
     made = Half()
     assert parameters_of(made) == list(made.seen.parameters())
+
+
+def test_a_module_below_may_hide_some() -> None:
+    """A teacher, say, that no optimizer is to see."""
+
+    class Hiding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen, self.hidden = nn.Linear(1, 1), nn.Linear(1, 1)
+
+        def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+            for path, module in super().named_modules(*args, **kwargs):
+                if module is not self.hidden:
+                    yield path, module
+
+    for made, count in ((Hiding(), 2), (nn.Sequential(Hiding(), nn.Linear(1, 1)), 4)):
+        assert submodules([made]) == list(made.modules())
+        assert [id(p) for p in parameters_of(made)] == [id(p) for p in made.parameters()]
+        assert len(parameters_of(made)) == count

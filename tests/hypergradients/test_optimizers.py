@@ -77,6 +77,33 @@ def test_a_scale_reads_no_number(name: str, rate: torch.dtype | None) -> None:
             assert {v.dtype for v in found} == {torch.float32}
 
 
+@pytest.mark.parametrize("on_host", [{"step"}, {"lr"}], ids=lambda names: "".join(names))
+@pytest.mark.parametrize("name", MADE)
+def test_rate_and_count_may_be_on_two_devices(name: str, on_host: set[str]) -> None:
+    """A rate that is learned stays on the device, where torch's optimizers count on the host."""
+    with FakeTensorMode():
+        made: Any = by_name(name.split()[0]).torch_class
+        parameters = [torch.nn.Parameter(torch.ones(3 + i)) for i in range(2)]
+        optimizer = made(parameters, lr=0.05, **MADE[name])
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        states = [optimizer.state[p] for p in parameters]
+        moved = [torch.nn.Parameter(p.detach().to("cuda")) for p in parameters]
+        group = optimizer.param_groups[0]
+        group["params"] = moved
+        group["lr"] = torch.ones((), device="cpu" if "lr" in on_host else "cuda")
+        optimizer.state.clear()
+        for p, state in zip(moved, states, strict=True):
+            optimizer.state[p] = {
+                k: v.to("cpu" if k in on_host else "cuda") if isinstance(v, Tensor) else v
+                for k, v in state.items()
+            }
+        for preconditioned in (False, True):
+            found = one_step_scale(moved, moved, optimizer, preconditioned)
+            assert {v.device.type for v in found} == {"cuda"}
+
+
 @pytest.mark.parametrize("name", ["adam", "adagrad", "rmsprop"])
 def test_a_diagonal_in_half_precision_is_near_the_exact_one(name: str) -> None:
     """The corrections and eps are not of that precision."""

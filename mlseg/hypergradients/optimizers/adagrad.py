@@ -57,7 +57,7 @@ class Adagrad(Diagonal):
     ) -> list[Tensor]:
         """``eta / (1 + (t - 1) lr_decay) v / (sqrt(u) + eps)``, with ``u`` the second moment and
         ``t`` the steps taken."""
-        counts = counts_of(moments)
+        counts = counts_of(moments, group)
         rate = group["lr"] / (1.0 + (counts - 1.0) * group["lr_decay"])
         denominators = torch._foreach_sqrt([m["sum"] for m in moments])
         torch._foreach_add_(denominators, group["eps"])

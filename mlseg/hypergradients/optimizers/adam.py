@@ -75,7 +75,7 @@ class Adam(Diagonal):
 
         ``u`` is the second moment, the largest so far with AMSGrad, ``t`` the steps taken.
         """
-        (beta1, beta2), counts = group["betas"], counts_of(moments)
+        (beta1, beta2), counts = group["betas"], counts_of(moments, group)
         second = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
         # Numerator and denominator, both times the square root of the correction.
         root = (1.0 - beta2**counts) ** 0.5

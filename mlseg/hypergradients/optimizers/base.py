@@ -185,9 +185,14 @@ def count_of(moments: Moments) -> Tensor:
     return torch.as_tensor(moments.get(COUNT, 0.0)).to(torch.float64)
 
 
-def counts_of(moments: Sequence[Moments]) -> Tensor:
-    """(n,) :func:`count_of` several parameters of one device, in one operation."""
-    counts = [torch.as_tensor(m.get(COUNT, 0.0)) for m in moments]
+def counts_of(moments: Sequence[Moments], group: Mapping[str, Any]) -> Tensor:
+    """(n,) :func:`count_of` several parameters of one group and device, in one operation; on the
+    device of a learning rate that is a tensor."""
+    counts, rate = [torch.as_tensor(m.get(COUNT, 0.0)) for m in moments], group["lr"]
+    if isinstance(rate, Tensor) and rate.device != counts[0].device:
+        # A host's number goes along with an operation there; (n,) of them would be refused.
+        zero = torch.zeros((), dtype=torch.float64, device=rate.device)
+        counts = [zero + count for count in counts]
     return torch.stack(counts).to(torch.float64)
 
 
