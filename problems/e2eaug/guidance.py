@@ -77,7 +77,7 @@ class GuidedGenerator(Generator):
         """
         super().load_state_dict(state)
         held = state if isinstance(state, Mapping) else {}
-        guide = held.get("guide")
+        guide = state["guide"] if isinstance(state, Mapping) else None
         # Checkpoints from before there was a schedule have no number, and no need of one.
         if guide is not None and self.guidance_steps is not None and "guided" not in held:
             raise ValueError("no number of guided steps, over which level3.guidance_steps falls")
