@@ -256,14 +256,26 @@ def dump(settings: pydantic.BaseModel) -> str:
 
 
 def differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """Dotted keys at which two configs, as plain values, differ."""
+    """Dotted keys at which two configs, as plain values, differ.
+
+    What isn't plain, as in a damaged checkpoint, differs from everything.
+    """
     if not (isinstance(before, dict) and isinstance(now, dict)):
-        return [] if before == now else [key]
+        return [] if _same(before, now) else [key]
     return [
         found
         for name in {**before, **now}
         for found in differences(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
     ]
+
+
+def _same(before: Any, now: Any) -> bool:
+    if isinstance(before, (list, tuple)) and isinstance(now, (list, tuple)):
+        return len(before) == len(now) and all(map(_same, before, now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        return not differences(before, now)
+    plain = (str, int, float, type(None))
+    return isinstance(before, plain) and isinstance(now, plain) and before == now
 
 
 def _path(key: str | yaml12.Path) -> yaml12.Path:
