@@ -108,7 +108,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
             if that is whole.
     """
     if not path.is_file():
-        mend = _other(path) or "name a run that has finished at least one"
+        mend = _other(path) or "name the directory of a run that has saved one"
         raise UserError(f"{path}: no such checkpoint; {mend}")
     try:
         verify(path)
@@ -159,7 +159,7 @@ def _other(path: Path) -> str | None:
             f"mv {source} {target}, then --resume"
         )
     if path.name == BEST and whole(folder / LAST):
-        return "the run's last weights are whole: --weights last"
+        return f"the run's last weights are whole: --weights last, or name {folder / LAST} itself"
     return None
 
 

@@ -98,6 +98,12 @@ def _run(arguments: argparse.Namespace) -> int:
     limit_pixels(arguments.max_megapixels)
     if arguments.server is not None:
         return _hand_in(arguments, SERVERS[arguments.server])
+    for run in arguments.runs:
+        if run.is_file() and _has_suffix(run):
+            raise UserError(
+                f"{run}: an image, where runs are to be named; all images are the last argument: a "
+                "folder, a file, or a glob in quotes"
+            )
     paths = find_images(arguments.images)
     any_two = DatasetSpec("", 3, ("", ""))  # names of files depend on the number of classes alone
     outputs = Outputs(arguments.out, any_two, arguments.probabilities)

@@ -86,6 +86,14 @@ def test_predictions_that_would_overwrite_each_other(
     assert "x_overlay.png" in one_line(capsys)
 
 
+def test_several_images_are_not_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("x.png", "y.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    arguments = [str(tmp_path / name) for name in ("run", "x.png", "y.png")]
+    assert predict.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert "x.png: an image, where runs are to be named" in one_line(capsys)
+
+
 def test_predict_overwrites_nothing_but_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

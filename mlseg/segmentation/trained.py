@@ -1,7 +1,7 @@
 """Runs' segmentors, rebuilt from their checkpoints alone, by themselves or as an ensemble."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -243,13 +243,21 @@ def weights_of(run: Path, weights: str = "best") -> Path:
         return run
     if not run.is_dir():
         raise UserError(f"{run}: no such run directory")
-    return run / "checkpoints" / f"{weights}.pt"
+    folder = run / "checkpoints"
+    path, last = folder / f"{weights}.pt", folder / checkpoint.LAST
+    if not path.exists() and checkpoint.whole(last):
+        _require_segmentor(last, checkpoint.load(last))
+    return path
+
+
+def _require_segmentor(path: Path, state: Mapping[str, Any]) -> None:
+    if state.get("segmentor") is None:
+        raise UserError(f"{path}: this run has no segmentor to load")
 
 
 def _trained(run: Path, path: Path, device: torch.device) -> Trained:
     state = checkpoint.load(path)
-    if state.get("segmentor") is None:
-        raise UserError(f"{path}: this run has no segmentor to load")
+    _require_segmentor(path, state)
     with checkpoint.taking(f"{path}: its segmentor", "name another checkpoint or run"):
         values = dict(state["segmentor"])
         found = parse(Description, Tree(values, source=f"{path}: segmentor"))

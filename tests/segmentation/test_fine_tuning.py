@@ -126,7 +126,10 @@ def test_what_can_not_be_started_from_is_one_line(
 
     assert "init: " in said(tmp_path / "none")
     assert "no such run directory" in said(tmp_path / "none")
-    assert "no such checkpoint" in said(tmp_path)
+    assert "no such checkpoint; name the directory of a run" in said(tmp_path)
+    (tmp_path / "bare" / "checkpoints").mkdir(parents=True)
+    checkpoint.save(tmp_path / "bare" / "checkpoints" / "last.pt", {"segmentor": None})
+    assert "this run has no segmentor to load" in said(tmp_path / "bare")
     assert "there is no user" in said("~nobody-at-all/run")
     file = tmp_path / "file.pt"
     file.write_bytes(b"no checkpoint")
