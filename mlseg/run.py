@@ -231,6 +231,11 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
     # A run that goes on has its weights, and the file may be gone.
     made = settings if saved is None else settings.model_copy(update={"init": None})
     engine = build(made, directory)
+    if engine.directory is None:
+        raise UserError(
+            f"system {settings.system!r} makes its engine without the run directory, so that nothing "
+            "would be saved; pass it on: Engine(..., out=out)"
+        )
     if settings.init is not None:
         more.append(TakenOver(engine.problems, goes_on=saved is not None))
     engine._hooks += [TrainedWith(settings), *more]

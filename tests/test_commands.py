@@ -222,6 +222,11 @@ def build(settings: Settings, out: Path | None) -> Engine:
     assert "did you mean 'rate'" in one_line(capsys)
     assert run.main(["own.yaml", "system=games:bild"]) == 2
     assert "games:bild" in one_line(capsys)
+    text = Path("single_level.py").read_text()
+    Path("unsaved.py").write_text(text.replace(", out=out", ""))
+    assert run.main(["own.yaml", "system=unsaved:build", "--out", "other"]) == 2
+    assert "pass it on: Engine(..., out=out)" in one_line(capsys)
+    assert not Path("other").exists()
 
 
 def test_without_validation_data_nothing_starts(
