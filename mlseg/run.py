@@ -233,8 +233,8 @@ def _train(arguments: argparse.Namespace, tree: config.Tree, directory: Path | N
     engine = build(made, directory)
     if engine.directory is None:
         raise UserError(
-            f"system {settings.system!r} makes its engine without the run directory, so that nothing "
-            "would be saved; pass it on: Engine(..., out=out)"
+            f"system {settings.system!r} makes its engine without the run directory, so that "
+            "nothing would be saved; pass it on: Engine(..., out=out)"
         )
     if settings.init is not None:
         more.append(TakenOver(engine.problems, goes_on=saved is not None))
