@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mlseg.checkpoint import require_form
 from mlseg.multilevel.restoring import check_slots
-from mlseg.transfer import laid_out, state_to_device
+from mlseg.transfer import grouped, laid_out, state_to_device
 
 _Pairs = list[tuple[Tensor, Tensor]]
 """Where to, and what."""
@@ -135,7 +135,7 @@ class Snapshot:
                     return
                 slots.append((parameter, slot, dict(slot)))
                 pairs += [(slot[key], kept[key]) for key in slot]
-        self._plan = _Plan(_grouped(pairs), slots)
+        self._plan = _Plan(grouped(pairs), slots)
 
     def module_state(self) -> dict[str, Tensor]:
         """The copied weights and buffers, as in the module's ``state_dict``."""
@@ -212,16 +212,8 @@ def _into(old: Mapping[str, Any], new: Mapping[str, Any], pairs: _Pairs) -> dict
 def _copy(pairs: _Pairs) -> None:
     """All at once: one kernel per type and device, where there are such kernels."""
     with torch.no_grad():
-        for to, source in _grouped(pairs):
+        for to, source in grouped(pairs):
             torch._foreach_copy_(to, source)
-
-
-def _grouped(pairs: _Pairs) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Pairs by type and device, each group as two lists."""
-    groups: dict[tuple[torch.dtype, torch.device], _Pairs] = {}
-    for one, other in pairs:
-        groups.setdefault((one.dtype, one.device), []).append((one, other))
-    return [([a for a, _ in group], [b for _, b in group]) for group in groups.values()]
 
 
 def _like(parameter: Tensor, group: Mapping[str, Any], key: str, value: Any) -> Any:

@@ -54,7 +54,7 @@ def guarded(
     trust = getattr(arguments, "trust", None)
     reading = contextlib.nullcontext() if trust is None else strangers(trust)
     with reading, signals.raised(), _lasting("stderr"), _lasting("stdout") as output:
-        code = _guarded(command, arguments)
+        code = _exit_code(lambda: command(arguments))
         if output is not None:
             output.flush()
             if isinstance(output.failure, OSError) and output.failure.errno not in _GONE:
@@ -132,9 +132,15 @@ def _lasting(name: str) -> Iterator[_Lasting | None]:
         setattr(sys, name, former)
 
 
-def _guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+def as_script(main: Callable[[], int | None]) -> int:
+    """A script's exit code; a mistake and a failure are one line, as those of a command are."""
+    return _exit_code(main, may_exit=True)
+
+
+def _exit_code(work: Callable[[], int | None], may_exit: bool = False) -> int:
+    """An exit code; how it failed has been said. ``may_exit``: it is what reads a command line."""
     try:
-        return command(arguments)
+        return work() or 0
     except UserError as error:
         _say(f"error: {printable(str(error))}")
         return EXIT_USER_ERROR
@@ -149,6 +155,8 @@ def _guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.N
              "network smaller")  # fmt: skip
         return EXIT_RUN_ERROR
     except SystemExit as error:  # a user's own code: ours never ends the process from within
+        if may_exit:
+            raise
         _say(f"failed: the process was ended from within ({located(error)})")
         return EXIT_RUN_ERROR
     except Interrupted as interrupted:
@@ -156,21 +164,6 @@ def _guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.N
         return interrupted.exit_code
     except KeyboardInterrupt as interrupt:
         _say(f"{interrupt}: interrupted" if str(interrupt) else "interrupted")
-        return signals.exit_code(interrupt)
-
-
-def as_script(main: Callable[[], int | None]) -> int:
-    """A script's exit code; a mistake and a failure are one line, as those of a command are."""
-    try:
-        return main() or 0
-    except UserError as error:
-        _say(f"error: {printable(str(error))}")
-        return EXIT_USER_ERROR
-    except RunError as error:
-        _say(f"failed: {printable(str(error))}")
-        return EXIT_RUN_ERROR
-    except KeyboardInterrupt as interrupt:
-        _say("interrupted")
         return signals.exit_code(interrupt)
 
 

@@ -1,10 +1,10 @@
-"""Copies from the host to a device."""
+"""Copies of tensors, from the host to a device or beside each other."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,6 +46,19 @@ def optimizer_to_device(optimizer: torch.optim.Optimizer, device: torch.device |
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     state[key] = state_to_device(key, value, group, device)
+
+
+def grouped(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Pairs by type and device of their first, each group as two lists: what one operation takes.
+
+    There are hundreds of tensors in a model, each next to nothing to copy.
+    """
+    groups: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+    for one, other in pairs:
+        ones, others = groups.setdefault((one.dtype, one.device), ([], []))
+        ones.append(one)
+        others.append(other)
+    return list(groups.values())
 
 
 def laid_out(tensor: Tensor, like: Tensor) -> Tensor:

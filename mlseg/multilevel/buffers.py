@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mlseg.hypergradients.modules import submodules
+from mlseg.transfer import grouped
 
 Copies = dict[str, Tensor | None]
 """Values by where a buffer is: its level, and its path in that level's module."""
@@ -127,13 +128,7 @@ def _copies(buffers: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _copy_all(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """In one operation per kind of tensor: there are hundreds of them, each next to nothing."""
-    kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-    for target, value in zip(into, values, strict=True):
-        targets, of = kinds.setdefault((target.dtype, target.device), ([], []))
-        targets.append(target)
-        of.append(value)
-    for targets, of in kinds.values():
+    for targets, of in grouped(zip(into, values, strict=True)):
         torch._foreach_copy_(targets, of)
 
 

@@ -40,6 +40,17 @@ def stepped(cls: Any, **settings: Any) -> tuple[torch.optim.Optimizer, Tensor]:
     return optimizer, p
 
 
+def faked(name: str) -> tuple[torch.optim.Optimizer, list[torch.nn.Parameter]]:
+    """An optimizer of two parameters after a step, within a FakeTensorMode."""
+    made: Any = by_name(name.split()[0]).torch_class
+    parameters = [torch.nn.Parameter(torch.ones(3 + i)) for i in range(2)]
+    optimizer = made(parameters, lr=0.05, **MADE[name])
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return optimizer, parameters
+
+
 def by_name(name: str) -> type[Optimizer]:
     (cls,) = (c for c in known() if c.model_fields["name"].default == name)
     return cls
@@ -63,12 +74,7 @@ def test_a_diagonals_formula_is_what_follows_from_the_map(name: str) -> None:
 def test_a_scale_reads_no_number(name: str, rate: torch.dtype | None) -> None:
     """Of tensors that stand for a device's; the rate may be one of them, of any dtype."""
     with FakeTensorMode():
-        made: Any = by_name(name.split()[0]).torch_class
-        parameters = [torch.nn.Parameter(torch.ones(3 + i)) for i in range(2)]
-        optimizer = made(parameters, lr=0.05, **MADE[name])
-        for p in parameters:
-            p.grad = torch.ones_like(p)
-        optimizer.step()
+        optimizer, parameters = faked(name)
         if rate is not None:
             optimizer.param_groups[0]["lr"] = torch.ones((), dtype=rate)
         for preconditioned in (False, True):
@@ -82,12 +88,7 @@ def test_a_scale_reads_no_number(name: str, rate: torch.dtype | None) -> None:
 def test_rate_and_count_may_be_on_two_devices(name: str, on_host: set[str]) -> None:
     """A rate that is learned stays on the device, where torch's optimizers count on the host."""
     with FakeTensorMode():
-        made: Any = by_name(name.split()[0]).torch_class
-        parameters = [torch.nn.Parameter(torch.ones(3 + i)) for i in range(2)]
-        optimizer = made(parameters, lr=0.05, **MADE[name])
-        for p in parameters:
-            p.grad = torch.ones_like(p)
-        optimizer.step()
+        optimizer, parameters = faked(name)
         states = [optimizer.state[p] for p in parameters]
         moved = [torch.nn.Parameter(p.detach().to("cuda")) for p in parameters]
         group = optimizer.param_groups[0]
