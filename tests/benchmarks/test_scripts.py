@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 import tiny
-from commanding import parsed, train
+from commanding import one_line, parsed, train
 
 from mlseg import config
+from mlseg.commands import as_script
+from mlseg.errors import RunError, UserError
 from mlseg.problems.systems import parse_run
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -97,6 +99,29 @@ def test_a_mistake(
     assert end.value.code == 2
     assert said in shown.err.splitlines()[-1]
     assert "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "said"),
+    [
+        (UserError("no such key"), 2, "error: no such key"),
+        (RunError("a full disk"), 1, "failed: a full disk"),
+        (MemoryError("two TiB."), 1, "failed: out of memory (two TiB); lower a batch_size"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_a_failure(
+    failure: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(failure: BaseException) -> None:
+        raise failure
+
+    assert as_script(lambda: fails(failure)) == code
+    assert one_line(capsys).startswith(said)
+    with pytest.raises(SystemExit):  # of a command line that can't be read
+        as_script(lambda: fails(SystemExit(2)))
+    with pytest.raises(RuntimeError, match="a bug"):
+        as_script(lambda: fails(RuntimeError("a bug")))
 
 
 def test_second_order(script: Script) -> None:
