@@ -15,6 +15,7 @@ from mlseg.errors import RunError, UserError
 from mlseg.hypergradients import Interface
 from mlseg.hypergradients.fitness import HooksMade
 from mlseg.hypergradients.modules import submodules
+from mlseg.multilevel import underflow
 from mlseg.multilevel.belongings import Belongings, belongings, of_problems
 from mlseg.multilevel.buffers import Contents, Copies, ProgramBuffers, put_back
 from mlseg.multilevel.redrawing import Place
@@ -175,6 +176,7 @@ class Again:
             if problem.gradient_clipping > 0.0:
                 problem.clip_grad()
             optimizer.step()
+            underflow.clear(optimizer)
             return [dict(optimizer.state.get(p, {})) for p in parameters]
 
     def modules(self) -> list[nn.Module]:

@@ -18,6 +18,7 @@ from mlseg.hypergradients.gradient_hooks import applied, silenced
 from mlseg.hypergradients.second_order.fused import formulas
 from mlseg.hypergradients.second_order.refusals import explained
 from mlseg.hypergradients.substitution import check_none_left, substituted
+from mlseg.multilevel import underflow
 from mlseg.multilevel.betty_tables import carry_by_bettys, is_bettys
 from mlseg.multilevel.outer_gradient import OuterGradient
 from mlseg.multilevel.revisiting import Revisitable
@@ -185,6 +186,7 @@ class Descending(Revisitable):
         if self.gradient_clipping > 0.0:
             self.clip_grad()
         self.optimizer.step()
+        underflow.clear(self.optimizer)
 
     def get_loss(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
         """The loss, divided by the number of accumulated batches, and detached figures."""
