@@ -129,6 +129,11 @@ def test_second_order(script: Script) -> None:
     assert columns(shown, 1) == [("contiguous",), ("channels_last",)]
 
 
+def test_underflow(script: Script) -> None:
+    shown = script("underflow", "--steps", 5, "--block", 3)
+    assert columns(shown, 0) == [("1 to 3",), ("4 to 5",)]
+
+
 def test_tiny_step(script: Script) -> None:
     shown = script("tiny_step", "--rounds", 2)
     assert columns(shown, 0) == [("mlseg",), ("Betty",), ("by hand",)]
