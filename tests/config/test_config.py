@@ -1,19 +1,16 @@
 """Configs: what is merged, what is refused and in which words, and the way back to YAML."""
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import pydantic
 import pytest
-import torch
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from yaml_texts import text
 
 from mlseg import config
-from mlseg.config import Override, Settings, Tree, dump, load, parse, yaml12
+from mlseg.config import Override, Settings, Tree, dump, load, parse
 from mlseg.errors import UserError
 
 
@@ -337,10 +334,6 @@ class TestFiles:
         assert load("a.yaml").values == {}
 
 
-# Surrogates can't be written as UTF-8.
-text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
-    ["1e-5", "1", "010", "0x1f", "true", "no", "null", "~", "", "a: b", "- a", "#", ".inf", "1:30"]
-)
 number = st.floats(allow_nan=False, allow_infinity=False)
 engines = st.builds(
     Engine,
@@ -372,39 +365,6 @@ def test_dump_is_read_back_as_the_same(
     path = tmp_path_factory.getbasetemp() / "dumped.yaml"
     path.write_text(dump(settings), encoding="utf-8", newline="")
     assert parse(Experiment, load(path)) == settings
-
-
-@given(st.recursive(text | st.integers() | st.booleans() | st.none() | st.floats(), st.lists))
-def test_plain_values_survive_yaml(value: Any) -> None:
-    def same(one: Any, other: Any) -> bool:
-        if isinstance(one, list):
-            return len(one) == len(other) and all(map(same, one, other))
-        if isinstance(one, float) and math.isnan(one):
-            return isinstance(other, float) and math.isnan(other)
-        return type(one) is type(other) and one == other
-
-    for write in (yaml12.write, yaml12.write_line):
-        assert same(value, yaml12.read(write(value), "text")[0])
-
-
-def test_nested_values_in_one_line() -> None:
-    value = {"name": "deeplabv3plus", "options": {"stride": 16, "rates": list(range(60))}}
-    text = yaml12.write_line({"segmentor": value, "loss": None})
-    rates = ", ".join(map(str, range(60)))
-    nested = f"{{name: deeplabv3plus, options: {{stride: 16, rates: [{rates}]}}}}"
-    assert text == f"{{segmentor: {nested}, loss: null}}"
-    assert yaml12.write_line(0.05) == "0.05"
-
-
-@given(st.floats(allow_nan=False, allow_infinity=False))
-def test_every_way_to_write_a_float(value: float) -> None:
-    for written in (repr(value), f"{value:e}", f"{value:E}", f"{value:+.17g}"):
-        read, _ = yaml12.read(written, "text")
-        assert float(read) == float(written)
-
-
-def test_pyyaml_itself_is_left_alone() -> None:
-    assert yaml.safe_load("[1e-5, no]") == ["1e-5", False]
 
 
 # Of keys that come twice the last holds, and else the order says nothing.
@@ -447,27 +407,3 @@ def test_whose_files_are_named(folder: Path) -> None:
     (folder / "configs" / "qqqqqq.yaml").touch()
     with pytest.raises(UserError, match=r"elsewhere/zz\.yaml: no such file; configs has qqqqqq\."):
         load("elsewhere/zz.yaml")
-
-
-@pytest.mark.parametrize(
-    "odd",
-    [
-        torch.zeros(2),
-        [0.5, torch.zeros(2)],
-        {"a": [torch.zeros(2)]},
-        np.zeros(2),
-        [np.zeros(2)],
-        {1},
-    ],
-    ids=str,
-)
-def test_what_is_not_plain_differs_from_everything(odd: Any) -> None:
-    """As the config of a damaged checkpoint may hold."""
-    for now in (odd, [0.5, 0.9], None, 1.0, {"a": [1]}):
-        assert config.differences({"key": odd}, {"key": now})
-
-
-def test_numbers_and_lists_that_are_the_same_do_not_differ() -> None:
-    plain = {"a": [1, 2.0, None, {"b": (3, "c")}], "d": True}
-    assert not config.differences(plain, {"a": (1.0, 2, None, {"b": [3, "c"]}), "d": True})
-    assert config.differences(plain, {**plain, "a": [1, 2.0, None]}) == ["a"]
