@@ -124,7 +124,13 @@ def real() -> Callable[[str], Path]:
 
 
 READS = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
-ON_THE_HOST = ("torch.optim", "torch.utils.data", "mlseg.segmentation.data", "mlseg.randomness")
+ON_THE_HOST = (
+    "torch.optim",
+    "torch.utils.data",
+    "mlseg.segmentation.data",
+    "mlseg.randomness",
+    "mlseg.multilevel.underflow",  # where training runs on the host; else it reads nothing
+)
 """Modules that read tensors which lie on the host wherever training runs."""
 
 

@@ -67,6 +67,14 @@ def test_what_is_left_alone(settings: Mapping[str, float], left: float) -> None:
     assert torch.equal(p, torch.tensor([1e-17, left]))
 
 
+def test_of_another_device_nothing_is_read() -> None:
+    p = nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = torch.optim.Adam([p], weight_decay=0.01)
+    moments = {key: torch.empty(3, device="meta") for key in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[p] = {"step": torch.tensor(float(underflow.EVERY)), **moments}
+    underflow.clear(optimizer)  # a reading would be an error
+
+
 class Level(Problem):
     """Half of its weights have no gradient."""
 
