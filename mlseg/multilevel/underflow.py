@@ -16,7 +16,7 @@ EVERY = 20
 
 
 @torch.no_grad()
-def clear(optimizer: torch.optim.Optimizer) -> None:
+def clear(optimizer: Any) -> None:
     """Set to 0, every so many steps, weights that their decay has taken next to it.
 
     Those are weights whose square is below the smallest normal number (1e-19 in single precision):

@@ -59,7 +59,8 @@ def test_weights_with_a_gradient_are_as_torch_has_them(name: str) -> None:
 def test_what_is_left_alone(settings: Mapping[str, float], left: float) -> None:
     """No decay; no eps, where a moment of 0 would be divided by; a weight that isn't small."""
     p = nn.Parameter(torch.tensor([1e-17, 1e-20]))
-    optimizer = torch.optim.Adam([p], **{"lr": 1e-30, "weight_decay": 1e-3, **settings})
+    given: dict[str, Any] = {"lr": 1e-30, "weight_decay": 1e-3, **settings}
+    optimizer = torch.optim.Adam([p], **given)
     for _ in range(underflow.EVERY):
         p.grad = torch.full_like(p, 1e-15)
         optimizer.step()
