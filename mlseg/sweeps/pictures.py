@@ -72,7 +72,14 @@ def _draw(
     if picture.series is not None:
         found = [place.get_legend_handles_labels() for place in axes]
         handles = {name: handle for both in found for handle, name in zip(*both, strict=True)}
-        figure.legend(handles.values(), map(plain, handles), loc="outside right center", fontsize=8)
+        figure.legend(
+            handles.values(),
+            map(plain, handles),
+            loc="outside right center",
+            title=plain(picture.series),
+            fontsize=8,
+            title_fontsize=8,
+        )
     for place in axes[len(panels) :]:
         place.set_visible(False)
     shown = plain(metric)
