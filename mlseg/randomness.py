@@ -8,6 +8,7 @@ next to no correlation with the true hypergradient.
 import ctypes
 import hashlib
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -31,64 +32,43 @@ LARGEST_SEED = 2**64 - 1
 """That torch takes."""
 
 
-class _Numpy:
-    """numpy's global generator. It takes numpy most of a capture to copy its state out, and most
-    steps never draw from it: what is known to be unchanged isn't copied again."""
+class _Known:
+    """A global generator's state. It takes most of a capture to copy one out, and most steps never
+    draw from it: what is known to be unchanged isn't copied again.
 
-    def __init__(self) -> None:
-        self._known: RandomState | None = None
-        self._generator: Any = None
-        self._words = b""
+    Args:
+        look: what shows that somebody has drawn; None where nothing does.
+        copy: the state, and whether ``look`` shows all of it.
+        put: the inverse of ``copy``.
+    """
 
-    def capture(self) -> RandomState:
-        generator = _generator()
-        words = _words(generator)
-        if self._is_known(generator, words):
-            assert self._known is not None
-            return self._known
-        values = np.random.get_state(legacy=False)
-        self._known = {
-            "bit_generator": values["bit_generator"],
-            "key": torch.from_numpy(values["state"]["key"].astype(np.int64)),
-            "pos": values["state"]["pos"],
-            "has_gauss": values["has_gauss"],
-            "gauss": values["gauss"],
-        }
-        self._generator, self._words = generator, words
-        return self._known
+    def __init__(
+        self,
+        look: Callable[[], Any],
+        copy: Callable[[], tuple[Any, bool]],
+        put: Callable[[Any], None],
+    ) -> None:
+        self._look, self._copy, self._put = look, copy, put
+        self._state: Any = None
+        self._seen: Any = None
 
-    def restore(self, state: RandomState) -> None:
-        generator = _generator()
-        if state is self._known and self._is_known(generator, _words(generator)):
+    def capture(self) -> Any:
+        seen = self._look()
+        if self._seen is None or seen != self._seen:
+            self._state, shown = self._copy()
+            self._seen = seen if shown else None
+        return self._state
+
+    def restore(self, state: Any) -> None:
+        if state is self._state and self._seen is not None and self._look() == self._seen:
             return
-        if not 0 <= state["pos"] <= len(state["key"]):
-            raise ValueError(f"numpy's generator has no position {state['pos']}")
-        np.random.set_state(
-            {
-                "bit_generator": state["bit_generator"],
-                "state": {
-                    "key": state["key"].numpy().astype(np.uint32),
-                    "pos": state["pos"],
-                },
-                "has_gauss": state["has_gauss"],
-                "gauss": state["gauss"],
-            }
-        )
-        self._known = None
+        self._put(state)
+        self._state = self._seen = None
 
-    def _is_known(self, generator: Any, words: bytes) -> bool:
-        """Whether it is as it was when last captured.
 
-        A normal number that it keeps for the next draw stands elsewhere than its words. Where there
-        was none, a new one would have come with new words; where there was one, it may be gone.
-        """
-        return (
-            self._known is not None
-            and words != b""
-            and generator is self._generator
-            and words == self._words
-            and not self._known["has_gauss"]
-        )
+_WORDS = 4 * 624
+"""Bytes of a Mersenne twister's words. numpy has its place among them, an int, behind them, and
+Python before them."""
 
 
 def _generator() -> Any:
@@ -96,19 +76,55 @@ def _generator() -> Any:
     return np.random.get_bit_generator()  # type: ignore[attr-defined]
 
 
-_WORDS = 4 * 624
-"""Bytes of a Mersenne twister's words; the place among them, an int, follows."""
+def _look_at_numpy() -> Any:
+    generator = _generator()
+    if type(generator) is not np.random.MT19937 or not _NUMPY_LIES_SO:
+        return None
+    return generator, ctypes.string_at(generator.ctypes.state_address, _WORDS + 4)
 
 
-def _words(generator: Any) -> bytes:
-    """A Mersenne twister's words and place as they lie in memory; nothing for other generators."""
-    if type(generator) is not np.random.MT19937 or not _LAID_OUT_SO:
-        return b""
-    return ctypes.string_at(generator.ctypes.state_address, _WORDS + 4)
+def _copy_numpy() -> tuple[RandomState, bool]:
+    values = np.random.get_state(legacy=False)
+    state = {
+        "bit_generator": values["bit_generator"],
+        "key": torch.from_numpy(values["state"]["key"].astype(np.int64)),
+        "pos": values["state"]["pos"],
+        "has_gauss": values["has_gauss"],
+        "gauss": values["gauss"],
+    }
+    # A normal number that it keeps for the next draw stands elsewhere. Where there was none, a new
+    # one would have come with new words; where there was one, it may be gone.
+    return state, not values["has_gauss"]
 
 
-def _is_laid_out_so() -> bool:
-    """Whether this numpy keeps them so."""
+def _put_numpy(state: RandomState) -> None:
+    if not 0 <= state["pos"] <= len(state["key"]):
+        raise ValueError(f"numpy's generator has no position {state['pos']}")
+    np.random.set_state(
+        {
+            "bit_generator": state["bit_generator"],
+            "state": {"key": state["key"].numpy().astype(np.uint32), "pos": state["pos"]},
+            "has_gauss": state["has_gauss"],
+            "gauss": state["gauss"],
+        }
+    )
+
+
+def _look_at_python() -> Any:
+    getstate: Any = random.getstate  # whose annotation doesn't know of what it is a method
+    generator: Any = getstate.__self__
+    kind: type = type(generator)
+    if kind is not random.Random or not _PYTHON_LIES_SO:
+        return None
+    return generator, ctypes.string_at(id(generator) + _HEAD, 4 + _WORDS), generator.gauss_next
+
+
+_HEAD = object.__basicsize__
+"""Bytes of a Python object before what is its own."""
+
+
+def _numpy_lies_so() -> bool:
+    """Whether this numpy keeps a generator's words where they are looked at."""
     generator = np.random.MT19937(7)
     generator.random_raw(3)
     state = generator.state["state"]
@@ -119,8 +135,24 @@ def _is_laid_out_so() -> bool:
     )
 
 
-_LAID_OUT_SO = _is_laid_out_so()
-_NUMPY = _Numpy()
+def _python_lies_so() -> bool:
+    """Whether this Python does."""
+    generator = random.Random(7)
+    generator.random()
+    _, (*words, place), _ = generator.getstate()
+    if sys.implementation.name != "cpython" or generator.__sizeof__() < _HEAD + 4 + _WORDS:
+        return False
+    raw = ctypes.string_at(id(generator) + _HEAD, 4 + _WORDS)
+    return np.frombuffer(raw, np.uint32).tolist() == [place, *words]
+
+
+_NUMPY_LIES_SO, _PYTHON_LIES_SO = _numpy_lies_so(), _python_lies_so()
+_NUMPY = _Known(_look_at_numpy, _copy_numpy, _put_numpy)
+_PYTHON = _Known(
+    _look_at_python,
+    lambda: (_of_python(random.getstate()), True),
+    lambda state: random.setstate(_for_python(state)),
+)
 
 
 def _by_itself(function: Callable[P, T]) -> Callable[P, T]:
@@ -150,7 +182,7 @@ def capture(device: torch.device | str = "cpu") -> RandomState:
     """
     state: RandomState = {
         "torch": torch.get_rng_state(),
-        "python": _of_python(random.getstate()),
+        "python": _PYTHON.capture(),
         "numpy": _NUMPY.capture(),
     }
     device = torch.device(device)
@@ -167,7 +199,7 @@ def restore(state: RandomState, device: torch.device | str = "cpu") -> None:
         ValueError, TypeError, RuntimeError, KeyError: it is no such state.
     """
     torch.set_rng_state(state["torch"])
-    random.setstate(_for_python(state["python"]))
+    _PYTHON.restore(state["python"])
     _NUMPY.restore(state["numpy"])
     device = torch.device(device)
     if device.type == "cuda" and "cuda" in state:

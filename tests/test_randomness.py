@@ -55,12 +55,19 @@ def test_a_capture_sees_a_normal_number_that_is_kept_for_later() -> None:
 
 def test_what_nobody_drew_from_is_not_copied_again() -> None:
     np.random.seed(3)
+    random.seed(3)
     state = capture()
     torch.rand(())
     assert capture()["numpy"] is state["numpy"]
+    assert capture()["python"] is state["python"]
     np.random.rand()
     assert capture()["numpy"] is not state["numpy"]
+    for draw_one in (random.random, lambda: random.gauss(0, 1), lambda: random.gauss(0, 1)):
+        before = capture()["python"]
+        draw_one()  # the second normal number is one that was kept, and moves no words
+        assert capture()["python"] != before
     restore(state)
+    assert capture()["python"] == state["python"]
     again = capture()["numpy"]
     assert again["pos"] == state["numpy"]["pos"]
     assert again["key"].equal(state["numpy"]["key"])

@@ -70,8 +70,10 @@ class Again:
             self._found = None  # what was made since is found now
             self._buffers.forget()
             self._all_begun = self._buffers.copies(statistics=True)
+        self._begun = self.random_state()
         copies = self._buffers.copies(self._reads_statistics)
-        self._begun = {**self.random_state(), **({_BUFFERS: copies} if copies else {})}
+        if copies:
+            self._begun[_BUFFERS] = copies
         return self._begun
 
     def end(self, batch: Any) -> None:
@@ -131,7 +133,9 @@ class Again:
         """The present state of all generators, the program's own included."""
         state = randomness.capture(self._problem.device)
         own = self._own_states()
-        return {**state, _GENERATORS: own} if own else state
+        if own:
+            state[_GENERATORS] = own
+        return state
 
     def restore_randomness(self, state: randomness.RandomState | None = None) -> None:
         """Set the generators to ``state``, by default to that at the start of the last step."""

@@ -46,7 +46,7 @@ class Descending(Revisitable):
         if self._is_differentiated:
             self._step_begins(batch)
         buffers = Buffers(self.again.modules()) if parallel.several() else None
-        metrics = self._take_gradient(batch)
+        metrics, parameters = self._take_gradient(batch)
         check_called(self.name, self.module)
         if buffers is not None:
             buffers.average_moved()
@@ -54,8 +54,8 @@ class Descending(Revisitable):
             self.again.check(batch, metrics["loss"])
         if self.is_implemented("grad_callback"):
             self.grad_callback()
+            parameters = self.trainable_parameters()  # it may have frozen some
         if self.gradient_accumulation_boundary():
-            parameters = self.trainable_parameters()
             self._gradient_is_complete(batch, parameters)
             self.optimizer_step()
             self._steps_taken += 1
@@ -78,8 +78,12 @@ class Descending(Revisitable):
                 f"its data are used up after batch {self._count - 1}; begin them anew there"
             ) from error
 
-    def _take_gradient(self, batch: Any) -> dict[str, Any]:
-        """Evaluate the loss and accumulate its (hyper)gradient into ``.grad``."""
+    def _take_gradient(self, batch: Any) -> tuple[dict[str, Any], Vector]:
+        """Evaluate the loss and accumulate its (hyper)gradient into ``.grad``.
+
+        Returns:
+            the step's figures, and the parameters that it trains.
+        """
         keeps = self.trajectory.keeps
         keeps_graph = self.trajectory.is_open and self._steps_to_hop() < keeps.graphs
         parameters = self.trainable_parameters() if keeps_graph else []
@@ -128,7 +132,7 @@ class Descending(Revisitable):
             for leaf in leaves:
                 leaf.grad = None
             self._accumulate(parameters, total)
-        return metrics
+        return metrics, parameters
 
     def _watch_levels_below(self) -> list[tuple[str, Tensor, int]]:
         """At the first step, the buffers of levels that its hypergradient passes first."""
@@ -298,7 +302,10 @@ class NoLossError(UserError, TypeError):
 
 
 def _as_dict(result: Any, name: str) -> dict[str, Any]:
-    values = dict(result) if isinstance(result, Mapping) else {"loss": result}
+    if isinstance(result, Tensor) or not isinstance(result, Mapping):
+        values: dict[str, Any] = {"loss": result}
+    else:
+        values = dict(result)
     loss = values.get("loss")
     if not isinstance(loss, Tensor):
         raise NoLossError(
@@ -310,7 +317,8 @@ def _as_dict(result: Any, name: str) -> dict[str, Any]:
             f"problem {name!r}: training_step returns a loss of shape {tuple(loss.shape)}, "
             f"{loss.dtype}: reduce it to one real number, with mean() or sum()"
         )
-    values["loss"] = loss.reshape(())
+    if loss.dim():
+        values["loss"] = loss.reshape(())
     return values
 
 

@@ -56,12 +56,13 @@ class OwnNames:
 
     def __setattr__(self, name: str, value: Any) -> None:
         own: Any = type(self)
-        wrong = name in taken(own) and not callable(value)
-        if wrong or (name in self.TYPES and not isinstance(value, self.TYPES[name])):
-            raise UserError(
-                f"{type(self).__name__}: {name!r} is a name of mlseg's {_library(type(self))} "
-                "already; keep yours under another one"
-            )
+        if name in _watched(own):
+            wrong = name in taken(own) and not callable(value)
+            if wrong or (name in self.TYPES and not isinstance(value, self.TYPES[name])):
+                raise UserError(
+                    f"{type(self).__name__}: {name!r} is a name of mlseg's {_library(type(self))} "
+                    "already; keep yours under another one"
+                )
         super().__setattr__(name, value)
 
     def check_names(self) -> None:
@@ -96,6 +97,12 @@ def taken(cls: Any) -> frozenset[str]:
         and name not in known | free
         and (callable(value) or isinstance(value, property))
     )
+
+
+@cache
+def _watched(cls: Any) -> frozenset[str]:
+    """What isn't set unseen."""
+    return taken(cls) | cls.TYPES.keys()
 
 
 def _library(cls: type) -> str:

@@ -84,7 +84,7 @@ class PenaltyProblem(Problem):
         """The problem whose steps are evaluated again by this one."""
         return self.lower
 
-    def _take_gradient(self, batch: Any) -> dict[str, Any]:
+    def _take_gradient(self, batch: Any) -> tuple[dict[str, Any], Vector]:
         lower: Any = self.levels[self.lower]
         parameters, own = lower.trainable_parameters(), self.trainable_parameters()
         if hooked(parameters):
@@ -124,7 +124,7 @@ class PenaltyProblem(Problem):
             self._strength = strength + self.penalty.growth
         self._twin = twin
         self.set_grads(own, [a + strength * q for a, q in zip(f[: len(own)], excess, strict=True)])
-        return {**metrics, "strength": strength}
+        return {**metrics, "strength": strength}, own
 
     def _barrier(self, f: Vector, q: Vector, eta: float) -> Tensor:
         square = torch.stack([(b * b).sum() for b in q]).sum()

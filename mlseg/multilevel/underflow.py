@@ -15,7 +15,6 @@ EVERY = 20
 """Steps of the optimizer between two looks: a look reads every weight once."""
 
 
-@torch.no_grad()
 def clear(optimizer: Any) -> None:
     """Set to 0, every so many steps, weights that their decay has taken next to it.
 
@@ -35,11 +34,11 @@ def clear(optimizer: Any) -> None:
             state = optimizer.state.get(parameter, {})
             if not _is_due(parameter, state.get("step")):
                 continue
-            small = parameter.abs() < torch.finfo(parameter.dtype).tiny ** 0.5
+            small = parameter.detach().abs() < torch.finfo(parameter.dtype).tiny ** 0.5
             if small.any():
                 for tensor in (parameter, *state.values()):
                     if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
-                        tensor.masked_fill_(small, 0)
+                        tensor.detach().masked_fill_(small, 0)
 
 
 def _is_due(parameter: Tensor, step: Any) -> bool:
