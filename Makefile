@@ -1,4 +1,4 @@
-# make run                  train the main system in its small form, on this machine
+# make run                  train the main system in its quickest form, on this machine
 # make run CONFIG=configs/supervised_isic_small.yaml ARGS="engine.iterations=50"
 # make test                 the tests; make check adds lint and types
 # make test-processors      the numerical ones with the kernels of other processors, as a table
@@ -10,7 +10,7 @@
 # from PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and PIP_FIND_LINKS.
 
 PYTHON ?= python3
-CONFIG ?= configs/e2eaug_isic_small.yaml
+CONFIG ?= configs/e2eaug_isic_quick.yaml
 ARGS ?=
 TEST_WORKERS ?= 2
 

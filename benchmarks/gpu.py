@@ -1,7 +1,7 @@
 """Whether everything holds on a GPU, and how fast: one command of under nine minutes.
 
     make gpu                                    # python benchmarks/gpu.py --out gpu
-    python benchmarks/gpu.py --compiled         # E2EAug with `compile: true`, alone
+    python benchmarks/gpu.py --compiled         # E2EAug with `compile`, and with CUDA graphs, alone
     python benchmarks/gpu.py --toy --out gpu    # on the CPU, as small as it goes: does it run?
 
 Each section is a command of its own, which can be given by hand as well; it has a bound in seconds,
@@ -116,19 +116,26 @@ def at_scale(device: str) -> list[Section]:
     ]  # fmt: skip
 
 
-def compiled(device: str) -> Section:
+def compiled(device: str) -> list[Section]:
     """An iteration of E2EAug with compiled networks, most of whose time goes into compiling them.
 
-    It is beside "e2eaug TF32 and bf16", whose first table is the same uncompiled.
+    By torch's default compiler; and by CUDA graphs of its own kernels, which spare the host their
+    launches. Beside "e2eaug TF32 and bf16", whose first table is the same uncompiled.
     """
-    levels = [f"problems.{n}.compile=true" for n in ("generator", "discriminator", "segmentor")]
-    return Section(
-        "e2eaug compiled",
-        ["benchmarks/iteration.py", "configs/e2eaug_isic.yaml", "--device", device, "--iterations",
-         "10", "data.out_of_distribution=[]", "data.test=8", *levels],
-        400,
-        TF32,
-    )  # fmt: skip
+    return [
+        Section(
+            name,
+            ["benchmarks/iteration.py", "configs/e2eaug_isic.yaml", "--device", device,
+             "--iterations", "10", "data.out_of_distribution=[]", "data.test=8",
+             *(f"problems.{n}.compile={by}" for n in ("generator", "discriminator", "segmentor"))],
+            seconds,
+            TF32,
+        )
+        for name, by, seconds in (
+            ("e2eaug CUDA graphs", "cudagraphs", 120),
+            ("e2eaug compiled", "true", 400),
+        )
+    ]  # fmt: skip
 
 
 TESTS = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
@@ -217,7 +224,7 @@ def main() -> int:
     until = time.monotonic() + arguments.seconds
     sections = toy() if arguments.toy else at_scale(device.type)
     if arguments.compiled:
-        sections = [compiled(device.type)]
+        sections = compiled(device.type)
     if arguments.only:
         sections = [s for s in sections if s.name.startswith(tuple(arguments.only))]
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -266,7 +266,7 @@ def test_gpu(script: Script, tmp_path: Path) -> None:
 
 
 GPU = runpy.run_path(str(BENCHMARKS / "gpu.py"))
-SECTIONS = [*GPU["at_scale"]("cuda"), GPU["compiled"]("cuda"), *GPU["toy"]()]
+SECTIONS = [*GPU["at_scale"]("cuda"), *GPU["compiled"]("cuda"), *GPU["toy"]()]
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.name)
