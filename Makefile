@@ -10,7 +10,7 @@
 # from PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and PIP_FIND_LINKS.
 
 PYTHON ?= python3
-CONFIG ?= configs/e2eaug_isic_quick.yaml
+CONFIG ?= configs/e2eaug_isic_small_quick.yaml
 ARGS ?=
 TEST_WORKERS ?= 2
 
