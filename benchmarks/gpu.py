@@ -119,8 +119,8 @@ def at_scale(device: str) -> list[Section]:
 def compiled(device: str) -> list[Section]:
     """An iteration of E2EAug with compiled networks, most of whose time goes into compiling them.
 
-    By torch's default compiler; and by CUDA graphs of its own kernels, which spare the host their
-    launches. Beside "e2eaug TF32 and bf16", whose first table is the same uncompiled.
+    By CUDA graphs of torch's own kernels, which spare the host their launches, and by torch's
+    default compiler. Beside "e2eaug TF32 and bf16", whose first table is the same uncompiled.
     """
     return [
         Section(
