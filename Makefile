@@ -67,12 +67,14 @@ run: $(STAMP)
 	@$(BIN)/python -m mlseg.run $(CONFIG) $(ARGS)
 
 # One thread per worker: the networks of the tests are too small to share out. Neighbours stay in one
-# process, so that what they share is made once.
+# process, so that what they share is made once. Bytecode is written also where Python is told to write
+# none: each of the tests' some hundred processes would compile the same modules.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) \
+		--dist worksteal $(ARGS)
 
 test-processors: $(STAMP)
-	@$(BIN)/python tests/processors.py --cores $(TEST_WORKERS) $(ARGS)
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python tests/processors.py --cores $(TEST_WORKERS) $(ARGS)
 
 gpu: $(STAMP)
 	@$(BIN)/python benchmarks/gpu.py $(ARGS)

@@ -3,6 +3,7 @@
     python tests/processors.py                  every setting, one after another
     python tests/processors.py --other          the first whose kernels are not this machine's own
     python tests/processors.py --quick          without the tests that are marked as slow
+    python tests/processors.py --whole          with the tests that compute nothing: hours
     python tests/processors.py -k cells         further arguments are pytest's
 
 PyTorch chooses its own kernels by ATEN_CPU_CAPABILITY, oneDNN by ONEDNN_MAX_CPU_ISA, MKL (which
@@ -103,16 +104,15 @@ def other(settings: Sequence[Setting]) -> list[Setting]:
     return (found or [s for s in settings if s.threads > 1])[:1]
 
 
-def run(setting: Setting, cores: int, quick: bool, arguments: Sequence[str]) -> Row:
-    """The numerical tests under a setting; what pytest says goes to a file of :data:`LOGS`."""
+def run(setting: Setting, cores: int, marks: str, arguments: Sequence[str]) -> Row:
+    """The tests with ``marks`` under a setting; what pytest says goes to a file of :data:`LOGS`."""
     LOGS.mkdir(parents=True, exist_ok=True)
     log = LOGS / (re.sub(r"\W+", "_", str(setting)) + ".txt")
     workers = max(1, cores // setting.threads)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, log.open("w") as said:
         report = Path(folder) / "report.xml"
-        which = "numerical and not slow" if quick else "numerical"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", which]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", marks]
         command += ["-n", str(workers), "--dist", "worksteal"]
         done = subprocess.run(
             [*command, f"--junitxml={report}", *arguments],
@@ -139,7 +139,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the settings, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--other", action="store_true", help="one that isn't this machine's own")
-    parser.add_argument("--quick", action="store_true", help="without those marked as slow")
+    chosen = parser.add_mutually_exclusive_group()
+    for option, marks, text in (
+        ("--quick", "numerical and not slow", "without those marked as slow"),
+        ("--whole", "", "with those that compute nothing"),
+    ):
+        chosen.add_argument(option, dest="marks", action="store_const", const=marks, help=text)
+    parser.set_defaults(marks="numerical")
     parser.add_argument("--cores", type=int, default=2, help="workers times threads")
     given, for_pytest = parser.parse_known_args(arguments)
     settings = possible(SETTINGS)
@@ -148,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{'setting':{width}}  passed  failed  seconds  kernels", flush=True)
     rows = []
     for setting in settings:
-        row = run(setting, given.cores, given.quick, for_pytest)
+        row = run(setting, given.cores, given.marks, for_pytest)
         counts = f"{row.passed:6}  {len(row.failures):6}  {row.seconds:7.0f}"
         print(f"{setting!s:{width}}  {counts}  {', '.join(kernels(setting))}", flush=True)
         for name in row.failures:
