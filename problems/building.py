@@ -196,8 +196,7 @@ class Builder:
             with replayed(None):
                 taken = start_from(init, network, settings, self.spec.channels, self.spec.classes)
             TAKEN[network] = taken.record()
-        # The layout that CPUs and tensor cores like.
-        return network.to(memory_format=torch.channels_last)
+        return network
 
     def lay_out(self, *networks: nn.Module) -> None:
         """Give other networks of convolutions than segmentors the layout that the device likes.

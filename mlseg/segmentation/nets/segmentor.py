@@ -10,6 +10,7 @@ is defined it registers itself; one of a user's own is found by dotted path as w
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import nn
 
@@ -135,6 +136,9 @@ def segmentor_names() -> list[str]:
 def build_segmentor(settings: SegmentorSettings, in_channels: int, num_classes: int) -> nn.Module:
     """Make the segmentor that `settings` describes, with random weights.
 
+    Its channels are last in memory, the layout that CPUs and tensor cores like, wherever it is
+    used: each layout's kernels round in their own way, and a run's figures have to come out again.
+
     Args:
         settings: the network and its settings.
         in_channels: channels of the image, 1 or more.
@@ -151,4 +155,4 @@ def build_segmentor(settings: SegmentorSettings, in_channels: int, num_classes: 
     if not isinstance(made, nn.Module):
         raise UserError(f"segmentor {settings.name!r}: it must make a torch.nn.Module")
     normalise(made, settings.normalised, in_channels)
-    return made
+    return made.to(memory_format=torch.channels_last)

@@ -132,6 +132,13 @@ def test_what_the_library_refuses_is_a_user_error() -> None:
         build_segmentor(SegmentorSettings(name="fpn", encoder="tu-no_such_model"), 3, 2)
 
 
+def test_channels_are_last_in_memory() -> None:
+    network = build_segmentor(SegmentorSettings(name="unet", channels=4, levels=3), 3, 2)
+    kernels = [p for p in network.parameters() if p.dim() == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+    assert not all(p.is_contiguous() for p in kernels)
+
+
 def test_fewer_than_two_classes() -> None:
     with pytest.raises(UserError, match="at least 2 classes"):
         build_segmentor(SegmentorSettings(channels=2), 3, 1)
