@@ -230,7 +230,8 @@ def test_a_step_fools_the_discriminator_more(relaxation: str, loss: str) -> None
     changes = {
         **QUICK,
         "adversarial": {"relaxation": relaxation, "loss": loss},
-        "problems.generator.optimizer": {"name": "adam", "lr": 1e-2},
+        # At 1e-2 Adam goes past a minimum and back, when depends on roundings.
+        "problems.generator.optimizer": {"name": "adam", "lr": 3e-3},
         "problems.generator.batch_size": 6,
         "augmentation": "off",
     }
