@@ -1,12 +1,15 @@
 """Two and three processes come to what one comes to: every method, every system."""
 
+import os
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import parallel_cases
 import pytest
 import torch
+from filelock import FileLock
 from parallel_cases import CASES
 from several_processes import Several
 
@@ -21,15 +24,25 @@ pytestmark = pytest.mark.slow
 COUNTS = (2, 3)
 
 
+Answers = Callable[[int], list[dict[str, Any]]]
+
+
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """What each process of two and of three came to: every case within the same processes."""
-    found = {}
-    for count in COUNTS:
-        folder = tmp_path_factory.mktemp(f"of{count}")
-        with Several(count, [str(folder)], folder, parallel_cases.main) as running:
-            assert running.wait() == [0] * count, running.said()
-        found[count] = [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """What each of so many processes came to: every case within the same processes, which run once
+    though pytest may share the cases out among its own."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    @cache
+    def found(count: int) -> list[dict[str, Any]]:
+        folder = base / f"of{count}"
+        with FileLock(base / f"of{count}.lock"):
+            if not (folder / "0.pt").exists():
+                with Several(count, [str(folder)], folder, parallel_cases.main) as running:
+                    assert running.wait() == [0] * count, running.said()
+        return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+
     return found
 
 
@@ -55,8 +68,8 @@ def bound(case: str) -> float:
 @pytest.mark.parametrize(
     ("count", "case"), [(n, case) for n in COUNTS for case in parallel_cases.cases(n)]
 )
-def test_as_one(case: str, count: int, answers: dict[int, list[dict[str, Any]]]) -> None:
-    first, *others = (answer[case] for answer in answers[count])
+def test_as_one(case: str, count: int, answers: Answers) -> None:
+    first, *others = (answer[case] for answer in answers(count))
     assert isinstance(first, dict), first
     expected = alone(case)
     assert first.keys() == expected.keys()
@@ -71,14 +84,14 @@ VALUES = {"K": 3, "P": 2, "R": 5, "T": 2, "N": 15}
 
 
 @pytest.mark.parametrize("method", classes())
-def test_collectives_of_a_hop(method: str, answers: dict[int, list[dict[str, Any]]]) -> None:
+def test_collectives_of_a_hop(method: str, answers: Answers) -> None:
     said = re.search(
         r"Collectives per hop, in several processes: ``(.+?)``", classes()[method].__doc__ or ""
     )
     assert said is not None
     product = re.sub(r"(?<=\w) (?=\w)", " * ", said[1])
     for count in COUNTS:
-        assert answers[count][0]["hops"][method] == eval(product, dict(VALUES))
+        assert answers(count)[0]["hops"][method] == eval(product, dict(VALUES))
 
 
 def test_alone_nothing_is_done() -> None:

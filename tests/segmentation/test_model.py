@@ -25,7 +25,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         train(folder, f"seed={n}", changes={"augmentation": {"window": 24}}, name=f"seed_{n}")
         for n in (1, 2)
     ]
-    return [*two, train(folder, "data.name=synthetic_scenes", name="scenes")]
+    return [*two, train(folder, changes={"data.name": "synthetic_scenes"}, name="scenes")]
 
 
 @pytest.fixture(scope="module")

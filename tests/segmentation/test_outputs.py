@@ -30,7 +30,8 @@ def lesions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven classes, images that aren't square."""
     folder = tmp_path_factory.mktemp("scenes")
-    return train(folder, "data.name=synthetic_scenes", "data.image_size=[32, 48]")
+    changes = {"data.name": "synthetic_scenes", "data.image_size": [32, 48]}
+    return train(folder, changes=changes)
 
 
 @pytest.fixture(scope="module")
