@@ -1,5 +1,6 @@
 """Loaders that share their passes, and loaders without batches."""
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +33,7 @@ def seen(method: Any, loader: Any) -> list[list[int]]:
     return engine.lower.seen
 
 
-def test_persistent_workers_see_every_example_once_a_pass() -> None:
+def test_persistent_workers_see_every_example_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     def loader() -> Any:
         data = TensorDataset(X, Y, INDEX)
         return DataLoader(data, 2, shuffle=True, num_workers=1, persistent_workers=True)
@@ -41,6 +42,9 @@ def test_persistent_workers_see_every_example_once_a_pass() -> None:
     passes = [sorted(i for batch in part for i in batch) for part in (found[:3], found[3:])]
     assert passes == [list(range(6))] * 2
     assert found == seen("identity", loader())
+    # Garbage doesn't tell its workers to end: torch waits so many seconds, then ends them.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    gc.collect()
 
 
 class Shared:
